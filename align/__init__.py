@@ -1,0 +1,1 @@
+"""Position maps, vocabulary maps and fusion."""

@@ -1,0 +1,1 @@
+"""How the parts of a stage are run, and the pipeline of a recipe."""

@@ -1,0 +1,1 @@
+"""Perplexity and bits per byte on held-out text, and the report."""
