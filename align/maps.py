@@ -1,0 +1,25 @@
+"""The stage that makes `vocab_maps/<source>--<target>--<rule>`: one part, a table with a row per source token."""
+
+from typing import Any
+
+from ..store.dataset import Dataset, PartContent
+from ..store.tokenizer import Tokenizer
+from .vocabulary import vocabulary_map
+
+
+def vocabulary_map_identity(source: Tokenizer, *, target: Tokenizer, rule: str) -> dict[str, Any]:
+    """What determines a vocabulary map."""
+    return {"stage": "vocab_maps/1", "source": source.digest, "target": target.digest, "rule": rule}
+
+
+class VocabularyMapStage:
+    """Maps the source's vocabulary to the target's."""
+
+    def __init__(self, dataset: Dataset, *, source: Tokenizer, target: Tokenizer, rule: str) -> None:
+        self.dataset, self.source, self.target, self.rule = dataset, source, target, rule
+
+    def compute(self, part: int) -> PartContent:
+        """The whole map; it has only part 0."""
+        assert part == 0
+        table = vocabulary_map(self.source, target=self.target, rule=self.rule)
+        return PartContent(data=table, counts={"source_tokens": len(table), "mapped": len(table) - table["target_id"].null_count()})

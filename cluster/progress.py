@@ -1,0 +1,90 @@
+"""Progress: a live bar on a terminal, plain lines in a pipe or a batch job."""
+
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Protocol
+
+import rich.console
+import rich.progress
+
+_PLAIN_SECONDS = 10.0  # between two plain lines of one stage
+
+
+class Tracker(Protocol):
+    """Follows one stage."""
+
+    def __call__(self, done: float, figures: str) -> None:
+        """Say that `done` more units are done; `figures` are rates and the like."""
+
+
+class Progress:
+    """Tells a person, or a log, how far the stages are."""
+
+    def __init__(self, console: rich.console.Console | None = None) -> None:
+        self.console = console or rich.console.Console(file=sys.stderr, highlight=False)
+
+    def say(self, text: str) -> None:
+        """One line."""
+        self.console.print(text, markup=False, soft_wrap=True)
+
+    @contextmanager
+    def stage(self, title: str, *, total: float) -> Iterator[Tracker]:
+        """Follow a stage of `total` units of work."""
+        follow = self._live if self.console.is_terminal else self._plain
+        with follow(title, total) as tracker:
+            yield tracker
+
+    @contextmanager
+    def _live(self, title: str, total: float) -> Iterator[Tracker]:
+        columns = (
+            rich.progress.TextColumn("{task.description}"),
+            rich.progress.BarColumn(bar_width=24),
+            rich.progress.TaskProgressColumn(),
+            rich.progress.TextColumn("{task.fields[figures]}"),
+            rich.progress.TimeElapsedColumn(),
+            rich.progress.TextColumn("left"),
+            rich.progress.TimeRemainingColumn(elapsed_when_finished=False),
+        )
+        with rich.progress.Progress(*columns, console=self.console) as live:
+            task = live.add_task(title, total=total, figures="")
+
+            def tracker(done: float, figures: str) -> None:
+                live.update(task, advance=done, figures=figures)
+
+            yield tracker
+
+    @contextmanager
+    def _plain(self, title: str, total: float) -> Iterator[Tracker]:
+        started = said = time.monotonic()
+        so_far = 0.0
+        self.say(f"{title}: started")
+
+        def tracker(done: float, figures: str) -> None:
+            nonlocal so_far, said
+            so_far += done
+            now = time.monotonic()
+            if now - said < _PLAIN_SECONDS and so_far < total:
+                return
+            said = now
+            left = (now - started) * (total - so_far) / so_far if so_far else 0
+            self.say(f"{title}: {so_far / total:.0%}, {figures}, {duration(now - started)} passed, {duration(left)} left")
+
+        yield tracker
+
+
+def duration(seconds: float) -> str:
+    """Hours, minutes and seconds: `1:02:03`, `2:03`."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def size(n_bytes: float) -> str:
+    """Bytes in the largest fitting unit: `3.2 GB`."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if n_bytes < 1000:
+            return f"{n_bytes:.0f} {unit}" if unit == "B" else f"{n_bytes:.1f} {unit}"
+        n_bytes /= 1000
+    return f"{n_bytes:.1f} TB"

@@ -1,0 +1,333 @@
+"""A corpus: documents from `datasets`, hashed, freed of duplicates, shuffled into parts, cut into segments.
+
+The plan comes first (`corpus/<name>/documents.parquet`): which documents are kept, in which order, in which part. The order is random and
+seeded, so whoever reads parts one after another reads shuffled text. Each part is then a function of the plan:
+
+    part-00042.parquet      one row per segment: doc_id, segment, domain, split, sha256 (of the document), text
+
+A part holds documents of one split only.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from ..store import durable
+from ..store.dataset import Dataset, PartContent
+from ..store.errors import DataError
+from ..store.tokenizer import Tokenizer
+from ..store.workspace import Workspace
+from .digests import file_digest
+from .segment import segment_documents
+
+_DATA_SUFFIXES = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "csv", ".txt": "text"}
+_HUB_FILES = ["*.parquet", "*.jsonl", "*.jsonl.*", "*.json", "*.csv", "*.txt", "README.md"]
+
+
+class CorpusConfig(BaseModel):
+    """The `[corpus]` of a recipe."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    name: str = Field("corpus", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="name of the data set in the workspace")
+    path: str = Field(description="dataset id on the Hugging Face hub, or a file or folder of parquet, jsonl, csv or txt files")
+    revision: str | None = Field(None, description="commit, tag or branch of a hub dataset")
+    text_column: str = Field("text", description="column that holds the text")
+    domain_column: str | None = Field(None, description="column that holds each document's domain; without it all are of one domain")
+    split_column: str | None = Field(None, description="column that holds each document's split, for files that mix them")
+    held_out_fraction: float = Field(0.0, ge=0, lt=1, description="share of the train documents to hold out as split `test`, by their hash")
+    max_train_bytes: int | None = Field(None, gt=0, description="use only about so many bytes of the train split")
+    keep_duplicates: bool = Field(False, description="keep documents with the same text more than once")
+    context_length: int = Field(2048, ge=16, description="most tokens of a segment, for every model's tokenizer")
+    part_bytes: int = Field(4 << 20, ge=1024, description="bytes of text of a part, the unit of work and of commit")
+    seed: int = Field(0, ge=0, description="seed of the order of documents")
+    expected_documents: int | None = Field(None, gt=0, description="for --dry-run where the corpus is not at hand: documents to train on")
+    expected_bytes: int | None = Field(None, gt=0, description="for --dry-run where the corpus is not at hand: bytes to train on")
+
+    @model_validator(mode="after")
+    def _held_out_needs_no_split(self) -> "CorpusConfig":
+        if self.held_out_fraction and self.split_column:
+            raise ValueError(
+                f"held_out_fraction ({self.held_out_fraction}) must be 0 where split_column ({self.split_column!r}) says the split"
+            )
+        return self
+
+
+def find_corpus(config: CorpusConfig, *, base: Path) -> Path:
+    """The file or folder of the corpus: a local path (relative to the recipe's folder or the current one), or a snapshot of the hub's.
+
+    Raises:
+        DataError: it is neither here nor on a hub that can be reached.
+    """
+    for candidate in (base / config.path, Path(config.path)):
+        if candidate.exists():
+            return candidate
+    import huggingface_hub
+
+    try:
+        return Path(
+            huggingface_hub.snapshot_download(config.path, repo_type="dataset", revision=config.revision, allow_patterns=_HUB_FILES)
+        )
+    except Exception as error:  # a dozen kinds, from bad ids to no network
+        raise DataError(
+            f"corpus.path ({config.path!r}) is neither a file or folder here nor a dataset that the Hugging Face hub gave ({error}). "
+            "Correct the path, or download the dataset and name its folder."
+        ) from error
+
+
+def corpus_identity(config: CorpusConfig, *, source: Path, tokenizers: list[Tokenizer]) -> dict[str, Any]:
+    """What determines the corpus: its files' content, the choices of the recipe, and the tokenizers its segments fit."""
+    content: dict[str, Any]
+    if source.parent.name == "snapshots":  # a hub snapshot is named by its commit
+        content = {"hub": config.path, "commit": source.name}
+    else:
+        files = _data_files(source)
+        content = {"files": {path.relative_to(source.parent).as_posix(): file_digest(path) for path in files}}
+    free = {"name", "path", "revision", "expected_documents", "expected_bytes"}
+    return {
+        "stage": "corpus/1",
+        **content,
+        **config.model_dump(exclude=free),
+        "segmented_for": sorted(tokenizer.digest for tokenizer in tokenizers),
+    }
+
+
+def _data_files(source: Path) -> list[Path]:
+    files = [source] if source.is_file() else sorted(path for path in source.rglob("*") if _kind(path))
+    if not files or not _kind(files[0]):
+        raise DataError(f"{source} holds no data file: {', '.join(_DATA_SUFFIXES)} are read (also gzipped).")
+    return files
+
+
+def _kind(path: Path) -> str | None:
+    suffixes = [suffix for suffix in path.suffixes if suffix not in {".gz", ".zst"}]
+    return _DATA_SUFFIXES.get(suffixes[-1]) if suffixes and path.is_file() else None
+
+
+def load_splits(source: Path) -> dict[str, Any]:
+    """Load a file or folder through `datasets`: split name to `datasets.Dataset`, memory-mapped.
+
+    Raises:
+        DataError: a file cannot be read.
+    """
+    import datasets
+
+    datasets.disable_progress_bars()
+    kinds = {_kind(path) for path in _data_files(source)}
+    if len(kinds) > 1:
+        raise DataError(f"{source} mixes files of several kinds ({', '.join(sorted(map(str, kinds)))}). Keep those of one kind.")
+    (kind,) = kinds
+    try:
+        if kind == "text":  # one document per file, not per line
+            files = [str(path) for path in _data_files(source)]
+            loaded = datasets.load_dataset("text", data_files=files, sample_by="document")
+        elif source.is_file():
+            loaded = datasets.load_dataset(kind, data_files=str(source))
+        else:
+            loaded = datasets.load_dataset(str(source))
+    except Exception as error:  # `datasets` wraps whatever its readers raise
+        cause = error.__cause__ or error
+        raise DataError(f"The corpus {source} cannot be read: {type(cause).__name__}: {cause}") from error
+    return dict(loaded)
+
+
+class CorpusStage:
+    """Makes the parts of one corpus. Pickles as its arguments; the data set and the tokenizers are loaded where it runs."""
+
+    def __init__(self, dataset: Dataset, *, config: CorpusConfig, source: Path, tokenizer_folders: list[Path]) -> None:
+        self.dataset, self.config, self.source, self.tokenizer_folders = dataset, config, source, tokenizer_folders
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _corpus_stage, (self.dataset, self.config, self.source, self.tokenizer_folders)
+
+    @cached_property
+    def splits(self) -> dict[str, Any]:
+        """The source, split by split."""
+        return load_splits(self.source)
+
+    @cached_property
+    def tokenizers(self) -> list[Tokenizer]:
+        """The tokenizers whose context every segment must fit."""
+        return [Tokenizer.load(folder) for folder in self.tokenizer_folders]
+
+    @cached_property
+    def plan(self) -> "CorpusPlan":
+        """Which documents are kept, and in which part."""
+        return CorpusPlan.load(self.dataset) or self._make_plan()
+
+    def parts(self) -> list[int]:
+        """Indices of all parts that the corpus has."""
+        return list(range(len(self.plan.parts)))
+
+    def compute(self, part: int) -> PartContent:
+        """Read, cut and number the documents of one part."""
+        documents = self.plan.documents.filter(pl.col("part") == part)
+        texts = self._texts(documents)
+        segmented = segment_documents(texts, tokenizers=self.tokenizers, context_length=self.config.context_length)
+        table = (
+            documents.select("doc_id", "domain", "split", "sha256")
+            .with_columns(text=pl.Series(segmented, dtype=pl.List(pl.String)), segment=pl.Series([list(range(len(s))) for s in segmented]))
+            .explode("segment", "text")
+            .select("doc_id", pl.col("segment").cast(pl.UInt32), "domain", "split", "sha256", "text")
+        )
+        return PartContent(
+            data=table, counts={"documents": len(documents), "segments": len(table), "text_bytes": int(documents["n_bytes"].sum())}
+        )
+
+    def _texts(self, documents: pl.DataFrame) -> list[str]:
+        texts = [""] * len(documents)
+        for (split,), rows in documents.with_row_index().group_by("source_split"):
+            selected = self.splits[str(split)].select(rows["row"].to_list())
+            for index, text in zip(rows["index"].to_list(), selected[self.config.text_column], strict=True):
+                texts[index] = text
+        for doc_id, text, digest in zip(documents["doc_id"], texts, documents["sha256"], strict=True):
+            if hashlib.sha256(text.encode()).hexdigest() != digest:
+                raise DataError(f"Document {doc_id} changed since the corpus was planned. Restore {self.source}, or use another --workspace.")
+        return texts
+
+    def _make_plan(self) -> "CorpusPlan":
+        chosen = choose_documents(self.config, source=self.source, splits=self.splits)
+        return CorpusPlan.commit(self.dataset, chosen)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChosenDocuments:
+    """The documents that a corpus keeps, in order: doc_id, split, domain, sha256, n_bytes, part, and the source_split and row they are from."""
+
+    documents: pl.DataFrame
+    n_duplicates: int
+    n_empty: int
+
+
+def choose_documents(config: CorpusConfig, *, source: Path, splits: dict[str, Any]) -> ChosenDocuments:
+    """Hash all documents, drop empty ones and duplicates, order the rest at random, and fill parts with them.
+
+    Raises:
+        DataError: there is no text at all, a column is missing, or a document is not valid Unicode.
+    """
+    columns = ("source_split", "row", "split", "domain", "sha256", "n_bytes")
+    types = (pl.String, pl.Int64, pl.String, pl.String, pl.String, pl.Int64)
+    rows = pl.DataFrame(
+        list(_source_documents(config, source=source, splits=splits)), schema=dict(zip(columns, types, strict=True)), orient="row"
+    )
+    kept = rows.filter(pl.col("n_bytes") > 0)
+    n_empty = len(rows) - len(kept)
+    if not config.keep_duplicates:
+        # The held-out copy stays: text that is evaluated on must not be trained on.
+        kept = kept.sort(pl.col("split") == "train", maintain_order=True).unique("sha256", keep="first", maintain_order=True)
+    n_duplicates = len(rows) - n_empty - len(kept)
+    if not len(kept):
+        raise DataError(f"The corpus {source} has no text: {len(rows)} documents, all empty or white space.")
+    in_order = sorted(kept["split"].unique().to_list(), key=lambda split: (split != "train", split))
+    ordered = pl.concat(_ordered(kept.filter(pl.col("split") == split), config=config, split=split) for split in in_order)
+    documents = ordered.with_columns(doc_id=pl.int_range(len(ordered), dtype=pl.Int64), part=_part_numbers(ordered, config.part_bytes))
+    return ChosenDocuments(documents=documents, n_duplicates=n_duplicates, n_empty=n_empty)
+
+
+def _ordered(documents: pl.DataFrame, *, config: CorpusConfig, split: str) -> pl.DataFrame:
+    """The documents of one split in seeded random order, cut to what the recipe wants of them."""
+    chosen = documents.sort("source_split", "row")
+    chosen = chosen[np.random.default_rng([config.seed, len(chosen)]).permutation(len(chosen))]
+    if split == "train" and config.max_train_bytes is not None:
+        chosen = chosen.filter(pl.col("n_bytes").cum_sum() - pl.col("n_bytes") < config.max_train_bytes)
+    return chosen
+
+
+def _source_documents(config: CorpusConfig, *, source: Path, splits: dict[str, Any]) -> Iterator[tuple[str, int, str, str, str, int]]:
+    """(source split, row, split, domain, sha256, bytes) of every document; 0 bytes where there is nothing but white space."""
+    columns = [column for column in (config.text_column, config.domain_column, config.split_column) if column]
+    for source_split, rows in splits.items():
+        for column in columns:
+            if column not in rows.column_names:
+                raise DataError(f"The corpus {source} has no column {column!r}; it has: {', '.join(rows.column_names)}.")
+        row = 0
+        for batch in rows.select_columns(columns).with_format("arrow").iter(batch_size=1000):
+            texts = _utf8(batch.column(config.text_column), where=f"{source}, split {source_split}", first_row=row)
+            domains = batch.column(config.domain_column).to_pylist() if config.domain_column else ["all"] * len(texts)
+            named_splits = batch.column(config.split_column).to_pylist() if config.split_column else [source_split] * len(texts)
+            for text, domain, split in zip(texts, domains, named_splits, strict=True):
+                digest = hashlib.sha256(text).hexdigest()
+                held_out = split == "train" and int(digest[:13], 16) < config.held_out_fraction * 16**13
+                yield source_split, row, "test" if held_out else str(split), str(domain), digest, len(text) if text.strip() else 0
+                row += 1
+
+
+def _corpus_stage(dataset: Dataset, config: CorpusConfig, source: Path, tokenizer_folders: list[Path]) -> CorpusStage:
+    return CorpusStage(dataset, config=config, source=source, tokenizer_folders=tokenizer_folders)
+
+
+class CorpusPlan:
+    """The documents of a corpus and the parts they are in."""
+
+    def __init__(self, documents: pl.DataFrame, summary: dict[str, Any]) -> None:
+        self.documents, self.summary = documents, summary
+
+    @property
+    def parts(self) -> list[dict[str, Any]]:
+        """For each part its split and its numbers of documents and bytes."""
+        return self.summary["parts"]
+
+    @classmethod
+    def load(cls, dataset: Dataset) -> "CorpusPlan | None":
+        """The committed plan of a corpus, or None."""
+        path = dataset.folder / "plan.json"
+        if not path.exists():
+            return None
+        return cls(pl.read_parquet(dataset.folder / "documents.parquet"), json.loads(path.read_text(encoding="utf-8")))
+
+    @classmethod
+    def commit(cls, dataset: Dataset, chosen: ChosenDocuments) -> "CorpusPlan":
+        """Write the plan: the table first, then the small file that makes it exist."""
+        documents = chosen.documents
+        per_part = documents.group_by("part").agg(pl.first("split"), documents=pl.len(), text_bytes=pl.sum("n_bytes")).sort("part")
+        summary = {
+            "documents": len(documents),
+            "duplicates": chosen.n_duplicates,
+            "empty": chosen.n_empty,
+            "text_bytes": int(documents["n_bytes"].sum()),
+            "parts": per_part.drop("part").to_dicts(),
+        }
+        path = dataset.folder / "documents.parquet"
+        temporary = durable.temporary_sibling(path)
+        documents.write_parquet(temporary, compression="zstd")
+        durable.publish(temporary, to=path)
+        durable.write_json(dataset.folder / "plan.json", summary)
+        return cls(documents, summary)
+
+
+def _part_numbers(documents: pl.DataFrame, part_bytes: int) -> pl.Series:
+    """Consecutive documents of one split fill a part until it has `part_bytes` of text."""
+    numbers, part, filled, current = [], -1, 0, None
+    for split, n_bytes in zip(documents["split"], documents["n_bytes"], strict=True):
+        if split != current or filled >= part_bytes:
+            part, filled, current = part + 1, 0, split
+        filled += n_bytes
+        numbers.append(part)
+    return pl.Series(numbers, dtype=pl.Int32)
+
+
+def _utf8(column: Any, *, where: str, first_row: int) -> list[bytes]:
+    """The column's texts as bytes, each checked to be UTF-8; null is no text.
+
+    Raises:
+        DataError: the column is not text, or a document is not valid Unicode (a lone surrogate, say).
+    """
+    import pyarrow as pa
+
+    if not (pa.types.is_string(column.type) or pa.types.is_large_string(column.type) or pa.types.is_null(column.type)):
+        raise DataError(f"{where}: the text column is of type {column.type}, not text. Name another with corpus.text_column.")
+    texts = [value or b"" for value in column.cast(pa.large_binary()).to_pylist()]
+    for row, text in enumerate(texts, start=first_row):
+        try:
+            text.decode()
+        except UnicodeDecodeError as error:
+            raise DataError(f"{where}, row {row}: the text is not valid UTF-8 ({error}). Mend or remove this document.") from error
+    return texts

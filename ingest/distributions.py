@@ -1,0 +1,157 @@
+"""The stage that turns a corpus part into one model's stored next-token distributions, or likelihoods alone.
+
+Arrays of a part (T tokens, S segments, K entries; position j speaks of token j + 1 of its segment):
+
+    token_ids_T, segment_offsets          the segments as the model reads them, with bos where it was trained with one
+    doc_id_S, segment_S, n_bytes_S        which segments these are, and the length of their text in UTF-8
+    nll_S, n_predicted_S, predicted_bytes_S   negative log-likelihood (nats) of the tokens predicted, their number and their bytes
+    gold_logprob_T                        log-probability of the token that follows; NaN at a segment's last position
+    topk_ids_TK, topk_logprobs_TK, tail_logprob_T, entropy_T     where top_k > 0
+"""
+
+from functools import cached_property
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import polars as pl
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, Field
+
+from ..store.arrays import id_dtype
+from ..store.dataset import Dataset, PartContent
+from ..store.tokenizer import EncodedSegments, Tokenizer
+from .models import ModelFolder
+
+if TYPE_CHECKING:  # torch is loaded where a model is run, not where a recipe is read
+    from .forward import CausalModel, NextTokenDistributions
+
+
+class DistributionsConfig(BaseModel):
+    """The `[distributions]` of a recipe."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    top_k: int = Field(10, ge=1, le=1024, description="entries of each next-token distribution that are stored")
+
+
+def distributions_identity(model: ModelFolder, *, corpus: Dataset, dtype: str, top_k: int) -> dict[str, Any]:
+    """What determines a model's distributions on a corpus. Its name, the batch size and the device do not."""
+    return {
+        "stage": "distributions/1",
+        "corpus": corpus.fingerprint,
+        "weights": model.weights_digest,
+        "tokenizer": model.tokenizer.digest,
+        "dtype": dtype,
+        "top_k": top_k,
+        "codec": "f16",
+    }
+
+
+class DistributionsStage:
+    """Makes `distributions/<model>` (top_k > 0) or `evaluations/<model>` (top_k = 0). Pickles as its arguments."""
+
+    def __init__(
+        self, dataset: Dataset, *, corpus: Dataset, model_folder: Path, tokenizer_folder: Path, dtype: str, trust_remote_code: bool, top_k: int
+    ) -> None:
+        self.dataset, self.corpus, self.model_folder, self.tokenizer_folder = dataset, corpus, model_folder, tokenizer_folder
+        self.dtype, self.trust_remote_code, self.top_k = dtype, trust_remote_code, top_k
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name not in {"model", "tokenizer"}}
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        """The model's tokenizer, from the store."""
+        return Tokenizer.load(self.tokenizer_folder)
+
+    @cached_property
+    def model(self) -> "CausalModel":
+        """The model, loaded when the first part needs it."""
+        from .forward import CausalModel
+
+        return CausalModel(self.model_folder, dtype=self.dtype, trust_remote_code=self.trust_remote_code)
+
+    def compute(self, part: int) -> PartContent:
+        """Tokenize and run one part of the corpus.
+
+        A document that the tokenizer cannot represent, that does not fit the context, or whose logits are not finite is left out, with its
+        reason in the part's attributes under `quarantined`.
+        """
+        table = self.corpus.table(part)
+        encoded = self.tokenizer.encode_segments(table["text"].to_list())
+        reasons = self._unusable(encoded, doc_id_S=table["doc_id"].to_numpy())
+        keep_S = ~np.isin(table["doc_id"].to_numpy(), list(reasons))
+        table, encoded = table.filter(pl.Series(keep_S)), encoded.select(keep_S)
+        offsets = encoded.segment_offsets
+        found = self.model.distributions([encoded.token_ids_T[start:end] for start, end in pairwise(offsets)], top_k=self.top_k)
+
+        gold_T = np.where(_is_last(offsets), 0, found.gold_logprob_T).astype(np.float64)
+        finite_T = np.isfinite(gold_T) & np.isfinite(found.entropy_T)
+        bad_docs = np.unique(table["doc_id"].to_numpy()[_segment_sums(~finite_T, offsets) > 0])
+        reasons |= {int(doc_id): "the model's logits are not finite" for doc_id in bad_docs}
+        keep_S = ~np.isin(table["doc_id"].to_numpy(), bad_docs)
+        keep_T = np.repeat(keep_S, np.diff(offsets))
+        per_token = self._per_token(found) | {"token_ids_T": encoded.token_ids_T}
+        per_segment = self._per_segment(table, encoded) | {"nll_S": -_segment_sums(gold_T, offsets)}
+        arrays = {name: array[keep_T] for name, array in per_token.items()} | {name: array[keep_S] for name, array in per_segment.items()}
+        arrays["segment_offsets"] = encoded.select(keep_S).segment_offsets
+        quarantined = [{"doc_id": doc_id, "reason": reason} for doc_id, reason in sorted(reasons.items())]
+        counts = {
+            "documents": len(np.unique(arrays["doc_id_S"])),
+            "segments": len(arrays["doc_id_S"]),
+            "tokens": len(arrays["token_ids_T"]),
+            "quarantined": len(quarantined),
+        }
+        return PartContent(data=arrays, counts=counts, attributes={"quarantined": quarantined})
+
+    def _unusable(self, encoded: EncodedSegments, *, doc_id_S: NDArray[Any]) -> dict[int, str]:
+        """Document to reason, for those that cannot be run."""
+        reasons = {}
+        limit = self.corpus.identity["context_length"]
+        lengths_S = np.diff(encoded.segment_offsets)
+        for s in np.flatnonzero(lengths_S > limit):
+            reasons[int(doc_id_S[s])] = f"a segment has {lengths_S[s]} tokens, more than context_length ({limit})"
+        for s in np.flatnonzero(~encoded.is_lossless_S):
+            reasons[int(doc_id_S[s])] = "the tokens' bytes are not the text's: the tokenizer cannot represent this text"
+        return reasons
+
+    def _per_token(self, found: "NextTokenDistributions") -> dict[str, NDArray[Any]]:
+        arrays: dict[str, NDArray[Any]] = {
+            "gold_logprob_T": found.gold_logprob_T.astype(np.float16),
+            "entropy_T": found.entropy_T.astype(np.float16),
+        }
+        if self.top_k:
+            arrays |= {
+                "topk_ids_TK": found.topk_ids_TK.astype(id_dtype(self.model.vocab_size)),
+                "topk_logprobs_TK": found.topk_logprobs_TK.astype(np.float16),
+                "tail_logprob_T": found.tail_logprob_T.astype(np.float16),
+            }
+        return arrays
+
+    def _per_segment(self, table: pl.DataFrame, encoded: EncodedSegments) -> dict[str, NDArray[Any]]:
+        offsets = encoded.segment_offsets
+        ends_T = self.tokenizer.byte_ends(encoded.token_ids_T, segment_offsets=offsets, n_bytes_S=encoded.n_bytes_S)
+        first_bytes_S = np.zeros(len(table), np.int64)  # of the first token, which nothing predicts; 0 where it is bos
+        has_tokens_S = np.diff(offsets) > 0
+        first_bytes_S[has_tokens_S] = ends_T[offsets[:-1][has_tokens_S]]
+        return {
+            "doc_id_S": table["doc_id"].to_numpy(),
+            "segment_S": table["segment"].to_numpy(),
+            "n_bytes_S": encoded.n_bytes_S.astype(np.uint32),
+            "n_predicted_S": np.maximum(np.diff(offsets) - 1, 0).astype(np.uint32),
+            "predicted_bytes_S": (encoded.n_bytes_S - first_bytes_S).astype(np.uint32),
+        }
+
+
+def _is_last(offsets: NDArray[np.int64]) -> NDArray[np.bool_]:
+    """Which positions are the last of their segment, where there is no gold token."""
+    is_last_T = np.zeros(offsets[-1], np.bool_)
+    is_last_T[offsets[1:][np.diff(offsets) > 0] - 1] = True
+    return is_last_T
+
+
+def _segment_sums(values_T: NDArray[Any], offsets: NDArray[np.int64]) -> NDArray[Any]:
+    """Sum of each segment's values, taken segment by segment: what is not finite in one does not spoil the next."""
+    return np.array([values_T[start:end].sum() for start, end in pairwise(offsets)])

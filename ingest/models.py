@@ -1,0 +1,157 @@
+"""The models of a recipe: where their files are, and what identifies them."""
+
+import hashlib
+import json
+import struct
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from ..store.errors import DataError
+from ..store.tokenizer import Tokenizer
+from .digests import file_digest
+
+_HUB_FILES = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "*.py"]
+_EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "embed_in.weight", "word_embeddings.weight")
+
+
+class ModelConfig(BaseModel):
+    """The `[target]` or one of the `[[sources]]` of a recipe."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    name: str = Field(pattern=r"^[A-Za-z0-9]+([._-][A-Za-z0-9]+)*$", description="name of the model in the workspace")
+    model: str = Field(description="model id on the Hugging Face hub, or a folder in its format (safetensors)")
+    revision: str | None = Field(None, description="commit, tag or branch of a hub model")
+    dtype: Literal["bfloat16", "float16", "float32"] = Field("bfloat16", description="number format of the forward passes")
+    prepends_bos: bool | None = Field(None, description="start each segment with bos; by default as the model's tokenizer does")
+    trust_remote_code: bool = Field(False, description="run Python code that comes with the model")
+    expected_parameters: float | None = Field(None, gt=0, description="for --dry-run where the model is not at hand")
+    expected_vocab_size: int | None = Field(None, gt=0, description="for --dry-run where the model is not at hand")
+
+
+@dataclass(frozen=True)
+class ModelFolder:
+    """A model's files in the Hugging Face format, checked."""
+
+    config: ModelConfig
+    folder: Path
+
+    @cached_property
+    def hf_config(self) -> dict[str, Any]:
+        """The model's `config.json`; of a multimodal model, the part about text."""
+        try:
+            config = json.loads((self.folder / "config.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise DataError(f"{self.folder} is not a model folder: config.json cannot be read ({error}).") from error
+        return config.get("text_config", config)
+
+    @cached_property
+    def weight_files(self) -> list[Path]:
+        """The safetensors files, by name."""
+        files = sorted(self.folder.glob("*.safetensors"))
+        if not files:
+            raise DataError(f"{self.folder} has no *.safetensors file. Weights in other formats (pickles) are not read: convert them first.")
+        return files
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        """The model's tokenizer."""
+        return Tokenizer.from_model_folder(self.folder, prepends_bos=self.config.prepends_bos)
+
+    @cached_property
+    def weights_digest(self) -> str:
+        """SHA-256 (hex) of the weights and of the config that says how to use them; the folder's name and place do not matter."""
+        files = [*self.weight_files, self.folder / "config.json"]
+        return hashlib.sha256("".join(file_digest(path) for path in files).encode()).hexdigest()
+
+    @cached_property
+    def tensors(self) -> dict[str, dict[str, Any]]:
+        """Name to dtype and shape of every tensor, from the headers of the safetensors files."""
+        found = {}
+        for path in self.weight_files:
+            try:
+                with path.open("rb") as file:
+                    (length,) = struct.unpack("<Q", file.read(8))
+                    header = json.loads(file.read(length))
+            except (ValueError, struct.error) as error:
+                raise DataError(f"{path} is not a valid safetensors file: {error}. Download it again.") from error
+            found |= {name: tensor for name, tensor in header.items() if name != "__metadata__"}
+        return found
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of logits, as `config.json` says."""
+        return int(self.hf_config["vocab_size"])
+
+    @property
+    def n_parameters(self) -> int:
+        """Number of weights in the files."""
+        total = 0
+        for tensor in self.tensors.values():
+            size = 1
+            for length in tensor["shape"]:
+                size *= length
+            total += size
+        return total
+
+    def check(self) -> "ModelFolder":
+        """Raise DataError where config, weights and tokenizer disagree, or the weights are not all there."""
+        if "vocab_size" not in self.hf_config:
+            raise DataError(f"{self.folder}/config.json says no vocab_size.")
+        for path in self.weight_files:
+            _check_complete(path)
+        for name, tensor in self.tensors.items():
+            if name.endswith(_EMBEDDINGS) and tensor["shape"][0] != self.vocab_size:
+                raise DataError(
+                    f"{self.folder}: vocab_size of config.json ({self.vocab_size}) must equal the rows of {name} in the weights "
+                    f"({tensor['shape'][0]}). Correct config.json, or save the model again."
+                )
+        if self.tokenizer.vocab_size > self.vocab_size:
+            raise DataError(
+                f"{self.folder}: the tokenizer's vocabulary ({self.tokenizer.vocab_size}) must not be larger than vocab_size of config.json "
+                f"({self.vocab_size}). The tokenizer belongs to another model, or tokens were added without resizing the embeddings."
+            )
+        return self
+
+
+def find_model(config: ModelConfig, *, models_dir: Path, base: Path) -> ModelFolder:
+    """The folder of a model, checked: a path, else `models_dir/<last part of the id>`, else a snapshot of the hub's.
+
+    Args:
+        config: the recipe's entry.
+        models_dir: folder with models by the last part of their hub id (`--models`).
+        base: the recipe's folder, to which paths in it are relative.
+
+    Raises:
+        DataError: the model is neither here nor on a hub that can be reached, or it cannot be used.
+    """
+    for candidate in (base / config.model, Path(config.model), models_dir / config.model.rsplit("/", 1)[-1]):
+        if candidate.is_dir():
+            return ModelFolder(config, candidate).check()
+    import huggingface_hub
+
+    try:
+        snapshot = huggingface_hub.snapshot_download(config.model, revision=config.revision, allow_patterns=_HUB_FILES)
+    except Exception as error:  # a dozen kinds, from bad ids to no network
+        raise DataError(
+            f"The model {config.name} ({config.model}) is not a folder here, not in the models folder {models_dir}, and the Hugging Face hub "
+            f"did not give it ({type(error).__name__}: {str(error).splitlines()[0]}). Download it and name its folder in the recipe, or put it "
+            f"into a folder as {config.model.rsplit('/', 1)[-1]} and name that with --models."
+        ) from error
+    return ModelFolder(config, Path(snapshot)).check()
+
+
+def _check_complete(path: Path) -> None:
+    """A safetensors file that was cut short, by a broken download say, has a sound header and too few bytes."""
+    with path.open("rb") as file:
+        (length,) = struct.unpack("<Q", file.read(8).ljust(8, b"\0"))
+        if 8 + length > path.stat().st_size:
+            raise DataError(f"{path} is cut short. Download it again.")
+        header = json.loads(file.read(length))
+    expected = 8 + length + max((tensor["data_offsets"][1] for name, tensor in header.items() if name != "__metadata__"), default=0)
+    if path.stat().st_size != expected:
+        raise DataError(f"{path} must have {expected} bytes, and has {path.stat().st_size}: it was cut short. Download it again.")

@@ -1,0 +1,205 @@
+"""The recipe: a TOML file that says what to fuse into what. Read, checked as a whole, and reported on by line.
+
+Each section is the config of the stage that owns it; this module only puts them together.
+"""
+
+import difflib
+import tomllib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from .align.config import AlignmentConfig, FusionConfig
+from .ingest.corpus import CorpusConfig
+from .ingest.distributions import DistributionsConfig
+from .ingest.models import ModelConfig
+from .store.errors import UsageError
+from .train.config import TrainingConfig
+
+
+class EvaluationConfig(BaseModel):
+    """The `[evaluation]` of a recipe."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    split: str = Field("test", description="split of the corpus that the models are compared on")
+    clm_baseline: bool = Field(True, description="also train with clm_weight = 1, all else equal, and compare with it")
+
+
+class Recipe(BaseModel):
+    """What to fuse into what, and how."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    corpus: CorpusConfig
+    target: ModelConfig
+    sources: list[ModelConfig] = Field(min_length=1, description="the models to learn from; the target's own start is always one more")
+    distributions: DistributionsConfig = DistributionsConfig()
+    alignment: AlignmentConfig = AlignmentConfig()
+    fusion: FusionConfig = FusionConfig()
+    training: TrainingConfig = TrainingConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+
+    @property
+    def models(self) -> list[ModelConfig]:
+        """The target's start first, then the sources."""
+        return [self.target, *self.sources]
+
+    @property
+    def top_k(self) -> int:
+        """Entries of each fused distribution."""
+        return self.fusion.top_k or self.distributions.top_k
+
+    @property
+    def trainings(self) -> list[TrainingConfig]:
+        """The training on fused targets, and the baseline where one is wanted."""
+        if not self.evaluation.clm_baseline:
+            return [self.training]
+        return [self.training.model_copy(update={"name": CLM_BASELINE, "clm_weight": 1.0}), self.training]
+
+
+CLM_BASELINE = "clm"
+KeyPath = tuple[str | int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """One thing wrong with a recipe."""
+
+    path: KeyPath
+    text: str
+
+
+def load_recipe(path: Path) -> Recipe:
+    """Read and check a recipe.
+
+    Raises:
+        UsageError: it cannot be read, or something in it is wrong; the text lists everything at once, with lines and what would be valid.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+        data = tomllib.loads(text)
+    except OSError as error:
+        raise UsageError(f"The recipe {path} cannot be read: {error.strerror}.") from error
+    except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise UsageError(f"The recipe {path} is not valid TOML: {error}.") from error
+    recipe, problems = _validated(data)
+    if problems or recipe is None:
+        placed = sorted((line_of(text, problem.path), ".".join(map(str, problem.path)) or "recipe", problem.text) for problem in problems)
+        listed = "\n".join(f"  line {line}: {where}: {what}" for line, where, what in placed)
+        raise UsageError(f"The recipe {path} has {len(problems)} problem{'s' * (len(problems) > 1)}:\n{listed}")
+    return recipe
+
+
+def line_of(text: str, path: KeyPath) -> int:
+    """The line (from 1) on which a key's value starts, or its section if the key is not there.
+
+    It is the line after the longest beginning of the text that is valid TOML without the key.
+    """
+    while path:
+        start = 1
+        lines = text.splitlines(keepends=True)
+        for number in range(1, len(lines) + 1):
+            try:
+                data = tomllib.loads("".join(lines[:number]))
+            except tomllib.TOMLDecodeError:
+                continue  # inside a value of several lines
+            if _holds(data, path):
+                return _first_written(lines, start=start, end=number)
+            start = number + 1
+        path = path[:-1]
+    return 1
+
+
+def _first_written(lines: list[str], *, start: int, end: int) -> int:
+    return next((number for number in range(start, end + 1) if lines[number - 1].strip()), end)
+
+
+def _holds(data: Any, path: KeyPath) -> bool:
+    for key in path:
+        try:
+            data = data[key]
+        except (KeyError, IndexError, TypeError):
+            return False
+    return True
+
+
+def _validated(data: dict[str, Any]) -> tuple[Recipe | None, list[Problem]]:
+    """The recipe, if it can be made at all, and everything wrong with it.
+
+    What is wrong is noted, dropped, and the rest checked again, so that combinations are checked even where some other key is wrong.
+    """
+    problems: list[Problem] = []
+    while True:
+        try:
+            recipe = Recipe.model_validate(data)
+        except ValidationError as error:
+            found = [_problem(dict(details)) for details in error.errors()]
+            noted = {problem.path for problem in problems}  # what was dropped is not missing
+            problems += [problem for problem in found if problem.path not in noted]
+            if not any([_drop(data, problem.path) for problem in found]):
+                return None, problems
+        else:
+            return recipe, problems + list(_impossible(recipe))
+
+
+def _problem(details: dict[str, Any]) -> Problem:
+    path = tuple(details["loc"])
+    match details["type"]:
+        case "extra_forbidden":
+            valid = list(_fields_at(path[:-1]))
+            close = difflib.get_close_matches(str(path[-1]), valid, n=1)
+            hint = f"Did you mean {close[0]}? " if close else ""
+            return Problem(path, f"unknown key. {hint}Valid are: {', '.join(valid)}")
+        case "missing":
+            return Problem(path, f"is missing: {_fields_at(path[:-1])[str(path[-1])].description or 'a section'}")
+        case "value_error":
+            return Problem(path, str(details["ctx"]["error"]))
+        case _:
+            message = details["msg"].removeprefix("Input ")
+            return Problem(path, f"{details['input']!r} {message if message.startswith('should') else 'is wrong: ' + message}")
+
+
+def _fields_at(path: KeyPath) -> Mapping[str, Any]:
+    """The fields of the section at a path, by name."""
+    model: Any = Recipe
+    for key in path:
+        if isinstance(key, str):
+            annotation = model.model_fields[key].annotation
+            model = annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else ModelConfig
+    return model.model_fields
+
+
+def _drop(data: dict[str, Any], path: KeyPath) -> bool:
+    """Take a key out of the data; a section's own problem cannot be taken out without losing the section's other keys."""
+    node: Any = data
+    for key in path[:-1]:
+        if not _holds(node, (key,)):
+            return False
+        node = node[key]
+    if not path or not isinstance(node, dict) or path[-1] not in node or isinstance(node[path[-1]], dict):
+        return False
+    del node[path[-1]]
+    return True
+
+
+def _impossible(recipe: Recipe) -> Iterator[Problem]:
+    """Combinations across sections that cannot work."""
+    names: dict[str, str] = {}
+    for path, name in [(("target", "name"), recipe.target.name), *((("sources", i, "name"), s.name) for i, s in enumerate(recipe.sources))]:
+        if name in names:
+            yield Problem(path, f"{name!r} is also {names[name]}: each model needs a name of its own")
+        names[name] = ".".join(map(str, path))
+    for index, source in enumerate(recipe.sources):
+        if (source.model, source.revision) == (recipe.target.model, recipe.target.revision):
+            yield Problem(("sources", index, "model"), "is the target's start, which always is a source: remove this entry")
+    for training in recipe.trainings:
+        if training.name in names:
+            yield Problem(("training", "name"), f"{training.name!r} is also {names[training.name]}: choose another")
+    if recipe.evaluation.clm_baseline and recipe.training.name == CLM_BASELINE:
+        yield Problem(("training", "name"), f"{CLM_BASELINE!r} is the name of the baseline (evaluation.clm_baseline): choose another")
+    if recipe.evaluation.split == "train":
+        yield Problem(("evaluation", "split"), "'train' is what the models are trained on: choose another split")

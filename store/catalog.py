@@ -1,0 +1,238 @@
+"""The catalog: `catalog.duckdb`, an index of the workspace that SQL can ask, rebuildable from what is on disk.
+
+Only the coordinator writes it, and only for the moment of a fold: DuckDB lets one process at a time open a file. Everybody else opens it
+read-only, with patience.
+"""
+
+import json
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import duckdb
+import numpy as np
+import polars as pl
+
+from .dataset import Dataset, Manifest
+from .errors import DataError, WorkspaceBusy
+from .migrations import migrate
+from .workspace import Workspace
+
+# So that DuckDB 1.5 can open what a later version wrote.
+_STORAGE = {"storage_compatibility_version": "v1.5.0"}
+_PATIENCE_SECONDS = 10.0
+
+
+@contextmanager
+def reading(workspace: Workspace) -> Iterator[duckdb.DuckDBPyConnection]:
+    """The catalog, read-only and without access to other files; waits while the coordinator writes it.
+
+    Raises:
+        DataError: there is no catalog yet.
+        WorkspaceBusy: it stays locked.
+    """
+    if not workspace.catalog_path.exists():
+        raise DataError(f"{workspace.root} has no catalog yet. It appears when the first stage has run: fuseline run RECIPE.")
+    connection = _connect(workspace.catalog_path, read_only=True)
+    try:
+        connection.execute("SET enable_external_access = false")
+        yield connection
+    finally:
+        connection.close()
+
+
+def rows(connection: duckdb.DuckDBPyConnection, query: str) -> pl.DataFrame:
+    """The result of a query; empty for a statement that has none."""
+    relation = connection.sql(query)
+    return pl.DataFrame() if relation is None else relation.pl()
+
+
+def fold(workspace: Workspace) -> None:
+    """Bring the catalog up to date with what is on disk. Only the coordinator may, between two runs of stages.
+
+    Parts are immutable, so those that the catalog knows are not read again.
+    """
+    connection = _connect(workspace.catalog_path, read_only=False)
+    try:
+        migrate(connection)
+        connection.begin()
+        present = {(dataset.kind, dataset.name): dataset for dataset in workspace.datasets()}
+        for kind, name, fingerprint in connection.execute("SELECT kind, name, fingerprint FROM datasets").fetchall():
+            dataset = present.get((kind, name))
+            gone = dataset is None or dataset.fingerprint != fingerprint or _known_parts(connection, kind, name) - set(dataset.parts())
+            if gone:
+                _forget(connection, kind, name)
+        for dataset in present.values():
+            _fold_dataset(connection, dataset)
+        _fold_tokenizers(connection, workspace)
+        _fold_runs(connection, workspace)
+        connection.commit()
+    finally:
+        connection.close()
+
+
+def _connect(path: Path, *, read_only: bool) -> duckdb.DuckDBPyConnection:
+    deadline = time.monotonic() + _PATIENCE_SECONDS
+    while True:
+        try:
+            return duckdb.connect(str(path), read_only=read_only, config={} if read_only else _STORAGE)
+        except duckdb.IOException as error:
+            if "lock" not in str(error).lower():
+                raise DataError(
+                    f"{path} cannot be opened: {error}\nIt is only an index: make it anew with `fuseline store rebuild`."
+                ) from error
+            if time.monotonic() > deadline:
+                raise WorkspaceBusy(f"{path} is being written by another process. Try again in a moment.") from error
+            time.sleep(0.1)
+
+
+# Tables that hold rows of a dataset of each kind, and their column with its name.
+_TABLES_OF_KIND = {
+    "corpus": {"corpora": "corpus", "documents": "corpus"},
+    "distributions": {"segments": "model", "quarantine": "model", "models": "model"},
+    "evaluations": {"segments": "model", "quarantine": "model"},
+    "vocab_maps": {"vocab_maps": "name"},
+    "alignments": {"alignment_coverage": "name"},
+    "targets": {"targets": "name"},
+}
+_TABLES_WITH_KIND = ("segments", "quarantine")
+
+
+def _known_parts(connection: duckdb.DuckDBPyConnection, kind: str, name: str) -> set[int]:
+    return {part for (part,) in connection.execute("SELECT part FROM parts WHERE kind = ? AND name = ?", [kind, name]).fetchall()}
+
+
+def _forget(connection: duckdb.DuckDBPyConnection, kind: str, name: str) -> None:
+    for table in ("datasets", "parts"):
+        connection.execute(f"DELETE FROM {table} WHERE kind = ? AND name = ?", [kind, name])
+    for table, column in _TABLES_OF_KIND[kind].items():
+        of_kind = f"AND kind = '{kind}'" if table in _TABLES_WITH_KIND else ""
+        connection.execute(f"DELETE FROM {table} WHERE {column} = ? {of_kind}", [name])
+
+
+def _fold_dataset(connection: duckdb.DuckDBPyConnection, dataset: Dataset) -> None:
+    if not connection.execute("SELECT 1 FROM datasets WHERE kind = ? AND name = ?", [dataset.kind, dataset.name]).fetchone():
+        row = {
+            "kind": dataset.kind,
+            "name": dataset.name,
+            "fingerprint": dataset.fingerprint,
+            "identity": json.dumps(dataset.identity),
+            "description": json.dumps(dataset.description),
+        }
+        _insert(connection, "datasets", pl.DataFrame([row]))
+        if dataset.kind == "distributions":
+            columns = ("source", "weights", "tokenizer", "model_type", "vocab_size", "parameters")
+            facts = {**dataset.identity, **dataset.description}
+            _insert(connection, "models", pl.DataFrame([{"model": dataset.name, **{name: facts.get(name) for name in columns}}]))
+    if dataset.kind == "corpus":
+        _fold_plan(connection, dataset)
+    new = sorted(set(dataset.parts()) - _known_parts(connection, dataset.kind, dataset.name))
+    frames: dict[str, list[pl.DataFrame]] = {}
+    for part in new:
+        manifest = dataset.manifest(part)
+        frames.setdefault("parts", []).append(_part_row(dataset, manifest))
+        for table, frame in _part_frames(dataset, manifest).items():
+            frames.setdefault(table, []).append(frame)
+    for table, pieces in frames.items():
+        _insert(connection, table, pl.concat(pieces, how="vertical_relaxed"))
+
+
+def _part_row(dataset: Dataset, manifest: Manifest) -> pl.DataFrame:
+    row = {
+        "kind": dataset.kind,
+        "name": dataset.name,
+        "part": manifest.part,
+        "counts": json.dumps(manifest.counts),
+        "stored_bytes": manifest.n_bytes,
+        "seconds": float(manifest.producer["seconds"]),
+        "host": manifest.producer["host"],
+        "committed_at": manifest.producer["committed_at"],
+    }
+    return pl.DataFrame([row]).with_columns(pl.from_epoch(pl.col("committed_at") * 1e6, time_unit="us").cast(pl.Datetime("us")))
+
+
+def _part_frames(dataset: Dataset, manifest: Manifest) -> dict[str, pl.DataFrame]:
+    """The rows that one part adds to the tables about segments."""
+    part = manifest.part
+    match dataset.kind:
+        case "distributions" | "evaluations":
+            names = ("doc_id_S", "segment_S", "n_bytes_S", "n_predicted_S", "predicted_bytes_S", "nll_S")
+            *columns, offsets = dataset.read(part, *names, "segment_offsets")
+            labels = {"kind": dataset.kind, "model": dataset.name, "corpus": dataset.description["corpus"], "part": part}
+            frame = _frame(labels, dict(zip(names, columns, strict=True)) | {"n_tokens_S": np.diff(offsets)}).with_columns(
+                ce=pl.col("nll") / pl.col("n_predicted"), bpb=pl.col("nll") / (pl.col("predicted_bytes") * np.log(2))
+            )
+            quarantined = dataset.arrays(part).attrs["quarantined"]
+            rows = [{"kind": dataset.kind, "model": dataset.name, "part": part, **row} for row in quarantined]  # type: ignore[union-attr]
+            return {"segments": frame} | ({"quarantine": pl.DataFrame(rows)} if rows else {})
+        case "alignments":
+            names = ("doc_id_S", "segment_S", "n_positions_S", "n_aligned_S")
+            columns_of = dict(zip(names, dataset.read(part, *names), strict=True))
+            return {"alignment_coverage": _frame({"name": dataset.name, "part": part}, columns_of)}
+        case "targets":
+            names = ("doc_id_S", "segment_S", "lost_mass_S", "source_S")
+            *columns, source_S, offsets = dataset.read(part, *names, "segment_offsets")
+            sources = dict(enumerate(dataset.arrays(part).attrs["sources"]))  # type: ignore[arg-type]
+            columns_of = dict(zip(names, columns, strict=False)) | {"n_positions_S": np.diff(offsets)}
+            frame = _frame({"name": dataset.name, "part": part}, columns_of)
+            return {"targets": frame.with_columns(source=pl.Series([sources.get(int(index)) for index in source_S], dtype=pl.String))}
+        case "vocab_maps":
+            counted = dataset.table(part).group_by("rule").agg(tokens=pl.len()).with_columns(name=pl.lit(dataset.name))
+            return {"vocab_maps": counted}
+        case _:
+            return {}
+
+
+def _frame(labels: dict[str, Any], arrays: dict[str, Any]) -> pl.DataFrame:
+    columns = {name.removesuffix("_S"): array for name, array in arrays.items()}
+    return pl.DataFrame(columns).with_columns(**{name: pl.lit(value) for name, value in labels.items()})
+
+
+def _fold_plan(connection: duckdb.DuckDBPyConnection, dataset: Dataset) -> None:
+    plan = dataset.folder / "plan.json"
+    if not plan.exists() or connection.execute("SELECT 1 FROM corpora WHERE corpus = ?", [dataset.name]).fetchone():
+        return
+    summary = json.loads(plan.read_text(encoding="utf-8"))
+    row = {"corpus": dataset.name} | summary | {"parts": len(summary["parts"])}
+    _insert(connection, "corpora", pl.DataFrame([row]))
+    documents = pl.read_parquet(dataset.folder / "documents.parquet").rename({"row": "source_row"})
+    _insert(connection, "documents", documents.with_columns(corpus=pl.lit(dataset.name)))
+
+
+def _fold_tokenizers(connection: duckdb.DuckDBPyConnection, workspace: Workspace) -> None:
+    connection.execute("DELETE FROM tokenizers")
+    for folder in sorted((workspace.root / "tokenizers").glob("*/")):
+        settings = json.loads((folder / "settings.json").read_text(encoding="utf-8"))
+        vocab_size = pl.scan_parquet(folder / "token_bytes.parquet").select(pl.len()).collect().item()
+        row = [folder.name, vocab_size, settings["roles"]["bos"], settings["roles"]["eos"], settings["prepends_bos"]]
+        connection.execute("INSERT INTO tokenizers VALUES (?, ?, ?, ?, ?)", row)
+
+
+def _fold_runs(connection: duckdb.DuckDBPyConnection, workspace: Workspace) -> None:
+    for table in ("runs", "checkpoints", "metrics"):
+        connection.execute(f"DELETE FROM {table}")
+    for run in workspace.runs():
+        status = "interrupted" if run["status"] == "running" else run["status"]  # the fold runs between stages: this one was killed
+        row = [run["run"], run["stage"], run["dataset"], status, run["started_at"], run["ended_at"], run["host"], run["fuseline"]]
+        documents = [json.dumps(run["parameters"]), json.dumps(run["metrics"])]
+        moments = "make_timestamp((? * 1e6)::BIGINT), make_timestamp((? * 1e6)::BIGINT)"
+        connection.execute(f"INSERT INTO runs VALUES (?, ?, ?, ?, {moments}, ?, ?, ?, ?)", row + documents)
+    for folder in sorted(path.parent for path in (workspace.root / "runs").glob("*/job.json")):
+        for path in sorted((folder / "checkpoints").glob("step-*")):
+            step = int(path.name.removeprefix("step-"))
+            connection.execute("INSERT INTO checkpoints VALUES (?, ?, ?)", [folder.name, step, str(path.relative_to(workspace.root))])
+        lines = (folder / "metrics.jsonl").read_text(encoding="utf-8") if (folder / "metrics.jsonl").exists() else ""
+        records = [json.loads(line) for line in lines.splitlines(keepends=True) if line.endswith("\n")]
+        if records:
+            _insert(connection, "metrics", pl.DataFrame(records, infer_schema_length=None).with_columns(training=pl.lit(folder.name)))
+
+
+def _insert(connection: duckdb.DuckDBPyConnection, table: str, frame: pl.DataFrame) -> None:
+    """Insert the frame's columns that the table has."""
+    columns = [row[0] for row in connection.execute(f"DESCRIBE {table}").fetchall()]
+    new_rows = frame.select([name for name in columns if name in frame.columns]).to_arrow()
+    connection.register("new_rows", new_rows)
+    connection.execute(f"INSERT INTO {table} BY NAME SELECT * FROM new_rows")
+    connection.unregister("new_rows")

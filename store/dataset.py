@@ -1,0 +1,251 @@
+"""A dataset is all parts of one product of a stage; a part exists when, and only when, its manifest does.
+
+    <dataset>/dataset.json             what the dataset is: its identity, hashed to its fingerprint
+    <dataset>/part-00042.zarr          arrays (or part-00042.parquet, a table): immutable once the manifest is there
+    <dataset>/part-00042.json          the manifest: fingerprint, counts, checksums, producer; its appearance is the commit
+
+Readers look only at parts with a manifest. A Zarr chunk that is missing reads back as zeros without an error, so nothing that no manifest
+names is ever read.
+"""
+
+import json
+import os
+import platform
+import time
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import polars as pl
+import zarr
+from numpy.typing import NDArray
+
+from .. import __version__
+from . import durable
+from .arrays import Arrays, write_group
+from .errors import DamagedPart, FingerprintMismatch
+from .fingerprint import Identity, differences, fingerprint
+
+SCHEMA_VERSION = 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PartContent:
+    """What a stage computed for one part, before it is committed."""
+
+    data: Arrays | pl.DataFrame
+    counts: Mapping[str, int]  # documents, segments, tokens, …: summed by `status`
+    attributes: Mapping[str, Any] | None = None  # small facts stored beside the arrays
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Manifest:
+    """The small file that makes a part exist."""
+
+    fingerprint: str
+    part: int
+    payload: str  # name of the folder or file beside the manifest
+    counts: dict[str, int]
+    files: dict[str, tuple[int, int]]  # path inside the payload ("" for a file) -> bytes, CRC-32
+    producer: dict[str, Any]  # version, host, time of commit, seconds of computing
+    schema_version: int = SCHEMA_VERSION
+
+    @property
+    def n_bytes(self) -> int:
+        """Bytes on disk of the part's payload."""
+        return sum(size for size, _ in self.files.values())
+
+
+@dataclass(frozen=True, slots=True)
+class Dataset:
+    """The parts of one product under one folder; all of them were made from the same identity."""
+
+    folder: Path
+    identity: Identity
+    description: Mapping[str, Any]  # facts that do not determine the content: where a model came from, its domains' names
+
+    @classmethod
+    def create(cls, folder: Path, *, identity: Identity, description: Mapping[str, Any] | None = None) -> Self:
+        """Open the dataset of this identity, making its folder if need be.
+
+        Raises:
+            FingerprintMismatch: the folder holds a dataset of another identity; the text shows both, key by key.
+        """
+        dataset = cls(folder, identity, dict(description or {}))
+        if (folder / "dataset.json").exists():
+            stored = cls.open(folder)
+            stored.require(identity)
+            return stored
+        folder.mkdir(parents=True, exist_ok=True)
+        record = {"fingerprint": dataset.fingerprint, "identity": identity, "description": dataset.description}
+        durable.write_json(folder / "dataset.json", record)
+        return cls.open(folder)
+
+    @classmethod
+    def open(cls, folder: Path) -> Self:
+        """Open a dataset that exists, whatever its identity.
+
+        Raises:
+            DamagedPart: there is no readable `dataset.json`.
+        """
+        try:
+            record = json.loads((folder / "dataset.json").read_text(encoding="utf-8"))
+            dataset = cls(folder, record["identity"], record["description"])
+        except (OSError, ValueError, KeyError) as error:
+            raise DamagedPart(f"{folder} is not a dataset of a workspace: dataset.json cannot be read ({error}).") from error
+        if dataset.fingerprint != record["fingerprint"]:
+            raise DamagedPart(f"{folder / 'dataset.json'} was changed by hand: its identity does not hash to its fingerprint.")
+        return dataset
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of the identity (`fingerprint.fingerprint`)."""
+        return fingerprint(self.identity)
+
+    @property
+    def name(self) -> str:
+        """Name inside its kind: `gemma-3-270m`, `gemma-3-270m--smollm2`."""
+        return self.folder.name
+
+    @property
+    def kind(self) -> str:
+        """`corpus`, `distributions`, `alignments`, `targets` or `evaluations`."""
+        return self.folder.parent.name
+
+    def require(self, identity: Identity) -> None:
+        """Raise FingerprintMismatch, naming each key that differs, unless this is the dataset of the given identity."""
+        if fingerprint(identity) == self.fingerprint:
+            return
+        lines = "\n  ".join(differences(self.identity, identity))
+        raise FingerprintMismatch(
+            f"{self.kind}/{self.name} was made from other inputs than the recipe asks for:\n  {lines}\n"
+            f"Give the dataset another name in the recipe, use another --workspace, or remove {self.folder} to make it again."
+        )
+
+    def parts(self) -> list[int]:
+        """Indices of the committed parts, ascending."""
+        return sorted(int(path.stem.removeprefix("part-")) for path in self.folder.glob("part-*.json"))
+
+    def manifest(self, part: int) -> Manifest:
+        """The manifest of a committed part.
+
+        Raises:
+            DamagedPart: it is missing or cannot be read.
+            FingerprintMismatch: it belongs to a dataset of another identity.
+        """
+        path = self._path(part, ".json")
+        try:
+            record = json.loads(path.read_text(encoding="utf-8"))
+            files = {name: (size, crc) for name, (size, crc) in record.pop("files").items()}
+            manifest = Manifest(**record, files=files)
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            raise DamagedPart(f"The manifest {path} cannot be read ({error}). Remove it: the part is then made again.") from error
+        if manifest.fingerprint != self.fingerprint:
+            raise FingerprintMismatch(f"{path} belongs to another dataset (fingerprint {manifest.fingerprint[:12]}…). Remove it.")
+        return manifest
+
+    def commit(self, part: int, *, content: PartContent, seconds: float) -> Manifest:
+        """Write a part durably: payload to a temporary sibling, fsync, rename, then the manifest in the same way.
+
+        A part that is already committed stays as it is: parts are functions of their inputs, so both are the same.
+        """
+        if self._path(part, ".json").exists():
+            return self.manifest(part)
+        payload = self._path(part, ".parquet" if isinstance(content.data, pl.DataFrame) else ".zarr")
+        temporary = durable.temporary_sibling(payload)
+        if isinstance(content.data, pl.DataFrame):
+            content.data.write_parquet(temporary, compression="zstd")
+        else:
+            write_group(temporary, arrays=content.data, attributes=content.attributes or {})
+        files = _checksums(temporary)
+        durable.publish(temporary, to=payload)
+        manifest = Manifest(
+            fingerprint=self.fingerprint,
+            part=part,
+            payload=payload.name,
+            counts=dict(content.counts),
+            files=files,
+            producer={"fuseline": __version__, "host": platform.node(), "committed_at": time.time(), "seconds": round(seconds, 3)},
+        )
+        record = {name: getattr(manifest, name) for name in Manifest.__slots__}
+        durable.write_json(self._path(part, ".json"), record)
+        return manifest
+
+    def arrays(self, part: int) -> zarr.Group:
+        """The Zarr group of a committed part, read-only.
+
+        Raises:
+            DamagedPart: the manifest or the folder it names is missing.
+        """
+        payload = self.folder / self.manifest(part).payload
+        try:
+            return zarr.open_consolidated(zarr.storage.LocalStore(payload, read_only=True), mode="r")
+        except (OSError, ValueError, KeyError) as error:
+            raise DamagedPart(f"{payload} is named by its manifest but cannot be opened ({error}). {self._remedy(part)}") from error
+
+    def read(self, part: int, *names: str) -> tuple[NDArray[Any], ...]:
+        """Whole arrays of a committed part, decoded and checked against their checksums.
+
+        Raises:
+            DamagedPart: an array is missing or does not match its checksum.
+        """
+        group = self.arrays(part)
+        manifest = self.manifest(part)
+        payload, files = self.folder / manifest.payload, manifest.files
+        arrays = []
+        for name in names:
+            # Zarr would read a missing chunk as zeros.
+            if not all((payload / path).exists() for path in files if path.startswith(f"{name}/")):
+                raise DamagedPart(f"{payload}: the array {name} is missing. {self._remedy(part)}")
+            try:
+                arrays.append(np.asarray(group[name][...]))
+            except (OSError, ValueError, RuntimeError, KeyError) as error:
+                raise DamagedPart(f"{payload}: the array {name} cannot be read ({error}). {self._remedy(part)}") from error
+        return tuple(arrays)
+
+    def table(self, part: int) -> pl.DataFrame:
+        """The table of a committed Parquet part.
+
+        Raises:
+            DamagedPart: it is missing or unreadable.
+        """
+        path = self.folder / self.manifest(part).payload
+        try:
+            return pl.read_parquet(path)
+        except (OSError, pl.exceptions.PolarsError) as error:
+            raise DamagedPart(f"{path} is named by its manifest but cannot be read ({error}). {self._remedy(part)}") from error
+
+    def discard(self, part: int) -> None:
+        """Forget a part: its manifest first, so that a reader never sees a part that is half gone."""
+        payload = self.folder / self.manifest(part).payload
+        durable.remove(self._path(part, ".json"))
+        durable.remove(payload)
+
+    def _path(self, part: int, suffix: str) -> Path:
+        return self.folder / f"part-{part:05d}{suffix}"
+
+    def _remedy(self, part: int) -> str:
+        return f"Remove {self._path(part, '.json')} and run the stage again: only this part is made anew."
+
+
+def _checksums(payload: Path) -> dict[str, tuple[int, int]]:
+    if payload.is_file():
+        return {"": _size_and_crc(payload)}
+    found = {}
+    for folder, _, names in os.walk(payload):
+        for name in names:
+            path = Path(folder, name)
+            found[path.relative_to(payload).as_posix()] = _size_and_crc(path)
+    return dict(sorted(found.items()))
+
+
+def _size_and_crc(path: Path) -> tuple[int, int]:
+    crc = size = 0
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            crc = zlib.crc32(block, crc)
+            size += len(block)
+    return size, crc

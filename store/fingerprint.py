@@ -1,0 +1,35 @@
+"""A dataset's identity is a hash over what determines its content; two identities are compared key by key."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import Any
+
+Identity = Mapping[str, Any]
+
+
+def fingerprint(identity: Identity) -> str:
+    """SHA-256 (hex) of the identity's canonical JSON: keys sorted, no spaces, so the order of keys does not matter."""
+    canonical = json.dumps(identity, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def differences(stored: Identity, asked: Identity) -> list[str]:
+    """One line for each key in which two identities differ, nested keys joined by dots: `top_k: stored 10, asked for 32`."""
+    left, right = _flat(stored), _flat(asked)
+    missing = "nothing"
+    return [
+        f"{key}: stored {left.get(key, missing)}, asked for {right.get(key, missing)}"
+        for key in sorted(left.keys() | right.keys())
+        if left.get(key, missing) != right.get(key, missing)
+    ]
+
+
+def _flat(identity: Identity, prefix: str = "") -> dict[str, str]:
+    flat: dict[str, str] = {}
+    for key, value in identity.items():
+        if isinstance(value, Mapping):
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = json.dumps(value, ensure_ascii=False)
+    return flat

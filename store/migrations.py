@@ -1,0 +1,56 @@
+"""The catalog's tables, as ordered migrations: each is applied in one transaction together with its record."""
+
+import duckdb
+
+_TABLES = """
+CREATE TABLE datasets (
+    kind VARCHAR, name VARCHAR, fingerprint VARCHAR, identity JSON, description JSON, PRIMARY KEY (kind, name));
+CREATE TABLE parts (
+    kind VARCHAR, name VARCHAR, part INTEGER, counts JSON, stored_bytes BIGINT, seconds DOUBLE, host VARCHAR, committed_at TIMESTAMP);
+CREATE TABLE corpora (
+    corpus VARCHAR, documents BIGINT, duplicates BIGINT, empty BIGINT, text_bytes BIGINT, parts BIGINT);
+CREATE TABLE documents (
+    corpus VARCHAR, doc_id BIGINT, split VARCHAR, domain VARCHAR, sha256 VARCHAR, n_bytes BIGINT, part INTEGER, source_split VARCHAR,
+    source_row BIGINT);
+CREATE TABLE models (
+    model VARCHAR, source VARCHAR, weights VARCHAR, tokenizer VARCHAR, model_type VARCHAR, vocab_size BIGINT, parameters BIGINT);
+CREATE TABLE tokenizers (
+    tokenizer VARCHAR, vocab_size BIGINT, bos BIGINT, eos BIGINT, prepends_bos BOOLEAN);
+CREATE TABLE segments (
+    kind VARCHAR, model VARCHAR, corpus VARCHAR, part INTEGER, doc_id BIGINT, segment BIGINT, n_bytes BIGINT, n_tokens BIGINT, n_predicted BIGINT,
+    predicted_bytes BIGINT, nll DOUBLE, ce DOUBLE, bpb DOUBLE);
+CREATE TABLE quarantine (
+    kind VARCHAR, model VARCHAR, part INTEGER, doc_id BIGINT, reason VARCHAR);
+CREATE TABLE vocab_maps (
+    name VARCHAR, rule VARCHAR, tokens BIGINT);
+CREATE TABLE alignment_coverage (
+    name VARCHAR, part INTEGER, doc_id BIGINT, segment BIGINT, n_positions BIGINT, n_aligned BIGINT);
+CREATE TABLE targets (
+    name VARCHAR, part INTEGER, doc_id BIGINT, segment BIGINT, source VARCHAR, n_positions BIGINT, lost_mass DOUBLE);
+CREATE TABLE runs (
+    run VARCHAR, stage VARCHAR, dataset VARCHAR, status VARCHAR, started_at TIMESTAMP, ended_at TIMESTAMP, host VARCHAR, fuseline VARCHAR,
+    parameters JSON, metrics JSON);
+CREATE TABLE checkpoints (
+    training VARCHAR, step BIGINT, path VARCHAR);
+CREATE TABLE metrics (
+    training VARCHAR, step BIGINT, loss DOUBLE, clm_loss DOUBLE, fusion_loss DOUBLE, grad_norm DOUBLE, learning_rate DOUBLE, tokens BIGINT,
+    tokens_per_second DOUBLE, data_wait_seconds DOUBLE);
+CREATE VIEW evaluations AS
+    SELECT model, split, domain, count(DISTINCT doc_id) AS documents, sum(n_predicted)::BIGINT AS n_tokens,
+        sum(predicted_bytes)::BIGINT AS n_bytes, sum(nll) AS nll, exp(sum(nll) / sum(n_predicted)) AS perplexity,
+        sum(nll) / (ln(2) * sum(predicted_bytes)) AS bpb
+    FROM segments JOIN documents USING (corpus, doc_id) WHERE kind = 'evaluations' GROUP BY model, split, domain;
+"""
+
+MIGRATIONS = (_TABLES,)
+
+
+def migrate(connection: duckdb.DuckDBPyConnection) -> None:
+    """Apply the migrations that this catalog has not seen."""
+    connection.execute("CREATE TABLE IF NOT EXISTS migrations (version INTEGER PRIMARY KEY, applied_at TIMESTAMP)")
+    (done,) = connection.execute("SELECT count(*) FROM migrations").fetchone() or (0,)
+    for version, statements in enumerate(MIGRATIONS[done:], start=done + 1):
+        connection.begin()
+        connection.execute(statements)
+        connection.execute("INSERT INTO migrations VALUES (?, now()::TIMESTAMP)", [version])
+        connection.commit()

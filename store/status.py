@@ -1,0 +1,91 @@
+"""What a workspace holds and lacks, read from the files themselves: true also while a stage runs and the catalog lags behind."""
+
+import json
+from dataclasses import dataclass
+
+from .workspace import Workspace
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DatasetStatus:
+    """How far one dataset is."""
+
+    kind: str
+    name: str
+    parts: int
+    expected_parts: int | None  # None where nobody has planned it yet
+    tokens: int
+    stored_bytes: int
+    tokens_per_second: float | None  # of computing, over all parts
+    seconds_left: float | None  # at that rate, in one process
+    left_out: int  # documents in quarantine
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainingStatus:
+    """How far one training is."""
+
+    name: str
+    step: int
+    loss: float | None
+    tokens_per_second: float | None
+    done: bool
+
+
+def dataset_statuses(workspace: Workspace) -> list[DatasetStatus]:
+    """Every dataset of the workspace, in the order of the pipeline."""
+    plans = {
+        dataset.name: json.loads((dataset.folder / "plan.json").read_text(encoding="utf-8"))["parts"]
+        for dataset in workspace.datasets()
+        if (dataset.folder / "plan.json").exists()
+    }
+    splits = [part["split"] for parts in plans.values() for part in parts]
+    statuses = []
+    for dataset in workspace.datasets():
+        manifests = [dataset.manifest(part) for part in dataset.parts()]
+        expected: int | None
+        match dataset.kind:
+            case "corpus":
+                expected = len(plans[dataset.name]) if dataset.name in plans else None
+            case "vocab_maps":
+                expected = 1
+            case "evaluations":
+                expected = splits.count(dataset.description["split"])
+            case _:
+                expected = splits.count("train")
+        tokens = sum(manifest.counts.get("tokens", 0) for manifest in manifests)
+        seconds = sum(manifest.producer["seconds"] for manifest in manifests)
+        left = None if expected is None or not manifests else (expected - len(manifests)) * seconds / len(manifests)
+        statuses.append(
+            DatasetStatus(
+                kind=dataset.kind,
+                name=dataset.name,
+                parts=len(manifests),
+                expected_parts=expected,
+                tokens=tokens,
+                stored_bytes=sum(manifest.n_bytes for manifest in manifests),
+                tokens_per_second=tokens / seconds if tokens and seconds else None,
+                seconds_left=left,
+                left_out=sum(manifest.counts.get("quarantined", 0) for manifest in manifests),
+            )
+        )
+    return statuses
+
+
+def training_statuses(workspace: Workspace) -> list[TrainingStatus]:
+    """Every training that was begun."""
+    statuses = []
+    for folder in sorted(path.parent for path in (workspace.root / "runs").glob("*/job.json")):
+        lines = (folder / "metrics.jsonl").read_bytes().splitlines(keepends=True) if (folder / "metrics.jsonl").exists() else []
+        records = [json.loads(line) for line in lines if line.endswith(b"\n")]
+        last = records[-1] if records else {}
+        statuses.append(
+            TrainingStatus(
+                name=folder.name,
+                step=last.get("step", 0),
+                loss=last.get("loss"),
+                tokens_per_second=last.get("tokens_per_second"),
+                done=(folder / "done.json").exists(),
+            )
+        )
+    return statuses

@@ -1,0 +1,284 @@
+"""A tokenizer as the store keeps it: its `tokenizer.json`, the bytes of each of its tokens, and the ids that have a role.
+
+The raw `tokenizer.json` is used, through the `tokenizers` library: `AutoTokenizer` of transformers 5 rebuilds some tokenizers with another
+pre-tokenizer (31 of 46 published test vectors match for Llama-2; all 46 do with the raw file).
+
+Text is data. Control tokens that appear literally in a document (`</s>`, `<|endoftext|>`) are encoded as ordinary text.
+
+Axes: V tokens of the vocabulary, T tokens of many segments, S segments.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import polars as pl
+import tokenizers
+from numpy.typing import NDArray
+
+from . import durable
+from .arrays import id_dtype
+from .errors import DataError
+
+ROLES = ("bos", "eos", "pad", "unk")
+WORD_START = "▁"  # how SentencePiece writes a space inside a token
+_BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
+_CONTROL_TOKEN = re.compile(r"<\|.*\|>|</?s>", re.DOTALL)
+
+
+@dataclass(frozen=True, slots=True)
+class TokenBytes:
+    """The bytes each token stands for. Special tokens, and ids without a token, stand for none."""
+
+    buffer_B: NDArray[np.uint8]  # all tokens' bytes, one after another
+    offsets_V1: NDArray[np.int64]  # token v's bytes are buffer_B[offsets_V1[v] : offsets_V1[v + 1]]
+    is_special_V: NDArray[np.bool_]  # control tokens: they never stand for text
+
+    @classmethod
+    def from_list(cls, token_bytes: Sequence[bytes], *, is_special_V: NDArray[np.bool_]) -> Self:
+        """Pack a list of byte strings."""
+        lengths = np.fromiter(map(len, token_bytes), np.int64, len(token_bytes))
+        return cls(np.frombuffer(b"".join(token_bytes), np.uint8), np.concatenate([[0], np.cumsum(lengths)]), is_special_V)
+
+    @property
+    def lengths_V(self) -> NDArray[np.int64]:
+        """Number of bytes of each token."""
+        return np.diff(self.offsets_V1)
+
+    def __len__(self) -> int:
+        return len(self.is_special_V)
+
+    def __getitem__(self, token_id: int) -> bytes:
+        return self.buffer_B[self.offsets_V1[token_id] : self.offsets_V1[token_id + 1]].tobytes()
+
+    def to_list(self) -> list[bytes]:
+        """The byte string of every token, by id."""
+        data, ends = self.buffer_B.tobytes(), self.offsets_V1.tolist()
+        return [data[start:end] for start, end in zip(ends[:-1], ends[1:], strict=True)]
+
+    def concatenate(self, token_ids_T: NDArray[Any]) -> NDArray[np.uint8]:
+        """The bytes of a sequence of tokens, one after another."""
+        lengths_T = self.lengths_V[token_ids_T]
+        starts_T = self.offsets_V1[:-1][token_ids_T]
+        shift_T = starts_T - (np.cumsum(lengths_T) - lengths_T)
+        return self.buffer_B[np.repeat(shift_T, lengths_T) + np.arange(lengths_T.sum())]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EncodedSegments:
+    """Token ids of several segments, with the beginning-of-sequence token where the model was trained with one."""
+
+    token_ids_T: NDArray[Any]  # uint16 or uint32
+    segment_offsets: NDArray[np.int64]  # segment s is token_ids_T[segment_offsets[s] : segment_offsets[s + 1]]
+    n_bytes_S: NDArray[np.int64]  # length of each segment's text in UTF-8
+    is_lossless_S: NDArray[np.bool_]  # the tokens' bytes are exactly the segment's bytes
+
+    def select(self, keep_S: NDArray[np.bool_]) -> "EncodedSegments":
+        """The segments for which `keep_S` is true."""
+        lengths_S = np.diff(self.segment_offsets)
+        return EncodedSegments(
+            token_ids_T=self.token_ids_T[np.repeat(keep_S, lengths_S)],
+            segment_offsets=np.concatenate([[0], np.cumsum(lengths_S[keep_S])]),
+            n_bytes_S=self.n_bytes_S[keep_S],
+            is_lossless_S=self.is_lossless_S[keep_S],
+        )
+
+
+class Tokenizer:
+    """Encodes text and knows the bytes of every token."""
+
+    def __init__(self, definition: str, *, roles: dict[str, int | None], prepends_bos: bool) -> None:
+        """Make it from the text of a `tokenizer.json`, the ids of the roles in `ROLES`, and whether sequences start with bos.
+
+        Raises:
+            DataError: the definition is not a tokenizer, or one that does not keep the text (WordPiece).
+        """
+        self.definition, self.roles, self.prepends_bos = definition, roles, prepends_bos
+        self.backend = _backend(definition)
+        self.is_byte_level = "ByteLevel" in repr(self.backend.pre_tokenizer) + repr(self.backend.decoder)
+        if not self.is_byte_level and WORD_START not in definition and '"Metaspace"' not in definition:
+            raise DataError("The tokenizer is neither byte-level nor SentencePiece-style; one that loses text (WordPiece) cannot be aligned.")
+        self._encode_control_tokens_as_text()
+
+    def _encode_control_tokens_as_text(self) -> None:
+        added = self.backend.get_added_tokens_decoder()
+        of_role = {added[token_id].content for token_id in self.roles.values() if token_id in added}
+        unmarked = [
+            token.content
+            for token in added.values()
+            if not token.special and (token.content in of_role or _CONTROL_TOKEN.fullmatch(token.content))
+        ]
+        self.backend.add_special_tokens([tokenizers.AddedToken(content, special=True) for content in unmarked])
+        self.backend.encode_special_tokens = True
+
+    @classmethod
+    def from_model_folder(cls, folder: Path, *, prepends_bos: bool | None = None) -> Self:
+        """Read the tokenizer of a model in the Hugging Face format.
+
+        Args:
+            folder: holds `tokenizer.json` and usually `tokenizer_config.json`.
+            prepends_bos: whether sequences start with bos; by default what the model's own tokenizer does.
+
+        Raises:
+            DataError: the folder holds no tokenizer, or not one that can be used.
+        """
+        path = folder / "tokenizer.json"
+        if not path.exists():
+            raise DataError(f"{folder} has no tokenizer.json. Save the model's fast tokenizer into it (tokenizer.save_pretrained).")
+        config_path = folder / "tokenizer_config.json"
+        try:
+            config = json.loads(config_path.read_text(encoding="utf-8")) if config_path.exists() else {}
+            tokenizer = cls(path.read_text(encoding="utf-8"), roles=dict.fromkeys(ROLES), prepends_bos=False)
+        except (DataError, ValueError) as error:
+            raise DataError(f"{folder}: {error}") from error
+        tokenizer.roles = {role: _role_id(tokenizer.backend, config.get(f"{role}_token")) for role in ROLES}
+        tokenizer._encode_control_tokens_as_text()
+        bos = tokenizer.roles["bos"]
+        if prepends_bos is None:
+            starts_with_bos = tokenizer.backend.encode("a", add_special_tokens=True).ids[:1] == [bos]
+            prepends_bos = bool(config.get("add_bos_token", starts_with_bos))
+        if prepends_bos and bos is None:
+            raise DataError(f"{folder}: sequences must start with bos, but tokenizer_config.json names no bos_token.")
+        tokenizer.prepends_bos = prepends_bos
+        return tokenizer
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 (hex) of all that determines how text becomes ids."""
+        settings = json.dumps([self.roles, self.prepends_bos], sort_keys=True)
+        return hashlib.sha256(f"{settings}\n{self.definition}".encode()).hexdigest()
+
+    @property
+    def vocab_size(self) -> int:
+        """One more than the highest id."""
+        return len(self.token_bytes)
+
+    @cached_property
+    def token_bytes(self) -> TokenBytes:
+        """The bytes of every token of the vocabulary."""
+        vocabulary = self.backend.get_vocab(with_added_tokens=True)
+        added = self.backend.get_added_tokens_decoder()
+        table = [b""] * (max(vocabulary.values()) + 1)
+        special_V = np.zeros(len(table), np.bool_)
+        for token, token_id in vocabulary.items():
+            if token_id in added and added[token_id].special:
+                special_V[token_id] = True
+            elif token_id in added and WORD_START not in token:
+                table[token_id] = added[token_id].content.encode()
+            else:
+                table[token_id] = _byte_level_bytes(token) if self.is_byte_level else _sentencepiece_bytes(token)
+        if self.roles["unk"] is not None:
+            special_V[self.roles["unk"]], table[self.roles["unk"]] = True, b""
+        return TokenBytes.from_list(table, is_special_V=special_V)
+
+    @cached_property
+    def has_dummy_prefix(self) -> bool:
+        """Whether a space that is not in the text is put before its first word, as SentencePiece does."""
+        ids = self.backend.encode("a", add_special_tokens=False).ids
+        return b"".join(self.token_bytes[token_id] for token_id in ids) == b" a"
+
+    def encode(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of each text, without special tokens of any kind."""
+        return [encoding.ids for encoding in self.backend.encode_batch_fast(texts, add_special_tokens=False)]
+
+    def encode_segments(self, texts: Sequence[str]) -> EncodedSegments:
+        """Token ids of segments as the model reads them, and whether each segment's bytes can be had back from its tokens."""
+        bos = [self.roles["bos"]] if self.prepends_bos else []
+        ids = [bos + ids for ids in self.encode(texts)]
+        offsets = np.concatenate([[0], np.cumsum([len(segment) for segment in ids])]).astype(np.int64)
+        token_ids_T = np.fromiter((token for segment in ids for token in segment), id_dtype(self.vocab_size), int(offsets[-1]))
+        texts_bytes = [text.encode() for text in texts]
+        n_bytes_S = np.fromiter(map(len, texts_bytes), np.int64, len(texts))
+        decoded = self.decode_segments(token_ids_T, segment_offsets=offsets, n_bytes_S=n_bytes_S)
+        lossless_S = np.fromiter(map(bytes.__eq__, texts_bytes, decoded), np.bool_, len(texts))
+        return EncodedSegments(token_ids_T=token_ids_T, segment_offsets=offsets, n_bytes_S=n_bytes_S, is_lossless_S=lossless_S)
+
+    def decode_segments(
+        self, token_ids_T: NDArray[Any], *, segment_offsets: NDArray[np.int64], n_bytes_S: NDArray[np.int64]
+    ) -> list[bytes]:
+        """The text, in UTF-8, that each segment's tokens stand for."""
+        data = self.token_bytes.concatenate(token_ids_T).tobytes()
+        starts_S, ends_S = self._byte_spans(token_ids_T, segment_offsets=segment_offsets, n_bytes_S=n_bytes_S)
+        return [data[start:end] for start, end in zip(starts_S.tolist(), ends_S.tolist(), strict=True)]
+
+    def byte_ends(
+        self, token_ids_T: NDArray[Any], *, segment_offsets: NDArray[np.int64], n_bytes_S: NDArray[np.int64]
+    ) -> NDArray[np.int64]:
+        """The byte offset in its segment at which each token ends (e_j and f_i of the method); 0 for a leading bos."""
+        starts_S, _ = self._byte_spans(token_ids_T, segment_offsets=segment_offsets, n_bytes_S=n_bytes_S)
+        ends_T = np.cumsum(self.token_bytes.lengths_V[token_ids_T])
+        return np.maximum(ends_T - np.repeat(starts_S, np.diff(segment_offsets)), 0)
+
+    def _byte_spans(
+        self, token_ids_T: NDArray[Any], *, segment_offsets: NDArray[np.int64], n_bytes_S: NDArray[np.int64]
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Where each segment's text starts and ends in its tokens' concatenated bytes.
+
+        A dummy prefix is one byte more than the text has. Some tokenizers leave it out where the text starts with a space itself, so the
+        lengths decide, segment by segment.
+        """
+        bounds = np.concatenate([[0], np.cumsum(self.token_bytes.lengths_V[token_ids_T])])[segment_offsets]
+        starts_S, ends_S = bounds[:-1], bounds[1:]
+        return starts_S + (self.has_dummy_prefix & (ends_S - starts_S == n_bytes_S + 1)), ends_S
+
+    def save(self, folder: Path) -> None:
+        """Write `tokenizer.json`, `roles.json` and `token_bytes.parquet` (id, bytes, is_special), unless they are there."""
+        if folder.exists():
+            return
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        temporary = durable.temporary_sibling(folder)
+        temporary.mkdir()
+        (temporary / "tokenizer.json").write_text(self.definition, encoding="utf-8")
+        settings = {"roles": self.roles, "prepends_bos": self.prepends_bos}
+        (temporary / "settings.json").write_text(json.dumps(settings), encoding="utf-8")
+        columns = {"token_id": range(self.vocab_size), "bytes": self.token_bytes.to_list(), "is_special": self.token_bytes.is_special_V}
+        pl.DataFrame(columns, schema={"token_id": pl.UInt32, "bytes": pl.Binary, "is_special": pl.Boolean}).write_parquet(
+            temporary / "token_bytes.parquet"
+        )
+        durable.publish(temporary, to=folder)
+
+    @classmethod
+    def load(cls, folder: Path) -> Self:
+        """Read what `save` wrote."""
+        settings = json.loads((folder / "settings.json").read_text(encoding="utf-8"))
+        return cls((folder / "tokenizer.json").read_text(encoding="utf-8"), **settings)
+
+
+def _backend(definition: str) -> tokenizers.Tokenizer:
+    try:
+        backend = tokenizers.Tokenizer.from_str(definition)
+    except Exception as error:  # the library raises a bare Exception
+        raise DataError(f"tokenizer.json cannot be read: {error}") from error
+    backend.no_truncation()
+    backend.no_padding()
+    return backend
+
+
+def _role_id(backend: tokenizers.Tokenizer, token: str | dict[str, Any] | None) -> int | None:
+    content = token.get("content") if isinstance(token, dict) else token
+    return backend.token_to_id(content) if content else None
+
+
+def _byte_level_alphabet() -> dict[str, int]:
+    """The printable character that byte-level BPE writes for each byte (GPT-2): itself where printable, else from U+0100 on."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(0x100 + i): byte for i, byte in enumerate(others)}
+
+
+_ALPHABET = _byte_level_alphabet()
+
+
+def _byte_level_bytes(token: str) -> bytes:
+    return bytes(_ALPHABET[char] for char in token) if all(char in _ALPHABET for char in token) else token.encode()
+
+
+def _sentencepiece_bytes(token: str) -> bytes:
+    byte = _BYTE_TOKEN.fullmatch(token)
+    return bytes([int(byte[1], 16)]) if byte else token.replace(WORD_START, " ").encode()

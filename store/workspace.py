@@ -1,0 +1,144 @@
+"""The workspace: one folder that holds everything of a project.
+
+    <workspace>/
+      catalog.duckdb                                      index of all of it; can be rebuilt
+      tokenizers/<digest>/                                tokenizer.json, token_bytes.parquet
+      corpus/<name>/  distributions/<model>/  alignments/<source>--<target>/  targets/<name>/  evaluations/<model>/
+      vocab_maps/<source>--<target>/                      a table each, in the same form as the others
+      runs/<run>/                                         one execution of a stage: run.json; of training also checkpoints, metrics, logs
+      exports/<name>/                                     models in the Hugging Face format
+"""
+
+import fcntl
+import json
+import os
+import platform
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from .. import __version__
+from . import durable
+from .dataset import Dataset
+from .errors import DataError, UsageError, WorkspaceBusy
+from .fingerprint import Identity
+
+# In the order of the pipeline, which is also the order in which the catalog folds them.
+DATASET_KINDS = ("corpus", "distributions", "vocab_maps", "alignments", "targets", "evaluations")
+
+
+class Workspace:
+    """The folder of a project and the paths in it."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    @classmethod
+    def create(cls, root: Path) -> "Workspace":
+        """Open the workspace, making its folder if need be.
+
+        Raises:
+            DataError: the folder cannot be written, or holds something else.
+        """
+        try:
+            if root.is_dir() and not (root / "workspace.json").exists() and any(root.iterdir()):
+                raise DataError(f"{root} is not empty and is not a workspace. Choose another --workspace.")
+            root.mkdir(parents=True, exist_ok=True)
+            if not (root / "workspace.json").exists():
+                durable.write_json(root / "workspace.json", {"created_by": f"fuseline {__version__}", "layout": 1})
+        except OSError as error:
+            raise DataError(f"The workspace {root} cannot be made or written: {error.strerror or error}.") from error
+        return cls(root)
+
+    @classmethod
+    def open(cls, root: Path) -> "Workspace":
+        """Open a workspace that exists.
+
+        Raises:
+            UsageError: there is none.
+        """
+        if not (root / "workspace.json").exists():
+            raise UsageError(f"{root} is not a workspace. Name one with --workspace, or make it with: fuseline run RECIPE.")
+        return cls(root)
+
+    @property
+    def catalog_path(self) -> Path:
+        """The DuckDB file."""
+        return self.root / "catalog.duckdb"
+
+    def folder(self, kind: str, name: str) -> Path:
+        """Where something of this kind and name is, or would be."""
+        return self.root / kind / name
+
+    def dataset(self, kind: str, name: str, *, identity: Identity, description: Mapping[str, Any] | None = None) -> Dataset:
+        """Open or begin a dataset; see `Dataset.create`."""
+        return Dataset.create(self.folder(kind, name), identity=identity, description=description)
+
+    def datasets(self) -> Iterator[Dataset]:
+        """Every dataset of the workspace, in the order of the pipeline."""
+        for kind in DATASET_KINDS:
+            for record in sorted((self.root / kind).glob("*/dataset.json")):
+                yield Dataset.open(record.parent)
+
+    @contextmanager
+    def coordinator(self) -> Iterator[None]:
+        """Be the one process that runs stages and writes the catalog; sweeps what an interrupted one left behind.
+
+        Raises:
+            WorkspaceBusy: another process is. The lock is the kernel's, so a killed coordinator holds nothing.
+        """
+        with (self.root / ".coordinator").open("a+") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                file.seek(0)
+                raise WorkspaceBusy(
+                    f"The workspace {self.root} is in use by {file.read().strip() or 'another process'}. "
+                    "Wait for it or stop it; `fuseline status` and `fuseline sql` work meanwhile."
+                ) from None
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {platform.node()}")
+            file.flush()
+            durable.sweep(self.root)
+            for kind in (*DATASET_KINDS, "tokenizers", "runs", "exports"):
+                for folder in (self.root / kind, *(self.root / kind).glob("*/")):
+                    durable.sweep(folder)
+            yield
+
+    @contextmanager
+    def run(self, stage: str, *, name: str, parameters: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+        """Record one execution of a stage as `runs/<run>/run.json`; what the caller puts into the yielded dict becomes its metrics."""
+        started = time.time()
+        moment = time.strftime("%Y%m%d-%H%M%S", time.gmtime(started))
+        folder = self.folder("runs", f"{moment}-{started % 1 * 1e6:06.0f}-{stage}-{name}")
+        folder.mkdir(parents=True)
+        record: dict[str, Any] = {
+            "run": folder.name,
+            "stage": stage,
+            "dataset": name,
+            "parameters": dict(parameters),
+            "fuseline": __version__,
+            "host": platform.node(),
+            "cores": os.cpu_count(),
+            "started_at": started,
+            "ended_at": None,
+            "status": "running",
+            "metrics": {},
+        }
+        durable.write_json(folder / "run.json", record)
+        status = "failed"
+        try:
+            yield record["metrics"]
+            status = "done"
+        except KeyboardInterrupt:
+            status = "interrupted"
+            raise
+        finally:
+            durable.write_json(folder / "run.json", record | {"status": status, "ended_at": time.time()})
+
+    def runs(self) -> Iterator[dict[str, Any]]:
+        """The record of every run, oldest first."""
+        for path in sorted((self.root / "runs").glob("*/run.json")):
+            yield json.loads(path.read_text(encoding="utf-8"))

@@ -1,0 +1,270 @@
+"""Whole training runs in real torchrun ranks: parity of layouts, crashes, resumption, errors and the export."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from fuseline.store.dataset import Dataset, PartContent
+from fuseline.store.errors import FingerprintMismatch, FuselineError
+from fuseline.train import records
+from fuseline.train.config import TrainingConfig, TrainJob
+from fuseline.train.launch import launch
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+VOCAB, TOPK, STEPS = 259, 8, 6
+SETTINGS = {
+    "steps": STEPS,
+    "sequence_length": 64,
+    "global_batch_size": 4,
+    "learning_rate": 1e-3,
+    "min_learning_rate_ratio": 0.1,
+    "checkpoint_every": 2,
+    "keep_checkpoints": 2,
+    "seed": 5,
+}
+LOSSES = ("step", "loss", "clm_loss", "fusion_loss", "grad_norm", "learning_rate", "tokens")
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory) -> Path:
+    """A tiny model with a vocabulary that two ranks must pad, and random targets."""
+    folder = tmp_path_factory.mktemp("inputs")
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=VOCAB,
+        hidden_size=64,
+        intermediate_size=160,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+        tie_word_embeddings=True,
+        initializer_range=0.08,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder / "model")
+    (folder / "model" / "tokenizer.json").write_text("{}")
+    write_targets(folder / "targets")
+    return folder
+
+
+def write_targets(folder: Path, *, spoil: bool = False) -> Dataset:
+    random = np.random.default_rng(0)
+    dataset = Dataset.create(folder, identity={"targets": "test", "spoiled": spoil})
+    for part in range(3):
+        offsets = np.concatenate([[0], random.integers(2, 90, 20).cumsum()]).astype(np.int64)
+        n = int(offsets[-1])
+        masses = random.dirichlet(np.ones(TOPK + 1), n)
+        logprobs_TK = np.log(masses[:, :TOPK])
+        logprobs_TK[::11] = -np.inf
+        if spoil and part == 1:
+            logprobs_TK[offsets[7]] = np.nan
+        arrays = {
+            "token_ids_T": random.integers(0, VOCAB, n).astype(np.uint16),
+            "segment_offsets": offsets,
+            "topk_ids_TK": random.permuted(np.tile(np.arange(VOCAB), (n, 1)), axis=1)[:, :TOPK].astype(np.uint16),
+            "topk_logprobs_TK": logprobs_TK.astype(np.float16),
+            "tail_logprob_T": np.log(masses[:, TOPK]).astype(np.float16),
+        }
+        dataset.commit(part, content=PartContent(data=arrays, counts={"tokens": n}), seconds=0.0)
+    return dataset
+
+
+def make_job(inputs: Path, run_folder: Path, *, targets: str = "targets", **settings) -> TrainJob:
+    dataset = Dataset.open(inputs / targets)
+    return TrainJob(
+        run_folder=run_folder,
+        model_folder=inputs / "model",
+        model_fingerprint="tiny",
+        targets_folder=dataset.folder,
+        targets_fingerprint=dataset.fingerprint,
+        parts=dataset.parts(),
+        export_folder=run_folder / "export",
+        lineage={"sources": ["one", "two"]},
+        config=TrainingConfig(**SETTINGS | settings),
+    )
+
+
+def train(job: TrainJob) -> list[dict]:
+    found = []
+    launch(job, on_metrics=found.append)
+    return found
+
+
+def numbers(found: list[dict]) -> np.ndarray:
+    return np.array([[record[name] for name in LOSSES] for record in found])
+
+
+@pytest.fixture(scope="module")
+def alone(inputs, tmp_path_factory):
+    """The run of one rank that the others are compared with."""
+    job = make_job(inputs, tmp_path_factory.mktemp("runs") / "alone", epochs=None)
+    return job, train(job)
+
+
+@pytest.fixture(scope="module")
+def tensor_parallel(inputs, tmp_path_factory):
+    job = make_job(inputs, tmp_path_factory.mktemp("runs") / "tp2", tensor_parallel=2)
+    return job, train(job)
+
+
+def test_the_run_folder_is_complete(alone):
+    job, found = alone
+    assert [record["step"] for record in found] == list(range(1, STEPS + 1))
+    assert records.read_metrics(job.run_folder) == found
+    assert records.checkpoint_steps(job.run_folder) == [4, 6]
+    assert list((job.run_folder / "tensorboard").iterdir())
+    done = records.read_done(job.run_folder)
+    assert (done["step"], done["loss"]) == (STEPS, found[-1]["loss"])
+    assert not list(job.run_folder.rglob(".tmp-*"))
+    weight = job.config.clm_weight
+    for record in found:
+        assert record["loss"] == pytest.approx(weight * record["clm_loss"] + (1 - weight) * record["fusion_loss"])
+    assert found[-1]["learning_rate"] < found[0]["learning_rate"] <= 1e-3
+
+
+def test_tensor_and_data_parallel_give_the_same_losses(inputs, alone, tensor_parallel, tmp_path):
+    data_parallel = train(make_job(inputs, tmp_path / "dp2", data_parallel=2))
+    np.testing.assert_allclose(numbers(tensor_parallel[1]), numbers(alone[1]), atol=1e-5, rtol=0)
+    np.testing.assert_allclose(numbers(data_parallel), numbers(alone[1]), atol=1e-5, rtol=0)
+
+
+def test_a_run_that_is_done_is_not_run_again(alone):
+    assert train(alone[0]) == []
+
+
+def test_a_run_folder_of_another_training_is_refused(alone):
+    job = alone[0].model_copy(update={"config": alone[0].config.model_copy(update={"learning_rate": 2e-3})})
+    with pytest.raises(FingerprintMismatch, match=r"config\.learning_rate: stored 0\.001, asked for 0\.002"):
+        train(job)
+
+
+def test_the_export_loads_in_transformers_with_the_trained_loss(inputs, alone):
+    """One more step of training from the last checkpoint would start with the loss of the exported model."""
+    job, _ = alone
+    model = AutoModelForCausalLM.from_pretrained(job.export_folder)
+    assert model.dtype == torch.float32
+    assert (job.export_folder / "tokenizer.json").exists()
+    assert '"one"' in (job.export_folder / "README.md").read_text()
+    start = AutoModelForCausalLM.from_pretrained(inputs / "model")
+    assert clm_loss(model, job) < clm_loss(start, job)
+    np.testing.assert_allclose(clm_loss(start, job), alone[1][0]["clm_loss"], atol=1e-5)
+
+
+def clm_loss(model, job: TrainJob) -> float:
+    """Next-token loss on the first batch, segment by segment."""
+    from fuseline.train.data import TargetsData
+
+    losses = []
+    for batch in TargetsData.of(job, vocab_size=VOCAB).micro_batches(0, data_rank=0):
+        for ids, labels in zip(batch.token_ids_T.split(batch.lengths), batch.labels_T.split(batch.lengths), strict=True):
+            logits = model(ids[None]).logits[0]
+            losses.append(torch.nn.functional.cross_entropy(logits, labels, reduction="none")[labels >= 0])
+    return torch.cat(losses).mean().item()
+
+
+def start_and_wait(job: TrainJob, *, until_step: int) -> subprocess.Popen:
+    """Launch in a process group of its own, and return once a step's metrics are there."""
+    job.save()
+    code = (
+        "import sys, pathlib; from fuseline.train.launch import launch; from fuseline.train.config import TrainJob;"
+        "launch(TrainJob.load(pathlib.Path(sys.argv[1])), on_metrics=lambda record: print(record['step'], flush=True))"
+    )
+    with (job.run_folder / "launcher.log").open("w") as log:
+        process = subprocess.Popen([sys.executable, "-c", code, job.run_folder], stdout=log, stderr=log, start_new_session=True)
+    deadline = time.monotonic() + 60
+    while not any(record["step"] >= until_step for record in records.read_metrics(job.run_folder)):
+        assert time.monotonic() < deadline
+        assert process.poll() is None, (job.run_folder / "launcher.log").read_text()
+        time.sleep(0.01)
+    return process
+
+
+def ranks_of(run_folder: Path) -> list[int]:
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            if str(run_folder).encode() in path.read_bytes() and int(path.parent.name) != os.getpid():
+                found.append(int(path.parent.name))
+        except OSError:
+            continue
+    return found
+
+
+def wait_for_no_ranks(run_folder: Path) -> None:
+    deadline = time.monotonic() + 20
+    while ranks_of(run_folder):
+        assert time.monotonic() < deadline, "ranks outlived their launcher"
+        time.sleep(0.05)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="ranks die with their launcher by a Linux call")
+def test_a_killed_run_resumes_to_exactly_the_same_losses(inputs, alone, tmp_path):
+    job = make_job(inputs, tmp_path / "killed")
+    process = start_and_wait(job, until_step=3)
+    process.kill()
+    process.wait()
+    wait_for_no_ranks(job.run_folder)
+    assert records.read_done(job.run_folder) is None
+    torn = job.run_folder / "checkpoints" / ".tmp-step-00000099"
+    torn.mkdir()
+    with (job.run_folder / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 5, "lo')
+    resumed_from = records.last_checkpoint(job.run_folder)
+    again = train(job)
+    assert again[0]["step"] == resumed_from + 1
+    assert not torn.exists()
+    assert np.array_equal(numbers(records.read_metrics(job.run_folder)), numbers(alone[1]))
+    exported, expected = (AutoModelForCausalLM.from_pretrained(each.export_folder).state_dict() for each in (job, alone[0]))
+    assert all(torch.equal(exported[name], expected[name]) for name in expected)
+
+
+def test_sigterm_saves_a_checkpoint_and_a_second_trainer_is_kept_out(inputs, tmp_path):
+    job = make_job(inputs, tmp_path / "stopped", steps=2000, checkpoint_every=1000)
+    process = start_and_wait(job, until_step=1)
+    place = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
+    other = subprocess.run(
+        [sys.executable, "-m", "fuseline.train", job.run_folder], env=os.environ | place, capture_output=True, text=True, check=False
+    )
+    assert other.returncode == 1
+    assert other.stderr == f"fuseline.train: error: Another trainer is at work in {job.run_folder}. Wait for it, or stop it.\n"
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=30) == 128 + signal.SIGTERM
+    assert not ranks_of(job.run_folder)
+    steps = [record["step"] for record in records.read_metrics(job.run_folder)]
+    assert records.checkpoint_steps(job.run_folder) == [steps[-1]]
+
+
+def test_a_checkpoint_of_two_ranks_resumes_on_one(inputs, alone, tensor_parallel, tmp_path):
+    shutil.copytree(tensor_parallel[0].run_folder / "checkpoints" / "step-00000004", tmp_path / "one" / "checkpoints" / "step-00000004")
+    found = train(make_job(inputs, tmp_path / "one"))
+    assert [record["step"] for record in found] == [5, 6]
+    np.testing.assert_allclose(numbers(found), numbers(alone[1][4:]), atol=1e-5, rtol=0)
+
+
+def test_a_loss_that_is_not_finite_stops_with_the_segments_and_the_last_checkpoint(inputs, tmp_path):
+    write_targets(inputs / "spoiled", spoil=True)
+    job = make_job(inputs, tmp_path / "spoiled", targets="spoiled", steps=None, checkpoint_every=1, data_parallel=2)
+    text = r"Step \d+: the loss is nan in a batch with these segments: .*part 1: [\d, ]*\b7\b.*; (the last good|there is no) checkpoint"
+    with pytest.raises(FuselineError, match=text) as caught:
+        train(job)
+    log = Path(re.search(r"\(log: (.*)\)", str(caught.value))[1])
+    assert "Traceback" not in log.read_text().split("fuseline.train: error:")[1]
+
+
+def test_bfloat16_trains_resumes_and_exports(inputs, tmp_path):
+    job = make_job(inputs, tmp_path / "bf16", dtype="bfloat16", tail="ghost", recompute=True, steps=4, checkpoint_every=2)
+    first = train(job)
+    (job.run_folder / "done.json").unlink()
+    shutil.rmtree(records.checkpoint_folder(job.run_folder, step=4))
+    assert np.array_equal(numbers(train(job)), numbers(first)[2:])
+    assert AutoModelForCausalLM.from_pretrained(job.export_folder).dtype == torch.bfloat16
+    assert json.loads((job.export_folder / "config.json").read_text())["dtype"] == "bfloat16"

@@ -1,0 +1,121 @@
+"""Checkpoints of a run: weights and optimizer state by Megatron-core's `dist_checkpointing`, and the step.
+
+The order of the data and the learning rate are functions of the step, so it is all the rest of the state. Shards are stored by their place
+in the whole model, so another number of tensor- or data-parallel ranks can load them. A checkpoint is written to a temporary folder,
+fsynced and renamed: one that is visible is complete.
+"""
+
+import queue
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from ..store import durable
+from ..store.errors import DamagedPart
+from . import records
+from .megatron import (
+    CheckpointingException,
+    DistributedDataParallel,
+    MegatronOptimizer,
+    TorchDistSaveShardedStrategy,
+    dist_checkpointing,
+    filesystem_async,
+)
+from .runtime import Runtime
+
+
+class Checkpoints:
+    """The checkpoints of one run."""
+
+    def __init__(
+        self,
+        run_folder: Path,
+        *,
+        identity: Mapping[str, Any],
+        model: DistributedDataParallel,
+        optimizer: MegatronOptimizer,
+        runtime: Runtime,
+    ) -> None:
+        self.run_folder = run_folder
+        self._identity = identity
+        self._model = model
+        self._optimizer = optimizer
+        self._runtime = runtime
+
+    def save(self, step: int, *, keep: int) -> None:
+        """Save the state after `step` steps and remove all but the `keep` newest checkpoints. Every rank must call it."""
+        folder = records.checkpoint_folder(self.run_folder, step=step)
+        if folder.exists():
+            return
+        temporary = folder.with_name(durable.TEMPORARY + folder.name)  # the same name on every rank
+        if self._runtime.leads:
+            temporary.mkdir(parents=True)
+        dist.barrier()
+        state = self._sharded_state(loading=False) | {"identity": dict(self._identity), "step": step}
+        dist_checkpointing.save(state, str(temporary), _InThisProcess("torch_dist", 1))
+        dist.barrier()
+        if self._runtime.leads:
+            durable.publish(temporary, to=folder)
+            for old in records.checkpoint_steps(self.run_folder)[:-keep]:
+                durable.remove(records.checkpoint_folder(self.run_folder, step=old))
+        dist.barrier()
+
+    def resume(self) -> int:
+        """Load the newest checkpoint, sweep up what a crash left, and return its step; 0 if there is none. Every rank must call it.
+
+        Raises:
+            FingerprintMismatch: the checkpoint is of a training with other settings or data.
+            DamagedPart: it cannot be read.
+        """
+        if self._runtime.leads:
+            durable.sweep(self.run_folder)
+            durable.sweep(self.run_folder / "checkpoints")
+        dist.barrier()
+        step = records.last_checkpoint(self.run_folder)
+        if step is None:
+            return 0
+        folder = records.checkpoint_folder(self.run_folder, step=step)
+        try:
+            identity = dist_checkpointing.load_common_state_dict(str(folder))["identity"]
+            records.require_identity(self.run_folder, stored=identity, asked=self._identity)
+            state = dist_checkpointing.load(self._sharded_state(loading=True), str(folder))
+        except (OSError, KeyError, EOFError, CheckpointingException) as error:
+            raise DamagedPart(f"The checkpoint {folder} cannot be read ({error}). Remove it to go on from the one before.") from error
+        self._model.module.load_state_dict(state["model"])
+        self._optimizer.load_state_dict(state["optimizer"])
+        return step
+
+    def _sharded_state(self, *, loading: bool) -> dict[str, Any]:
+        # Without the group Megatron-core warns at every parameter and looks it up itself.
+        metadata = {"dp_cp_group": self._runtime.data_group}
+        model = self._model.module.sharded_state_dict(metadata=metadata)
+        return {"model": model, "optimizer": self._optimizer.sharded_state_dict(model, is_loading=loading, metadata=metadata)}
+
+
+class _InThisProcess(TorchDistSaveShardedStrategy):
+    """Writes a rank's shards in the rank itself.
+
+    Megatron-core writes them in a forked child and collects the results through a third process. A SIGKILL would orphan that one,
+    and a fork is unsafe beside the thread that reads data.
+    """
+
+    def __init__(self, backend: str, version: int) -> None:
+        super().__init__(backend, version, thread_count=1)
+        filesystem_async._results_queue = queue.Queue()  # in place of the third process
+
+    def _get_save_and_finalize_callbacks(self, writer: Any, save_state_dict_ret: Any) -> Any:
+        request = super()._get_save_and_finalize_callbacks(writer, save_state_dict_ret)
+        return request if request.async_fn is None else request._replace(async_fn=partial(_write_buckets, [writer.transforms]))
+
+
+def _write_buckets(transforms: list[Any], _: int, buckets: list[Any], results: "queue.Queue[Any]") -> None:
+    outcomes, pending = queue.Queue[Any](), queue.Queue[Any]()
+    for i, bucket in enumerate(buckets):
+        pending.put(i)
+        filesystem_async.FileSystemWriterAsync.write_preloaded_data(transforms, i, bucket, outcomes, pending, use_fsync=False)
+    collected = dict(outcomes.get() for _ in buckets)
+    failure = next((outcome for outcome in collected.values() if isinstance(outcome, Exception)), None)
+    results.put(failure or collected)

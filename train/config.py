@@ -1,0 +1,124 @@
+"""What a training run is asked to do. Light: imports neither torch nor Megatron-core, so the command line can read it at once."""
+
+import json
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from ..store import durable
+from ..store.errors import DataError
+
+DEFAULT_EPOCHS = 1
+
+# These change how fast a run goes or how often it saves, never what it computes: a run may be resumed with others.
+_NOT_IDENTITY = {"micro_batch_size", "tensor_parallel", "data_parallel", "checkpoint_every", "keep_checkpoints", "recompute"}
+
+Count = Annotated[int, Field(ge=1)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+BelowOne = Annotated[float, Field(ge=0, lt=1)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+
+class TrainingConfig(BaseModel):
+    """How the target model is trained on fused targets. Defaults are FuseLLM's (arXiv:2401.10491, section 4.1)."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    name: str = Field("fused", min_length=1, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="names the run and the exported model")
+    clm_weight: Fraction = Field(0.9, description="λ: weight of next-token cross-entropy; 1 - λ weighs the fused targets")
+    tail: Literal["renormalise", "ghost"] = Field(
+        "renormalise", description="mass outside the stored top-k: scaled away, or one extra bucket against the student's own tail mass"
+    )
+    epochs: Count | None = Field(None, description=f"passes over the targets; {DEFAULT_EPOCHS} unless steps is given")
+    steps: Count | None = Field(None, description="optimizer steps, instead of epochs")
+    sequence_length: Annotated[int, Field(ge=2)] = Field(2048, description="tokens in a packed sequence, at most")
+    global_batch_size: Count = Field(128, description="packed sequences in an optimizer step")
+    micro_batch_size: Count = Field(1, description="packed sequences in one forward pass of a rank")
+    learning_rate: Positive = Field(1e-5, description="peak learning rate")
+    min_learning_rate_ratio: Fraction = Field(0.0, description="the cosine ends at this share of learning_rate")
+    warmup_fraction: BelowOne = Field(0.008, description="share of the steps over which the learning rate rises linearly")
+    weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False)] = Field(0.1, description="decoupled; not on norms and biases")
+    adam_beta1: BelowOne = Field(0.9, description="decay of the first moment")
+    adam_beta2: BelowOne = Field(0.95, description="decay of the second moment")
+    adam_eps: Positive = Field(1e-8, description="added to the root of the second moment")
+    gradient_clip: Positive = Field(1.0, description="largest norm of the gradient; a larger one is scaled down")
+    tensor_parallel: Count = Field(1, description="ranks that share each layer; must divide the heads and the key/value heads")
+    data_parallel: Count = Field(1, description="copies of the model that share each batch")
+    dtype: Literal["float32", "bfloat16"] = Field(
+        "float32", description="of the weights in training (bfloat16 keeps float32 masters) and in the export"
+    )
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(0, description="of the order of the data")
+    checkpoint_every: Count = Field(100, description="steps from one checkpoint to the next")
+    keep_checkpoints: Count = Field(2, description="newest checkpoints that are kept")
+    recompute: bool = Field(False, description="recompute activations in the backward pass: less memory, about a third more time")
+
+    @model_validator(mode="after")
+    def _possible(self) -> Self:
+        if self.epochs is not None and self.steps is not None:
+            raise ValueError(f"epochs ({self.epochs}) and steps ({self.steps}) must not both be given: remove one of them")
+        share = self.micro_batch_size * self.data_parallel
+        if self.global_batch_size % share:
+            raise ValueError(
+                f"global_batch_size ({self.global_batch_size}) must be a multiple of "
+                f"micro_batch_size ({self.micro_batch_size}) × data_parallel ({self.data_parallel})"
+            )
+        return self
+
+    @property
+    def world_size(self) -> int:
+        """Ranks of the run."""
+        return self.tensor_parallel * self.data_parallel
+
+    @property
+    def uses_targets(self) -> bool:
+        """Whether the fused targets weigh anything; if not they are not even read."""
+        return self.clm_weight < 1
+
+
+class TrainJob(BaseModel):
+    """Everything a rank needs to know, as `job.json` in the run folder."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    run_folder: Path = Field(description="checkpoints, metrics, logs and TensorBoard events of this run")
+    model_folder: Path = Field(description="Hugging Face folder of the model that training starts from")
+    model_fingerprint: str = Field(description="of the starting weights")
+    targets_folder: Path = Field(description="dataset of fused targets")
+    targets_fingerprint: str = Field(description="of that dataset")
+    parts: list[int] = Field(min_length=1, description="indices of the parts to train on")
+    export_folder: Path = Field(description="where the trained model is written as a Hugging Face folder")
+    lineage: dict[str, Any] = Field(description="what the model was made from, for its card")
+    config: TrainingConfig
+
+    @classmethod
+    def load(cls, run_folder: Path) -> Self:
+        """Read `<run_folder>/job.json`.
+
+        Raises:
+            DataError: it is missing or not a job.
+        """
+        path = run_folder / "job.json"
+        try:
+            return cls.model_validate_json(path.read_bytes())
+        except (OSError, ValidationError) as error:
+            raise DataError(f"{path} cannot be read as a training job: {error}") from error
+
+    def save(self) -> None:
+        """Write `job.json` into the run folder, making the folder if need be."""
+        self.run_folder.mkdir(parents=True, exist_ok=True)
+        durable.write_json(self.run_folder / "job.json", self.model_dump(mode="json"))
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What determines the trained weights. A checkpoint of another identity is never resumed."""
+        return json.loads(
+            json.dumps(
+                {
+                    "model": self.model_fingerprint,
+                    "targets": self.targets_fingerprint,
+                    "parts": self.parts,
+                    "config": self.config.model_dump(exclude=_NOT_IDENTITY | {"name"}),
+                }
+            )
+        )

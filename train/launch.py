@@ -1,0 +1,155 @@
+"""Starts a training job as `torchrun` ranks on this machine, follows its metrics, and turns a failure into one telling error."""
+
+import contextlib
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from ..store.errors import FuselineError
+from . import records
+from .config import TrainJob
+from .rank import ERROR_PREFIX, die_with_parent, train_rank
+
+_POLL_SECONDS = 0.2
+
+
+def launch(job: TrainJob, *, on_metrics: Callable[[records.Record], None]) -> None:
+    """Train a job to its end, going on from its newest checkpoint if it has one; returns at once if it is already done.
+
+    Where `torchrun` started this very process (it set WORLD_SIZE), the process becomes one of its ranks and `on_metrics` is not called.
+
+    Args:
+        job: what to train; written to `job.json` in its run folder.
+        on_metrics: called with each new record of `metrics.jsonl`, in this thread.
+
+    Raises:
+        FuselineError: the training failed or was stopped; the text says why, and where the log is.
+        FingerprintMismatch: the run folder holds a training with other settings.
+    """
+    done = records.read_done(job.run_folder)
+    if done is not None:
+        records.require_identity(job.run_folder, stored=done["identity"], asked=job.identity)
+        if (job.export_folder / "config.json").exists():
+            return
+    if "WORLD_SIZE" in os.environ:
+        _become_rank(job)
+        return
+    job.save()
+    logs = job.run_folder / "logs" / time.strftime("%Y%m%d-%H%M%S")
+    logs.mkdir(parents=True)
+    follower = _Follower(job.run_folder)
+    # Files, not pipes: a process that outlives its rank would hold a pipe open and hang whoever reads it.
+    with (logs / "torchrun.log").open("wb") as output:
+        process = subprocess.Popen(
+            _command(job, logs=logs),
+            env=os.environ | _environment(job),
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,  # a Ctrl-C reaches the ranks once, through `_stopping`
+            preexec_fn=die_with_parent,
+        )
+    with _stopping(process):
+        while process.poll() is None:
+            time.sleep(_POLL_SECONDS)
+            for record in follower.new_records():
+                on_metrics(record)
+    for record in follower.new_records():
+        on_metrics(record)
+    if process.returncode or records.read_done(job.run_folder) is None:
+        raise _failure(job, logs=logs)
+
+
+def _become_rank(job: TrainJob) -> None:
+    if os.environ["RANK"] == "0":
+        job.save()
+    train_rank(job)
+
+
+def _command(job: TrainJob, *, logs: Path) -> list[str]:
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={job.config.world_size}"]
+    return [sys.executable, *torchrun, f"--log-dir={logs}", "--redirects=3", "-m", f"{__package__}", str(job.run_folder)]
+
+
+def _environment(job: TrainJob) -> dict[str, str]:
+    """Threads of each rank: the cores are shared out, because ranks that all use every core slow each other down."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    threads = os.environ.get("OMP_NUM_THREADS", str(max(1, cores // job.config.world_size)))
+    return {"OMP_NUM_THREADS": threads, "PYTHONUNBUFFERED": "1"}
+
+
+@contextlib.contextmanager
+def _stopping(process: "subprocess.Popen[bytes]") -> Iterator[None]:
+    """On Ctrl-C, SIGTERM or an error, ask the ranks for a last checkpoint and wait for them; a second Ctrl-C ends them at once.
+
+    `torchrun` gives them 30 seconds.
+    """
+    in_main_thread = threading.current_thread() is threading.main_thread()  # the only one that may handle signals
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM)) if in_main_thread else None
+    try:
+        yield
+    except BaseException:
+        process.send_signal(signal.SIGTERM)
+        try:
+            process.wait()
+        except BaseException:
+            process.kill()
+            raise
+        raise
+    finally:
+        if in_main_thread:
+            signal.signal(signal.SIGTERM, before)
+
+
+class _Follower:
+    """Reads what rank 0 appends to metrics.jsonl."""
+
+    def __init__(self, run_folder: Path) -> None:
+        self._path = run_folder / "metrics.jsonl"
+        self._resumed_from = records.last_checkpoint(run_folder) or 0
+        self._stale = self._inode()  # the trainer replaces the file before it adds to it
+        self._offset = 0
+
+    def new_records(self) -> Iterator[records.Record]:
+        """Records of steps that were not there when the follower was made."""
+        if self._inode() in (None, self._stale):
+            return
+        with self._path.open("rb") as file:
+            file.seek(self._offset)
+            for line in file:
+                if not line.endswith(b"\n"):
+                    break
+                self._offset += len(line)
+                record = json.loads(line)
+                if record["step"] > self._resumed_from:
+                    yield record
+
+    def _inode(self) -> int | None:
+        return self._path.stat().st_ino if self._path.exists() else None
+
+
+def _failure(job: TrainJob, *, logs: Path) -> FuselineError:
+    rank_logs = sorted(logs.glob("*/attempt_0/*/stderr.log"), key=lambda path: int(path.parent.name))
+    for path in rank_logs:
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+        for line in lines:
+            if line.startswith(ERROR_PREFIX):
+                return FuselineError(f"{line.removeprefix(ERROR_PREFIX)} (log: {path})")
+    for path in [*rank_logs, logs / "torchrun.log"]:
+        last = _telling_line(path)
+        if last:
+            return FuselineError(f"The training of {job.config.name} failed: {last} (log: {path})")
+    return FuselineError(f"The training of {job.config.name} failed without a message (logs: {logs})")
+
+
+def _telling_line(path: Path) -> str | None:
+    """The last line that looks like the end of a traceback."""
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    return next((line for line in reversed(lines) if re.match(r"(\[rank\d+\]: )?[\w.]*(Error|Exception|Interrupt|Killed)\b", line)), None)

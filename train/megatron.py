@@ -1,0 +1,60 @@
+"""Everything of Megatron-core that the trainer uses, imported in this one place and from one exact version.
+
+Its imports warn about optional CUDA packages that it can do without, and about its own use of `torch.jit`.
+"""
+
+import warnings
+from importlib import metadata
+
+from ..store.errors import FuselineError
+
+VERSION = "0.16.1"
+
+with warnings.catch_warnings(action="ignore"):
+    from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
+    from megatron.core.dist_checkpointing.core import CheckpointingException
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+    from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
+    from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+    from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+    from megatron.core.models.gpt.gpt_model import GPTModel
+    from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
+    from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+    from megatron.core.packed_seq_params import PackedSeqParams
+    from megatron.core.tensor_parallel import random
+    from megatron.core.transformer.module import MegatronModule
+    from megatron.core.transformer.spec_utils import ModuleSpec
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+__all__ = [
+    "CheckpointingException",
+    "DistributedDataParallel",
+    "DistributedDataParallelConfig",
+    "GPTModel",
+    "MegatronModule",
+    "MegatronOptimizer",
+    "ModuleSpec",
+    "OptimizerConfig",
+    "OptimizerParamScheduler",
+    "PackedSeqParams",
+    "RotaryEmbedding",
+    "TorchDistSaveShardedStrategy",
+    "TransformerConfig",
+    "dist_checkpointing",
+    "filesystem_async",
+    "finalize_model_grads",
+    "get_gpt_layer_local_spec",
+    "get_megatron_optimizer",
+    "parallel_state",
+    "random",
+    "require_version",
+    "tensor_parallel",
+]
+
+
+def require_version() -> None:
+    """Raise FuselineError unless the installed Megatron-core is the one whose names this package replaces and extends."""
+    installed = metadata.version("megatron-core")
+    if installed != VERSION:
+        raise FuselineError(f"megatron-core ({installed}) must be {VERSION}: run pip install 'megatron-core=={VERSION}'.")

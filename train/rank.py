@@ -1,0 +1,58 @@
+"""What a process that `torchrun` started does: hold the run folder's lock, train, and turn errors into one line and an exit code."""
+
+import contextlib
+import ctypes
+import fcntl
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from ..store.errors import FuselineError, WorkspaceBusy
+from .config import TrainJob
+
+ERROR_PREFIX = "fuseline.train: error: "
+_PR_SET_PDEATHSIG = 1
+
+
+def main(run_folder: Path) -> int:
+    """Run one rank of the job in a run folder; returns the exit code."""
+    die_with_parent()
+    try:
+        train_rank(TrainJob.load(run_folder))
+    except FuselineError as error:
+        print(f"{ERROR_PREFIX}{error}", file=sys.stderr, flush=True)
+        return error.exit_code
+    return 0
+
+
+def train_rank(job: TrainJob) -> None:
+    """Train as the rank that the environment of `torchrun` describes.
+
+    Raises:
+        FuselineError: anything the user can mend; also after a SIGTERM, when a checkpoint was saved.
+    """
+    with _locked(job.run_folder) if os.environ["RANK"] == "0" else contextlib.nullcontext():
+        # Here, not above: they take seconds to import, and a busy folder should be refused at once.
+        from .runtime import open_runtime
+        from .trainer import Trainer
+
+        with open_runtime(job.config) as runtime:
+            Trainer(job, runtime=runtime).run()
+
+
+def die_with_parent() -> None:
+    """Ask the kernel to end this process when its parent dies, so that a killed launcher leaves no ranks behind (Linux only)."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+@contextlib.contextmanager
+def _locked(run_folder: Path) -> Iterator[None]:
+    with (run_folder / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise WorkspaceBusy(f"Another trainer is at work in {run_folder}. Wait for it, or stop it.") from None
+        yield

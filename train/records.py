@@ -1,0 +1,66 @@
+"""The small files of a run folder, apart from what is in its checkpoints. Light: imports neither torch nor Megatron-core.
+
+    job.json            what to train (config.TrainJob)
+    metrics.jsonl       one record per optimizer step
+    checkpoints/step-00000010/
+    done.json           the run is finished and its model is exported
+    logs/               what the ranks print
+    tensorboard/        the metrics again, as events
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ..store import durable
+from ..store.errors import FingerprintMismatch
+from ..store.fingerprint import differences
+
+Record = dict[str, Any]
+
+
+def checkpoint_folder(run_folder: Path, *, step: int) -> Path:
+    """Where the checkpoint after `step` steps is."""
+    return run_folder / "checkpoints" / f"step-{step:08d}"
+
+
+def checkpoint_steps(run_folder: Path) -> list[int]:
+    """Steps of the complete checkpoints, ascending."""
+    return sorted(int(path.name.removeprefix("step-")) for path in (run_folder / "checkpoints").glob("step-*"))
+
+
+def last_checkpoint(run_folder: Path) -> int | None:
+    """Step of the newest complete checkpoint."""
+    return max(checkpoint_steps(run_folder), default=None)
+
+
+def read_metrics(run_folder: Path) -> list[Record]:
+    """The records of `metrics.jsonl`; a line that a crash cut short is left out."""
+    path = run_folder / "metrics.jsonl"
+    return [json.loads(line) for line in path.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")] if path.exists() else []
+
+
+def cut_metrics(run_folder: Path, *, step: int) -> None:
+    """Forget the records after `step`: a resumed run writes them again. The file is always a new one, which tells a follower so."""
+    kept = [record for record in read_metrics(run_folder) if record["step"] <= step]
+    temporary = durable.temporary_sibling(run_folder / "metrics.jsonl")
+    temporary.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
+    durable.publish(temporary, to=run_folder / "metrics.jsonl")
+
+
+def read_done(run_folder: Path) -> Record | None:
+    """`done.json`, if the run is finished."""
+    path = run_folder / "done.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+
+def require_identity(run_folder: Path, *, stored: Mapping[str, Any], asked: Mapping[str, Any]) -> None:
+    """Raise FingerprintMismatch, naming each difference, unless the run folder was begun for the same training."""
+    changed = differences(stored, asked)
+    if changed:
+        lines = "\n  ".join(changed)
+        raise FingerprintMismatch(
+            f"{run_folder} holds a run with other settings:\n  {lines}\n"
+            "Give the training another name, or remove that folder to start over."
+        )

@@ -1,0 +1,154 @@
+"""The machine under the trainer: CPU ranks over gloo or CUDA ranks over NCCL. No other module asks which.
+
+Megatron-core writes `cuda` as a literal in its gradient buffers, optimizers and checkpoint loader. On CPU ranks a few of its and torch's
+names are replaced for the life of the runtime, so that a run without a GPU exercises the same code as one with it. The replaced
+names are those of one exact version, which is checked.
+"""
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.overrides import TorchFunctionMode
+
+from ..store.errors import UsageError
+from .config import TrainingConfig
+from .megatron import parallel_state, random, require_version, tensor_parallel
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Runtime:
+    """One rank's place: its device, the dtype of its weights and its process groups."""
+
+    device: torch.device
+    dtype: torch.dtype
+    rank: int
+    tensor_parallel: int
+    tensor_rank: int
+    data_parallel: int
+    data_rank: int
+
+    @property
+    def tensor_group(self) -> dist.ProcessGroup:
+        """Ranks that hold the shards of one copy of the model."""
+        return parallel_state.get_tensor_model_parallel_group()
+
+    @property
+    def data_group(self) -> dist.ProcessGroup:
+        """Ranks that hold the same shard and see different data."""
+        return parallel_state.get_data_parallel_group(with_context_parallel=True)
+
+    @property
+    def leads(self) -> bool:
+        """Whether this is rank 0, the one that writes the run's files."""
+        return self.rank == 0
+
+    @property
+    def model_settings(self) -> Mapping[str, Any]:
+        """Fields of Megatron-core's TransformerConfig that depend on the machine.
+
+        Its fused kernels need CUDA extensions, so they are off on both kinds of device.
+        """
+        return {
+            "tensor_model_parallel_size": self.tensor_parallel,
+            "params_dtype": self.dtype,
+            "bf16": self.dtype == torch.bfloat16,
+            "use_cpu_initialization": self.device.type == "cpu",
+            "gradient_accumulation_fusion": False,
+            "bias_activation_fusion": False,
+            "bias_dropout_fusion": False,
+            "masked_softmax_fusion": False,
+            "apply_rope_fusion": False,
+            "persist_layer_norm": False,
+            "cross_entropy_loss_fusion": False,
+        }
+
+
+@contextlib.contextmanager
+def open_runtime(config: TrainingConfig) -> Iterator[Runtime]:
+    """Join the process group that `torchrun` describes in the environment; leave it at the end.
+
+    Raises:
+        UsageError: the number of ranks or of GPUs does not fit the configuration.
+        FuselineError: another version of Megatron-core is installed than this code is written for.
+    """
+    require_version()
+    rank, world_size, local_rank = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+    if world_size != config.world_size:
+        raise UsageError(
+            f"tensor_parallel ({config.tensor_parallel}) × data_parallel ({config.data_parallel}) "
+            f"must equal the number of ranks ({world_size})"
+        )
+    cuda = torch.cuda.is_available()
+    if cuda and local_rank >= torch.cuda.device_count():
+        raise UsageError(
+            f"tensor_parallel ({config.tensor_parallel}) × data_parallel ({config.data_parallel}) "
+            f"must not exceed the number of GPUs ({torch.cuda.device_count()})"
+        )
+    device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(minutes=30), device_id=device if cuda else None)
+    try:
+        with contextlib.nullcontext() if cuda else without_cuda():
+            parallel_state.initialize_model_parallel(config.tensor_parallel, create_gloo_process_groups=False)
+            torch.manual_seed(config.seed)
+            # There is no dropout, so no random numbers are drawn after initialisation; on CPU only the no-op tracker works.
+            tensor_parallel.model_parallel_cuda_manual_seed(config.seed, inference_rng_tracker=not cuda, force_reset_rng=True)
+            yield Runtime(
+                device=device,
+                dtype=getattr(torch, config.dtype),
+                rank=rank,
+                tensor_parallel=config.tensor_parallel,
+                tensor_rank=parallel_state.get_tensor_model_parallel_rank(),
+                data_parallel=config.data_parallel,
+                data_rank=parallel_state.get_data_parallel_rank(with_context_parallel=True),
+            )
+    finally:
+        parallel_state.destroy_model_parallel()
+        dist.destroy_process_group()
+
+
+def cpu_replacements() -> list[tuple[Any, str, Callable[..., Any]]]:
+    """(owner, name, stand-in) of everything that is replaced on CPU ranks besides device literals."""
+    return [
+        (torch.cuda, "current_device", lambda: "cpu"),
+        (torch.cuda, "synchronize", lambda *_, **__: None),
+        # Recomputing activations saves and restores the state of a CUDA generator that does not exist here.
+        (random, "_get_cuda_rng_state", lambda *_, **__: torch.empty(0, dtype=torch.uint8)),
+        (random, "_set_cuda_rng_state", lambda *_, **__: None),
+    ]
+
+
+@contextlib.contextmanager
+def without_cuda() -> Iterator[None]:
+    """Let Megatron-core's `cuda` literals mean the CPU."""
+    replaced = [(owner, name, getattr(owner, name)) for owner, name, _ in cpu_replacements()]
+    try:
+        for owner, name, stand_in in cpu_replacements():
+            setattr(owner, name, stand_in)
+        with _CudaMeansCpu():
+            yield
+    finally:
+        for owner, name, original in replaced:
+            setattr(owner, name, original)
+
+
+class _CudaMeansCpu(TorchFunctionMode):
+    """Rewrites `device="cuda"` arguments, `.cuda()`, and the type names by which Megatron-core sorts gradients."""
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.Tensor.cuda:
+            return args[0]
+        if func is torch.Tensor.type and len(args) == 1 and not kwargs:
+            return func(*args).replace("torch.", "torch.cuda.", 1)
+        device = kwargs.get("device")
+        if device is not None and torch.device(device).type == "cuda":
+            kwargs = {**kwargs, "device": "cpu"}
+        return func(*args, **kwargs)
