@@ -29,7 +29,7 @@ _STORAGE_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.
 class _Shown(click.ClickException):
     def __init__(self, text: str, *, exit_code: int) -> None:
         super().__init__(text)
-        self.exit_code = exit_code
+        self.exit_code = exit_code  # type: ignore[misc]  # click reads it from the instance
 
 
 class _Group(click.Group):
@@ -277,7 +277,10 @@ def status(workspace: Path | None, as_json: bool) -> None:
     opened = _open_workspace(workspace)
     datasets, trainings = dataset_statuses(opened), training_statuses(opened)
     if as_json:
-        record = {"datasets": [dataclasses.asdict(item) for item in datasets], "trainings": [dataclasses.asdict(item) for item in trainings]}
+        record = {
+            "datasets": [dataclasses.asdict(item) for item in datasets],
+            "trainings": [dataclasses.asdict(item) for item in trainings],
+        }
         click.echo(json.dumps(record, indent=1))
         return
     from .cluster.progress import duration, size
@@ -288,7 +291,9 @@ def status(workspace: Path | None, as_json: bool) -> None:
         rate = f"{item.tokens_per_second:,.0f}" if item.tokens_per_second else ""
         left = duration(item.seconds_left) if item.seconds_left else ""
         tokens = f"{item.tokens:,}" if item.tokens else ""
-        rows.append([f"{item.kind}/{item.name}", f"{item.parts}/{total}", tokens, size(item.stored_bytes), rate, left, str(item.left_out or "")])
+        rows.append(
+            [f"{item.kind}/{item.name}", f"{item.parts}/{total}", tokens, size(item.stored_bytes), rate, left, str(item.left_out or "")]
+        )
     _show_table(["dataset", "parts", "tokens", "on disk", "tokens/s", "time left", "left out"], rows)
     for training in trainings:
         loss = "" if training.loss is None else f", loss {training.loss:.4f}"

@@ -140,7 +140,8 @@ def _validated(data: dict[str, Any]) -> tuple[Recipe | None, list[Problem]]:
             found = [_problem(dict(details)) for details in error.errors()]
             noted = {problem.path for problem in problems}  # what was dropped is not missing
             problems += [problem for problem in found if problem.path not in noted]
-            if not any([_drop(data, problem.path) for problem in found]):
+            dropped = [_drop(data, problem.path) for problem in found]
+            if not any(dropped):
                 return None, problems
         else:
             return recipe, problems + list(_impossible(recipe))

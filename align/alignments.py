@@ -72,4 +72,6 @@ class AlignmentsStage:
             "n_positions_S": np.diff(target_offsets).astype(np.uint32),
             "n_aligned_S": np.diff(aligned_before[target_offsets]).astype(np.uint32),
         }
-        return PartContent(data=arrays, counts={"segments": len(target_doc_id_S), "tokens": len(position_T), "aligned": int(aligned_before[-1])})
+        return PartContent(
+            data=arrays, counts={"segments": len(target_doc_id_S), "tokens": len(position_T), "aligned": int(aligned_before[-1])}
+        )

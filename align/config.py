@@ -23,7 +23,11 @@ class FusionConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
     name: str = Field("fused", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="name of the targets in the workspace")
-    method: Literal["mince", "avgce"] = Field("mince", description="`mince` takes the best source, `avgce` averages them by how good they are")
+    method: Literal["mince", "avgce"] = Field(
+        "mince", description="`mince` takes the best source, `avgce` averages them by how good they are"
+    )
     unit: Literal["segment"] = Field("segment", description="unit of text over which the sources are compared")
-    metric: Literal["bpb", "ce"] = Field("bpb", description="`bpb` (bits per byte) compares across tokenizers; `ce` (nats per token) is the papers'")
+    metric: Literal["bpb", "ce"] = Field(
+        "bpb", description="`bpb` (bits per byte) compares across tokenizers; `ce` (nats per token) is the papers'"
+    )
     top_k: int | None = Field(None, ge=1, le=1024, description="entries of each fused distribution; by default as in [distributions]")

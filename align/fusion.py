@@ -43,7 +43,8 @@ def fusion_identity(sources: list[FusionSource], *, alignment: AlignmentConfig, 
     return {
         "stage": "targets/1",
         "sources": [
-            [dataset.fingerprint for dataset in (source.distributions, source.alignment, source.vocabulary_map) if dataset] for source in sources
+            [dataset.fingerprint for dataset in (source.distributions, source.alignment, source.vocabulary_map) if dataset]
+            for source in sources
         ],
         "gold_anchor": alignment.gold_anchor,
         **fusion.model_dump(include={"method", "unit", "metric"}),
@@ -77,7 +78,9 @@ def source_weights(costs_NS: NDArray[np.float64], *, method: str) -> NDArray[np.
 class FusionStage:
     """Fuses the parts of several sources. Pickles as its arguments."""
 
-    def __init__(self, dataset: Dataset, *, sources: list[FusionSource], alignment: AlignmentConfig, fusion: FusionConfig, top_k: int) -> None:
+    def __init__(
+        self, dataset: Dataset, *, sources: list[FusionSource], alignment: AlignmentConfig, fusion: FusionConfig, top_k: int
+    ) -> None:
         """`sources[0]` is the target's own start, whose tokens and positions the result has."""
         assert sources[0].alignment is None
         self.dataset, self.sources, self.alignment, self.fusion, self.top_k = dataset, sources, alignment, fusion, top_k
@@ -122,7 +125,9 @@ class FusionStage:
                 "topk_logprobs_TK": np.log(probs_TK).astype(np.float16),
                 "tail_logprob_T": np.log(np.maximum(1 - probs_TK.sum(axis=1), 0)).astype(np.float16),
                 "source_T": source_T,
-                "source_S": (weights_NS.argmax(axis=0) if self.fusion.method == "mince" else np.full(len(lengths_S), SEVERAL)).astype(np.uint8),
+                "source_S": (weights_NS.argmax(axis=0) if self.fusion.method == "mince" else np.full(len(lengths_S), SEVERAL)).astype(
+                    np.uint8
+                ),
                 "lost_mass_S": (np.diff(lost_before[offsets]) / np.maximum(lengths_S, 1)).astype(np.float32),
             }
         counts = {"segments": len(lengths_S), "tokens": len(token_ids_T)}

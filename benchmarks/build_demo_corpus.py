@@ -18,10 +18,10 @@ from pathlib import Path
 import polars as pl
 
 SEED = 20240611
-TRAIN_BYTES, TEST_BYTES = 100_000, 12_000   # per domain
-TRAIN_TARGET, TEST_TARGET = (1_500, 6_500), (1_200, 2_800)   # bytes aimed at per document
+TRAIN_BYTES, TEST_BYTES = 100_000, 12_000  # per domain
+TRAIN_TARGET, TEST_TARGET = (1_500, 6_500), (1_200, 2_800)  # bytes aimed at per document
 LEAST, MOST = 1_000, 8_000
-SHINGLE = 60   # characters; a train document that shares one with a test document is dropped
+SHINGLE = 60  # characters; a train document that shares one with a test document is dropped
 
 # What one of the demo's tokenizers cannot give back: control characters (SmolLM2 lacks some bytes) and ▁ (Gemma's space).
 UNSAFE = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f▁]|[\U00040000-\U0010ffff]")
@@ -35,7 +35,7 @@ def prose(path: Path, *, split: str, target: tuple[int, int], rng: random.Random
         head = text.encode()[:limit].decode(errors="ignore")
         if len(head) < len(text):
             ends = [match.end() for match in re.finditer(r"[.!?;][”’\")]*(?=\s)|\n(?=\s*\S)", head)]
-            head = head[:ends[-1]] if ends else ""
+            head = head[: ends[-1]] if ends else ""
         yield head.strip()
 
 
@@ -43,15 +43,17 @@ def modules() -> list[Path]:
     """Public modules of moderate size without a licence notice of their own."""
     folder = Path(sysconfig.get_paths()["stdlib"])
     return [
-        path for path in sorted(folder.glob("[a-z]*.py"))
-        if 4_000 < path.stat().st_size < 80_000 and not re.search(r"copyright|licen[sc]e|\(c\)", path.read_text("utf-8"), re.I)]
+        path
+        for path in sorted(folder.glob("[a-z]*.py"))
+        if 4_000 < path.stat().st_size < 80_000 and not re.search(r"copyright|licen[sc]e|\(c\)", path.read_text("utf-8"), re.I)
+    ]
 
 
 def code(paths: list[Path], *, target: tuple[int, int], per_module: int, rng: random.Random) -> Iterator[tuple[str, str]]:
     """(module, excerpt): consecutive top-level statements of a module."""
     for path in paths:
         text = path.read_text("utf-8")
-        lines = [line + "\n" for line in text.split("\n")]   # not splitlines(), which counts form feeds
+        lines = [line + "\n" for line in text.split("\n")]  # not splitlines(), which counts form feeds
         # A document starts where a statement starts, with its decorators; comments and blank lines go with what precedes them.
         starts = [min([node.lineno, *(d.lineno for d in getattr(node, "decorator_list", []))]) - 1 for node in ast.parse(text).body]
         documents, limit, begin = [], rng.randint(*target), 0
@@ -81,7 +83,7 @@ def take(documents: Iterator[str], *, budget: int, avoid: set[str]) -> list[str]
 
 
 def shingles(text: str, *, step: int) -> set[str]:
-    return {text[i:i + SHINGLE] for i in range(0, len(text) - SHINGLE, step)}
+    return {text[i : i + SHINGLE] for i in range(0, len(text) - SHINGLE, step)}
 
 
 def main() -> None:
@@ -104,8 +106,11 @@ def main() -> None:
     for domain in ("philosophy", "patents"):
         rng = random.Random(f"{SEED} {domain}")
         path = getattr(arguments, domain)
-        add(domain, test=prose(path, split="test", target=TEST_TARGET, rng=rng),
-            train=prose(path, split="train", target=TRAIN_TARGET, rng=rng))
+        add(
+            domain,
+            test=prose(path, split="test", target=TEST_TARGET, rng=rng),
+            train=prose(path, split="train", target=TRAIN_TARGET, rng=rng),
+        )
     rng = random.Random(f"{SEED} code")
     paths = modules()
     rng.shuffle(paths)

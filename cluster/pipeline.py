@@ -186,15 +186,15 @@ class Pipeline:
     def _fusion_stage(self) -> FusionStage:
         recipe = self.recipe
         sources = [FusionSource(name=recipe.target.name, distributions=self.distributions[recipe.target.name])]
-        for source in recipe.sources:
-            sources.append(
-                FusionSource(
-                    name=source.name,
-                    distributions=self.distributions[source.name],
-                    alignment=self._alignment_stage(source).dataset,
-                    vocabulary_map=self._vocabulary_stage(source).dataset,
-                )
+        sources += [
+            FusionSource(
+                name=source.name,
+                distributions=self.distributions[source.name],
+                alignment=self._alignment_stage(source).dataset,
+                vocabulary_map=self._vocabulary_stage(source).dataset,
             )
+            for source in recipe.sources
+        ]
         identity = fusion_identity(sources, alignment=recipe.alignment, fusion=recipe.fusion, top_k=recipe.top_k)
         dataset = self.workspace.dataset("targets", recipe.fusion.name, identity=identity)
         return FusionStage(dataset, sources=sources, alignment=recipe.alignment, fusion=recipe.fusion, top_k=recipe.top_k)
@@ -283,7 +283,9 @@ class Pipeline:
         missing = sorted(set(parts) - set(dataset.parts()))
         if missing:
             listed = ", ".join(map(str, missing[:10])) + (f" and {len(missing) - 10} more" if len(missing) > 10 else "")
-            raise UsageError(f"{dataset.kind}/{dataset.name} lacks {len(missing)} of {len(parts)} parts ({listed}). First: fuseline {command} RECIPE.")
+            raise UsageError(
+                f"{dataset.kind}/{dataset.name} lacks {len(missing)} of {len(parts)} parts ({listed}). First: fuseline {command} RECIPE."
+            )
 
     def _make(self, title: str, stage: Stage, *, parts: list[int]) -> None:
         """Make the parts that are missing, and fold them into the catalog."""

@@ -1,4 +1,4 @@
-"""What a recipe would take: parts, tokens, bytes on disk and GPU hours of each stage, from what is at hand or from what the recipe expects."""
+"""What a recipe would take: parts, tokens, bytes on disk and GPU hours of each stage, from what is at hand or expected."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,7 +59,9 @@ def plan(recipe: Recipe, *, base: Path, models_dir: Path, workspace: Workspace) 
     stages = [planned("corpus", "corpus", recipe.corpus.name, stored=0.45 * train_bytes + 60 * documents)]
     for model in models:
         stored = tokens * (_SCALAR_BYTES + k * _entry_bytes(model))
-        stages.append(planned(f"distributions {model.name}", "distributions", model.name, stored=stored, flops=2 * model.parameters * tokens))
+        stages.append(
+            planned(f"distributions {model.name}", "distributions", model.name, stored=stored, flops=2 * model.parameters * tokens)
+        )
     target = models[0]
     for model in models[1:]:
         pair = f"{model.name}--{target.name}"
@@ -68,7 +70,9 @@ def plan(recipe: Recipe, *, base: Path, models_dir: Path, workspace: Workspace) 
     stages.append(planned(f"targets {recipe.fusion.name}", "targets", recipe.fusion.name, stored=stored))
     for training in recipe.trainings:
         epochs = training.epochs or 1
-        trained = tokens * epochs if training.steps is None else float(training.steps * training.global_batch_size * training.sequence_length)
+        trained = (
+            tokens * epochs if training.steps is None else float(training.steps * training.global_batch_size * training.sequence_length)
+        )
         # Weights in training precision plus float32 master weights and two moments, for each checkpoint kept.
         checkpoints = training.keep_checkpoints * target.parameters * 14 + 2 * target.parameters
         stage = f"training {training.name} (TP {training.tensor_parallel} × DP {training.data_parallel})"

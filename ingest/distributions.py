@@ -53,7 +53,15 @@ class DistributionsStage:
     """Makes `distributions/<model>` (top_k > 0) or `evaluations/<model>` (top_k = 0). Pickles as its arguments."""
 
     def __init__(
-        self, dataset: Dataset, *, corpus: Dataset, model_folder: Path, tokenizer_folder: Path, dtype: str, trust_remote_code: bool, top_k: int
+        self,
+        dataset: Dataset,
+        *,
+        corpus: Dataset,
+        model_folder: Path,
+        tokenizer_folder: Path,
+        dtype: str,
+        trust_remote_code: bool,
+        top_k: int,
     ) -> None:
         self.dataset, self.corpus, self.model_folder, self.tokenizer_folder = dataset, corpus, model_folder, tokenizer_folder
         self.dtype, self.trust_remote_code, self.top_k = dtype, trust_remote_code, top_k

@@ -53,7 +53,7 @@ class CausalModel:
             )
         except Exception as error:  # transformers and the model's own code raise anything
             raise DataError(f"The model {folder} cannot be loaded: {type(error).__name__}: {error}") from error
-        self.model = model.to(self.device).eval()
+        self.model: Any = model.to(self.device).eval()  # type: ignore[arg-type]  # transformers types it wrongly
         # More tokens at once do not speed up a CPU; measured with SmolLM2-135M.
         self.batch_tokens = 32_768 if self.device.type == "cuda" else 4_096
 
@@ -112,7 +112,9 @@ class CausalModel:
         keep_BL = torch.from_numpy(real_BL).to(self.device)
         gold_N = input_ids_BL.roll(-1, dims=1)[keep_BL]
         if self._head is None:
-            return _to_numpy([reduce_logits(self.model(input_ids=input_ids_BL, use_cache=False).logits[keep_BL], gold_N=gold_N, top_k=top_k)])
+            return _to_numpy(
+                [reduce_logits(self.model(input_ids=input_ids_BL, use_cache=False).logits[keep_BL], gold_N=gold_N, top_k=top_k)]
+            )
         hidden_NH = self.model.base_model(input_ids=input_ids_BL, use_cache=False).last_hidden_state[keep_BL]
         rows = max(1, _HEAD_BYTES // (self.vocab_size * hidden_NH.element_size()))
         blocks = zip(hidden_NH.split(rows), gold_N.split(rows), strict=True)

@@ -54,7 +54,9 @@ class ModelFolder:
         """The safetensors files, by name."""
         files = sorted(self.folder.glob("*.safetensors"))
         if not files:
-            raise DataError(f"{self.folder} has no *.safetensors file. Weights in other formats (pickles) are not read: convert them first.")
+            raise DataError(
+                f"{self.folder} has no *.safetensors file. Weights in other formats (pickles) are not read: convert them first."
+            )
         return files
 
     @cached_property
@@ -71,7 +73,7 @@ class ModelFolder:
     @cached_property
     def tensors(self) -> dict[str, dict[str, Any]]:
         """Name to dtype and shape of every tensor, from the headers of the safetensors files."""
-        found = {}
+        found: dict[str, dict[str, Any]] = {}
         for path in self.weight_files:
             try:
                 with path.open("rb") as file:
@@ -112,8 +114,8 @@ class ModelFolder:
                 )
         if self.tokenizer.vocab_size > self.vocab_size:
             raise DataError(
-                f"{self.folder}: the tokenizer's vocabulary ({self.tokenizer.vocab_size}) must not be larger than vocab_size of config.json "
-                f"({self.vocab_size}). The tokenizer belongs to another model, or tokens were added without resizing the embeddings."
+                f"{self.folder}: the tokenizer's vocabulary ({self.tokenizer.vocab_size}) must not be larger than vocab_size of "
+                f"config.json ({self.vocab_size}). The tokenizer is another model's, or tokens were added without resizing the embeddings."
             )
         return self
 
@@ -138,9 +140,9 @@ def find_model(config: ModelConfig, *, models_dir: Path, base: Path) -> ModelFol
         snapshot = huggingface_hub.snapshot_download(config.model, revision=config.revision, allow_patterns=_HUB_FILES)
     except Exception as error:  # a dozen kinds, from bad ids to no network
         raise DataError(
-            f"The model {config.name} ({config.model}) is not a folder here, not in the models folder {models_dir}, and the Hugging Face hub "
-            f"did not give it ({type(error).__name__}: {str(error).splitlines()[0]}). Download it and name its folder in the recipe, or put it "
-            f"into a folder as {config.model.rsplit('/', 1)[-1]} and name that with --models."
+            f"The model {config.name} ({config.model}) is not a folder here, not in the models folder {models_dir}, and the Hugging Face "
+            f"hub did not give it ({type(error).__name__}: {str(error).splitlines()[0]}). Download it and name its folder in the recipe, "
+            f"or put it into a folder as {config.model.rsplit('/', 1)[-1]} and name that with --models."
         ) from error
     return ModelFolder(config, Path(snapshot)).check()
 

@@ -21,8 +21,7 @@ def segment_documents(texts: Sequence[str], *, tokenizers: Sequence[Tokenizer], 
         budget = _budget(tokenizer, context_length)
         fits = [ok and len(ids) <= budget for ok, ids in zip(fits, tokenizer.encode(texts), strict=True)]
     return [
-        [text] if ok else _segment(text, tokenizers=tokenizers, context_length=context_length)
-        for text, ok in zip(texts, fits, strict=True)
+        [text] if ok else _segment(text, tokenizers=tokenizers, context_length=context_length) for text, ok in zip(texts, fits, strict=True)
     ]
 
 

@@ -4,13 +4,14 @@ Axes: T tokens (or positions) of a part, S its segments, K entries of a distribu
 axes come with offsets, never with padding.
 
 Every array is one shard file of chunks of 16,384 rows, each with a CRC-32C: without a checksum 51 to 55 of 60 flipped bits pass silently.
-Encodings were measured on real distributions (`benchmarks/store.py`): bitshuffle helps float16, hurts uint16 ids; byte shuffle helps uint32.
+Encodings were measured on real distributions (`benchmarks/store.py`): bitshuffle helps float16 and hurts uint16 ids; byte shuffle helps
+uint32.
 """
 
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import zarr
@@ -35,7 +36,12 @@ def write_group(folder: Path, *, arrays: Arrays, attributes: Mapping[str, Any]) 
         shard_rows = -(-max(1, len(array)) // rows) * rows
         rest = tuple(max(1, size) for size in array.shape[1:])
         target = group.create_array(
-            name, shape=array.shape, dtype=array.dtype, chunks=(rows, *rest), shards=(shard_rows, *rest), compressors=_compressors(array.dtype)
+            name,
+            shape=array.shape,
+            dtype=array.dtype,
+            chunks=(rows, *rest),
+            shards=(shard_rows, *rest),
+            compressors=_compressors(array.dtype),
         )
         if array.size:
             target[...] = array
@@ -46,7 +52,7 @@ def write_group(folder: Path, *, arrays: Arrays, attributes: Mapping[str, Any]) 
 
 def _compressors(dtype: np.dtype[Any]) -> list[Any]:
     if dtype.kind == "f":
-        shuffle = "bitshuffle" if dtype.itemsize == 2 else "shuffle"
+        shuffle: Literal["bitshuffle", "shuffle"] = "bitshuffle" if dtype.itemsize == 2 else "shuffle"
         return [BloscCodec(typesize=dtype.itemsize, cname="zstd", clevel=5, shuffle=shuffle), Crc32cCodec()]
     if dtype.itemsize > 2:
         return [BloscCodec(typesize=dtype.itemsize, cname="zstd", clevel=5, shuffle="shuffle"), Crc32cCodec()]

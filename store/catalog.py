@@ -21,7 +21,7 @@ from .migrations import migrate
 from .workspace import Workspace
 
 # So that DuckDB 1.5 can open what a later version wrote.
-_STORAGE = {"storage_compatibility_version": "v1.5.0"}
+_STORAGE: dict[str, str | bool | int | float | list[str]] = {"storage_compatibility_version": "v1.5.0"}
 _PATIENCE_SECONDS = 10.0
 
 
@@ -69,6 +69,11 @@ def fold(workspace: Workspace) -> None:
         _fold_tokenizers(connection, workspace)
         _fold_runs(connection, workspace)
         connection.commit()
+    except duckdb.Error as error:
+        raise DataError(
+            f"{workspace.catalog_path} cannot be brought up to date: {error}\nIt is only an index, nothing is lost. Make room if the disk is "
+            "full, and run the same command again; if that does not help, make it anew with `fuseline store rebuild`."
+        ) from error
     finally:
         connection.close()
 
@@ -154,35 +159,50 @@ def _part_row(dataset: Dataset, manifest: Manifest) -> pl.DataFrame:
 
 
 def _part_frames(dataset: Dataset, manifest: Manifest) -> dict[str, pl.DataFrame]:
-    """The rows that one part adds to the tables about segments."""
-    part = manifest.part
-    match dataset.kind:
-        case "distributions" | "evaluations":
-            names = ("doc_id_S", "segment_S", "n_bytes_S", "n_predicted_S", "predicted_bytes_S", "nll_S")
-            *columns, offsets = dataset.read(part, *names, "segment_offsets")
-            labels = {"kind": dataset.kind, "model": dataset.name, "corpus": dataset.description["corpus"], "part": part}
-            frame = _frame(labels, dict(zip(names, columns, strict=True)) | {"n_tokens_S": np.diff(offsets)}).with_columns(
-                ce=pl.col("nll") / pl.col("n_predicted"), bpb=pl.col("nll") / (pl.col("predicted_bytes") * np.log(2))
-            )
-            quarantined = dataset.arrays(part).attrs["quarantined"]
-            rows = [{"kind": dataset.kind, "model": dataset.name, "part": part, **row} for row in quarantined]  # type: ignore[union-attr]
-            return {"segments": frame} | ({"quarantine": pl.DataFrame(rows)} if rows else {})
-        case "alignments":
-            names = ("doc_id_S", "segment_S", "n_positions_S", "n_aligned_S")
-            columns_of = dict(zip(names, dataset.read(part, *names), strict=True))
-            return {"alignment_coverage": _frame({"name": dataset.name, "part": part}, columns_of)}
-        case "targets":
-            names = ("doc_id_S", "segment_S", "lost_mass_S", "source_S")
-            *columns, source_S, offsets = dataset.read(part, *names, "segment_offsets")
-            sources = dict(enumerate(dataset.arrays(part).attrs["sources"]))  # type: ignore[arg-type]
-            columns_of = dict(zip(names, columns, strict=False)) | {"n_positions_S": np.diff(offsets)}
-            frame = _frame({"name": dataset.name, "part": part}, columns_of)
-            return {"targets": frame.with_columns(source=pl.Series([sources.get(int(index)) for index in source_S], dtype=pl.String))}
-        case "vocab_maps":
-            counted = dataset.table(part).group_by("rule").agg(tokens=pl.len()).with_columns(name=pl.lit(dataset.name))
-            return {"vocab_maps": counted}
-        case _:
-            return {}
+    """The rows that one part adds to the tables of its kind."""
+    fold_kind = _FOLDS.get(dataset.kind)
+    return fold_kind(dataset, manifest.part) if fold_kind else {}
+
+
+def _forward_frames(dataset: Dataset, part: int) -> dict[str, pl.DataFrame]:
+    names = ("doc_id_S", "segment_S", "n_bytes_S", "n_predicted_S", "predicted_bytes_S", "nll_S")
+    *columns, offsets = dataset.read(part, *names, "segment_offsets")
+    labels = {"kind": dataset.kind, "model": dataset.name, "corpus": dataset.description["corpus"], "part": part}
+    segments = _frame(labels, dict(zip(names, columns, strict=True)) | {"n_tokens_S": np.diff(offsets)}).with_columns(
+        ce=pl.col("nll") / pl.col("n_predicted"), bpb=pl.col("nll") / (pl.col("predicted_bytes") * np.log(2))
+    )
+    quarantined: Any = dataset.arrays(part).attrs["quarantined"]
+    left_out = [{"kind": dataset.kind, "model": dataset.name, "part": part, **row} for row in quarantined]
+    return {"segments": segments} | ({"quarantine": pl.DataFrame(left_out)} if left_out else {})
+
+
+def _alignment_frames(dataset: Dataset, part: int) -> dict[str, pl.DataFrame]:
+    names = ("doc_id_S", "segment_S", "n_positions_S", "n_aligned_S")
+    arrays = dict(zip(names, dataset.read(part, *names), strict=True))
+    return {"alignment_coverage": _frame({"name": dataset.name, "part": part}, arrays)}
+
+
+def _target_frames(dataset: Dataset, part: int) -> dict[str, pl.DataFrame]:
+    names = ("doc_id_S", "segment_S", "lost_mass_S")
+    *columns, source_S, offsets = dataset.read(part, *names, "source_S", "segment_offsets")
+    names_of_sources: Any = dataset.arrays(part).attrs["sources"]
+    by_index = dict(enumerate(names_of_sources))
+    arrays = dict(zip(names, columns, strict=True)) | {"n_positions_S": np.diff(offsets)}
+    frame = _frame({"name": dataset.name, "part": part}, arrays)
+    return {"targets": frame.with_columns(source=pl.Series([by_index.get(int(index)) for index in source_S], dtype=pl.String))}
+
+
+def _vocabulary_frames(dataset: Dataset, part: int) -> dict[str, pl.DataFrame]:
+    return {"vocab_maps": dataset.table(part).group_by("rule").agg(tokens=pl.len()).with_columns(name=pl.lit(dataset.name))}
+
+
+_FOLDS = {
+    "distributions": _forward_frames,
+    "evaluations": _forward_frames,
+    "alignments": _alignment_frames,
+    "targets": _target_frames,
+    "vocab_maps": _vocabulary_frames,
+}
 
 
 def _frame(labels: dict[str, Any], arrays: dict[str, Any]) -> pl.DataFrame:

@@ -16,7 +16,7 @@ import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import numpy as np
 import polars as pl
@@ -201,7 +201,7 @@ class Dataset:
             if not all((payload / path).exists() for path in files if path.startswith(f"{name}/")):
                 raise DamagedPart(f"{payload}: the array {name} is missing. {self._remedy(part)}")
             try:
-                arrays.append(np.asarray(group[name][...]))
+                arrays.append(np.asarray(cast(zarr.Array, group[name])[...]))
             except (OSError, ValueError, RuntimeError, KeyError) as error:
                 raise DamagedPart(f"{payload}: the array {name} cannot be read ({error}). {self._remedy(part)}") from error
         return tuple(arrays)

@@ -17,8 +17,8 @@ CREATE TABLE models (
 CREATE TABLE tokenizers (
     tokenizer VARCHAR, vocab_size BIGINT, bos BIGINT, eos BIGINT, prepends_bos BOOLEAN);
 CREATE TABLE segments (
-    kind VARCHAR, model VARCHAR, corpus VARCHAR, part INTEGER, doc_id BIGINT, segment BIGINT, n_bytes BIGINT, n_tokens BIGINT, n_predicted BIGINT,
-    predicted_bytes BIGINT, nll DOUBLE, ce DOUBLE, bpb DOUBLE);
+    kind VARCHAR, model VARCHAR, corpus VARCHAR, part INTEGER, doc_id BIGINT, segment BIGINT, n_bytes BIGINT, n_tokens BIGINT,
+    n_predicted BIGINT, predicted_bytes BIGINT, nll DOUBLE, ce DOUBLE, bpb DOUBLE);
 CREATE TABLE quarantine (
     kind VARCHAR, model VARCHAR, part INTEGER, doc_id BIGINT, reason VARCHAR);
 CREATE TABLE vocab_maps (

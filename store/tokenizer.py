@@ -14,6 +14,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Self
 
@@ -59,8 +60,8 @@ class TokenBytes:
 
     def to_list(self) -> list[bytes]:
         """The byte string of every token, by id."""
-        data, ends = self.buffer_B.tobytes(), self.offsets_V1.tolist()
-        return [data[start:end] for start, end in zip(ends[:-1], ends[1:], strict=True)]
+        data = self.buffer_B.tobytes()
+        return [data[start:end] for start, end in pairwise(self.offsets_V1.tolist())]
 
     def concatenate(self, token_ids_T: NDArray[Any]) -> NDArray[np.uint8]:
         """The bytes of a sequence of tokens, one after another."""
@@ -103,7 +104,9 @@ class Tokenizer:
         self.backend = _backend(definition)
         self.is_byte_level = "ByteLevel" in repr(self.backend.pre_tokenizer) + repr(self.backend.decoder)
         if not self.is_byte_level and WORD_START not in definition and '"Metaspace"' not in definition:
-            raise DataError("The tokenizer is neither byte-level nor SentencePiece-style; one that loses text (WordPiece) cannot be aligned.")
+            raise DataError(
+                "The tokenizer is neither byte-level nor SentencePiece-style; one that loses text (WordPiece) cannot be aligned."
+            )
         self._encode_control_tokens_as_text()
 
     def _encode_control_tokens_as_text(self) -> None:
@@ -189,7 +192,8 @@ class Tokenizer:
 
     def encode_segments(self, texts: Sequence[str]) -> EncodedSegments:
         """Token ids of segments as the model reads them, and whether each segment's bytes can be had back from its tokens."""
-        bos = [self.roles["bos"]] if self.prepends_bos else []
+        bos_id = self.roles["bos"]
+        bos = [bos_id] if self.prepends_bos and bos_id is not None else []
         ids = [bos + ids for ids in self.encode(texts)]
         offsets = np.concatenate([[0], np.cumsum([len(segment) for segment in ids])]).astype(np.int64)
         token_ids_T = np.fromiter((token for segment in ids for token in segment), id_dtype(self.vocab_size), int(offsets[-1]))

@@ -1,12 +1,12 @@
 """The workspace: one folder that holds everything of a project.
 
-    <workspace>/
-      catalog.duckdb                                      index of all of it; can be rebuilt
-      tokenizers/<digest>/                                tokenizer.json, token_bytes.parquet
-      corpus/<name>/  distributions/<model>/  alignments/<source>--<target>/  targets/<name>/  evaluations/<model>/
-      vocab_maps/<source>--<target>/                      a table each, in the same form as the others
-      runs/<run>/                                         one execution of a stage: run.json; of training also checkpoints, metrics, logs
-      exports/<name>/                                     models in the Hugging Face format
+<workspace>/
+  catalog.duckdb                                      index of all of it; can be rebuilt
+  tokenizers/<digest>/                                tokenizer.json, token_bytes.parquet
+  corpus/<name>/  distributions/<model>/  alignments/<source>--<target>/  targets/<name>/  evaluations/<model>/
+  vocab_maps/<source>--<target>/                      a table each, in the same form as the others
+  runs/<run>/                                         one execution of a stage: run.json; of training also checkpoints, metrics, logs
+  exports/<name>/                                     models in the Hugging Face format
 """
 
 import fcntl

@@ -23,21 +23,14 @@ from . import records
 from .architecture import read_architecture
 from .batch import MicroBatch
 from .checkpoint import Checkpoints
-from .config import TrainingConfig, TrainJob
+from .config import TrainJob
 from .convert import load_weights
 from .data import TargetsData, prefetched
 from .export import export
 from .loss import IGNORED
-from .megatron import (
-    DistributedDataParallel,
-    DistributedDataParallelConfig,
-    MegatronOptimizer,
-    OptimizerConfig,
-    OptimizerParamScheduler,
-    finalize_model_grads,
-    get_megatron_optimizer,
-)
+from .megatron import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from .model import FusionModel
+from .optimizer import make_optimizer, make_scheduler
 from .runtime import Runtime
 
 
@@ -67,8 +60,8 @@ class Trainer:
         self.architecture = read_architecture(job.model_folder, training=job.config)
         self.data = TargetsData.of(job, vocab_size=self.architecture.vocab_size)
         self.model = self._load_model()
-        self.optimizer = _optimizer(self.model, config=job.config, runtime=runtime)
-        self.scheduler = _scheduler(self.optimizer, config=job.config, steps=self.data.steps)
+        self.optimizer = make_optimizer(self.model, config=job.config, runtime=runtime)
+        self.scheduler = make_scheduler(self.optimizer, config=job.config, steps=self.data.steps)
         self.checkpoints = Checkpoints(job.run_folder, identity=job.identity, model=self.model, optimizer=self.optimizer, runtime=runtime)
         self._stop_asked = False
 
@@ -114,7 +107,7 @@ class Trainer:
         if not math.isfinite(loss):
             raise self._failure(step, f"the loss is {loss}", first_bad=first_bad)
         finalize_model_grads([self.model])
-        self.scheduler.step(1)  # before the update: neither the first nor the last one has a rate of 0
+        self.scheduler.step(1)
         _, gradient_norm, _ = self.optimizer.step()
         if not math.isfinite(gradient_norm):
             raise self._failure(step, f"the norm of the gradient is {gradient_norm}", first_bad=None)
@@ -232,37 +225,3 @@ def _timed(batches: Iterator[Sequence[MicroBatch]]) -> Iterator[tuple[Sequence[M
         except StopIteration:
             return
         yield batch, time.monotonic() - started
-
-
-def _optimizer(model: DistributedDataParallel, *, config: TrainingConfig, runtime: Runtime) -> MegatronOptimizer:
-    settings = OptimizerConfig(
-        optimizer="adam",
-        lr=config.learning_rate,
-        min_lr=config.learning_rate * config.min_learning_rate_ratio,
-        weight_decay=config.weight_decay,
-        adam_beta1=config.adam_beta1,
-        adam_beta2=config.adam_beta2,
-        adam_eps=config.adam_eps,
-        clip_grad=config.gradient_clip,
-        bf16=runtime.dtype == torch.bfloat16,
-        params_dtype=runtime.dtype,
-        # Its state cannot be loaded from a checkpoint without Transformer Engine or apex.
-        use_distributed_optimizer=False,
-    )
-    return get_megatron_optimizer(settings, [model], use_gloo_process_groups=False)
-
-
-def _scheduler(optimizer: MegatronOptimizer, *, config: TrainingConfig, steps: int) -> OptimizerParamScheduler:
-    return OptimizerParamScheduler(
-        optimizer,
-        init_lr=0.0,
-        max_lr=config.learning_rate,
-        min_lr=config.learning_rate * config.min_learning_rate_ratio,
-        lr_warmup_steps=math.ceil(steps * config.warmup_fraction),
-        lr_decay_steps=steps + 1,
-        lr_decay_style="cosine",
-        start_wd=config.weight_decay,
-        end_wd=config.weight_decay,
-        wd_incr_steps=steps,
-        wd_incr_style="constant",
-    )

@@ -1,0 +1,6 @@
+"""`python -m fuseline` is `fuseline`."""
+
+from .cli import main
+
+if __name__ == "__main__":
+    main(prog_name="fuseline")

@@ -1,0 +1,137 @@
+"""The whole pipeline as a user runs it: real processes, killed with SIGKILL in the middle of each stage in turn."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from fuseline.store import catalog
+from fuseline.store.dataset import Dataset
+from fuseline.store.workspace import Workspace
+from workspaces import contents, kill_group, start, wait_for, write_project
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory, corpus_texts) -> Path:
+    return write_project(tmp_path_factory.mktemp("project"), texts=corpus_texts)
+
+
+def fuseline(*arguments: object) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, "-m", "fuseline", *map(str, arguments)], capture_output=True, text=True, check=False)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(project, models_dir, tmp_path_factory) -> Path:
+    workspace = tmp_path_factory.mktemp("uninterrupted") / "workspace"
+    result = fuseline("run", project, "-w", workspace, "--models", models_dir)
+    assert result.returncode == 0, result.stderr
+    assert "Bits per byte" in result.stdout
+    return workspace
+
+
+def test_a_second_run_does_nothing_and_says_so(project, models_dir, uninterrupted):
+    before = {path: path.stat().st_mtime_ns for path in uninterrupted.rglob("*") if path.is_file() and path.suffix != ".duckdb"}
+    result = fuseline("run", project, "-w", uninterrupted, "--models", models_dir)
+    assert result.returncode == 0, result.stderr
+    stages = [line for line in result.stderr.splitlines() if ": " in line and not line.startswith("corpus corpus:")]
+    assert len(stages) == 12
+    assert all("nothing to do" in line for line in stages), stages
+    after = {path: path.stat().st_mtime_ns for path in uninterrupted.rglob("*") if path.is_file() and path.suffix != ".duckdb"}
+    changed = {path.name for path in after if after[path] != before.get(path)}
+    assert changed <= {"recipe.toml", ".coordinator"}
+
+
+# Kind and name of a dataset, or of a training; each is interrupted when it has something but not all.
+STAGES = [
+    ("corpus", "corpus"),
+    ("distributions", "target"),
+    ("distributions", "source"),
+    ("alignments", "source--target"),
+    ("targets", "fused"),
+    ("runs", "clm"),
+    ("runs", "fused"),
+    ("evaluations", "source"),
+]
+
+
+def test_killed_in_the_middle_of_each_stage_it_ends_with_the_same_bits(project, models_dir, uninterrupted, tmp_path):
+    workspace = tmp_path / "workspace"
+    log = tmp_path / "log"
+    for kind, name in STAGES:
+        process = start("run", project, "-w", workspace, "--models", models_dir, log=log)
+        wait_for(lambda: _has_begun(workspace, kind, name), process=process)  # noqa: B023  # called at once
+        kill_group(process)
+        expected = _n_done(uninterrupted, kind, name)
+        assert 0 < _n_done(workspace, kind, name) < expected, f"{kind}/{name} was not interrupted in the middle"
+    result = fuseline("run", project, "-w", workspace, "--models", models_dir)
+    assert result.returncode == 0, result.stderr
+    resumed, reference = contents(workspace), contents(uninterrupted)
+    assert resumed.keys() == reference.keys()
+    assert [key for key in reference if resumed[key] != reference[key]] == []
+    with catalog.reading(Workspace.open(workspace)) as connection:
+        runs = dict(connection.execute("SELECT status, count(*) FROM runs GROUP BY status").fetchall())
+    assert runs["interrupted"] == len(STAGES)
+
+
+def _n_done(workspace: Path, kind: str, name: str) -> int:
+    if kind == "runs":
+        path = workspace / "runs" / name / "metrics.jsonl"
+        return len(path.read_bytes().splitlines()) if path.exists() else 0
+    folder = workspace / kind / name
+    return len(Dataset.open(folder).parts()) if (folder / "dataset.json").exists() else 0
+
+
+def _has_begun(workspace: Path, kind: str, name: str) -> bool:
+    # A training is killed between two checkpoints, so that steps are lost and must be done again.
+    return _n_done(workspace, kind, name) >= (6 if kind == "runs" else 1)
+
+
+def test_the_exported_model_generates_and_has_a_card(uninterrupted):
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = uninterrupted / "exports" / "fused"
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    inputs = tokenizer("The method", return_tensors="pt")
+    output = model.generate(**{"input_ids": inputs["input_ids"]}, max_new_tokens=5, do_sample=False, pad_token_id=0)
+    assert output.shape[1] == inputs["input_ids"].shape[1] + 5
+    assert torch.equal(output[:, : inputs["input_ids"].shape[1]], inputs["input_ids"])
+    assert "source" in (folder / "README.md").read_text()
+
+
+def test_the_report_is_what_the_stored_likelihoods_say(uninterrupted):
+    dataset = Dataset.open(uninterrupted / "evaluations" / "fused")
+    nll = predicted = 0.0
+    for part in dataset.parts():
+        nll_S, bytes_S = dataset.read(part, "nll_S", "predicted_bytes_S")
+        nll += nll_S.sum()
+        predicted += bytes_S.sum()
+    result = fuseline("report", "-w", uninterrupted)
+    (line,) = [line for line in result.stdout.splitlines() if line.startswith("| fused")]
+    assert f"{nll / predicted / 0.6931471805599453:.4f}" == line.split("|")[-2].strip()
+
+
+def test_the_catalog_rebuilt_from_the_files_equals_the_original(uninterrupted):
+    def tables() -> dict[str, list]:
+        with catalog.reading(Workspace.open(uninterrupted)) as connection:
+            names = [name for (name,) in connection.execute("SELECT table_name FROM duckdb_tables()").fetchall() if name != "migrations"]
+            return {name: sorted(map(repr, connection.execute(f"SELECT * FROM {name}").fetchall())) for name in names}
+
+    before = tables()
+    assert all(before[name] for name in ("documents", "segments", "targets", "metrics", "alignment_coverage", "models", "tokenizers", "parts"))
+    result = fuseline("store", "rebuild", "-w", uninterrupted)
+    assert result.returncode == 0, result.stderr
+    assert tables() == before
+
+
+def test_sql_reads_the_catalog_and_cannot_write_or_leave_it(uninterrupted, tmp_path):
+    result = fuseline("sql", "SELECT model, count(*) AS n FROM evaluations GROUP BY model ORDER BY model", "-w", uninterrupted, "--format", "csv")
+    assert result.stdout.splitlines() == ["model,n", "clm,2", "fused,2", "source,2", "target,2"]
+    secret = tmp_path / "secret.csv"
+    secret.write_text("a\n1\n")
+    for query in ("DELETE FROM segments", f"SELECT * FROM '{secret}'", "SELEC 1"):
+        result = fuseline("sql", query, "-w", uninterrupted)
+        assert result.returncode == 2
+        assert "Traceback" not in result.stderr
+    assert fuseline("sql", "SELECT count(*) FROM segments", "-w", uninterrupted, "--format", "csv").stdout.split()[1] != "0"
