@@ -60,7 +60,7 @@ def write_json(path: Path, value: Any) -> None:
 def remove(path: Path) -> None:
     """Remove a file or a folder; a folder is renamed first, so that a crash cannot leave half of it under its name."""
     if path.is_dir():
-        doomed = temporary_sibling(path)
+        doomed = temporary_sibling(path.with_name(f"old-{path.name}"))  # not the name of what may be about to replace it
         shutil.rmtree(doomed, ignore_errors=True)
         path.rename(doomed)
         shutil.rmtree(doomed)

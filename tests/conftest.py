@@ -10,19 +10,18 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="fuseline-hf-")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-import pytest  # noqa: E402
+import pytest
 
 sys.path.insert(0, str(Path(__file__).parent / "support"))
 
-from tiny import save_model, train_byte_level, train_sentencepiece  # noqa: E402
+from tiny import save_model, train_byte_level, train_sentencepiece
 
 
 @pytest.fixture(scope="session")
 def corpus_texts() -> list[str]:
     """The demo corpus's documents."""
-    import polars as pl
-
     import fuseline
+    import polars as pl
 
     return pl.read_parquet(Path(fuseline.__file__).parent / "recipes" / "demo-corpus" / "demo.parquet")["text"].to_list()
 

@@ -94,7 +94,7 @@ def test_the_exported_model_generates_and_has_a_card(uninterrupted):
     model = AutoModelForCausalLM.from_pretrained(folder)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     inputs = tokenizer("The method", return_tensors="pt")
-    output = model.generate(**{"input_ids": inputs["input_ids"]}, max_new_tokens=5, do_sample=False, pad_token_id=0)
+    output = model.generate(input_ids=inputs["input_ids"], max_new_tokens=5, do_sample=False, pad_token_id=0)
     assert output.shape[1] == inputs["input_ids"].shape[1] + 5
     assert torch.equal(output[:, : inputs["input_ids"].shape[1]], inputs["input_ids"])
     assert "source" in (folder / "README.md").read_text()
@@ -119,14 +119,18 @@ def test_the_catalog_rebuilt_from_the_files_equals_the_original(uninterrupted):
             return {name: sorted(map(repr, connection.execute(f"SELECT * FROM {name}").fetchall())) for name in names}
 
     before = tables()
-    assert all(before[name] for name in ("documents", "segments", "targets", "metrics", "alignment_coverage", "models", "tokenizers", "parts"))
+    assert all(
+        before[name] for name in ("documents", "segments", "targets", "metrics", "alignment_coverage", "models", "tokenizers", "parts")
+    )
     result = fuseline("store", "rebuild", "-w", uninterrupted)
     assert result.returncode == 0, result.stderr
     assert tables() == before
 
 
 def test_sql_reads_the_catalog_and_cannot_write_or_leave_it(uninterrupted, tmp_path):
-    result = fuseline("sql", "SELECT model, count(*) AS n FROM evaluations GROUP BY model ORDER BY model", "-w", uninterrupted, "--format", "csv")
+    result = fuseline(
+        "sql", "SELECT model, count(*) AS n FROM evaluations GROUP BY model ORDER BY model", "-w", uninterrupted, "--format", "csv"
+    )
     assert result.stdout.splitlines() == ["model,n", "clm,2", "fused,2", "source,2", "target,2"]
     secret = tmp_path / "secret.csv"
     secret.write_text("a\n1\n")

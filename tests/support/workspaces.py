@@ -101,4 +101,6 @@ def _part(dataset: Dataset, part: int) -> object:
         return dataset.table(part).rows()
     names = sorted(dataset.arrays(part).array_keys())
     arrays = dataset.read(part, *names)
-    return [(name, array.dtype.str, array.shape, hashlib.sha256(array.tobytes()).hexdigest()) for name, array in zip(names, arrays, strict=True)]
+    return [
+        (name, array.dtype.str, array.shape, hashlib.sha256(array.tobytes()).hexdigest()) for name, array in zip(names, arrays, strict=True)
+    ]

@@ -1,0 +1,90 @@
+"""The documentation says what the program does. `python tests/unit/test_docs.py` writes the page of recipe keys anew."""
+
+import re
+import tomllib
+from pathlib import Path
+from typing import Any, Literal, Union, get_args, get_origin
+
+import click
+import fuseline
+from fuseline.cli import main
+from fuseline.recipe import Recipe
+from pydantic import BaseModel
+
+ROOT = Path(fuseline.__file__).parent
+PAGE = ROOT / "docs" / "recipe.md"
+INTRODUCTION = """# Recipe
+
+A recipe is a TOML file. Every key that it may hold is here; a key without a default must be given. A recipe is checked as a whole before
+anything is done: all mistakes are reported at once, with their lines.
+"""
+SECTIONS = {
+    "corpus": "[corpus]",
+    "target": "[target], and each of [[sources]]",
+    "distributions": "[distributions]",
+    "alignment": "[alignment]",
+    "fusion": "[fusion]",
+    "training": "[training]",
+    "evaluation": "[evaluation]",
+}
+
+
+def recipe_page() -> str:
+    page = [INTRODUCTION]
+    for name, title in SECTIONS.items():
+        section: Any = Recipe.model_fields[name].annotation
+        assert issubclass(section, BaseModel)
+        page += [f"\n## `{title}`\n\n{section.__doc__}\n\n| key | type | default | what it says |\n|---|---|---|---|\n"]
+        for key, field in section.model_fields.items():
+            default = "" if field.is_required() else f"`{_toml(field.default)}`"
+            page.append(f"| `{key}` | {_type(field.annotation)} | {default} | {field.description} |\n")
+    return "".join(page)
+
+
+def _toml(value: object) -> str:
+    return "none" if value is None else str(value).lower() if isinstance(value, bool) else repr(value).replace("'", '"')
+
+
+def _type(annotation: Any) -> str:
+    if get_origin(annotation) is Literal:
+        return ", ".join(f"`{choice}`" for choice in get_args(annotation))
+    if get_origin(annotation) in {Union, type(int | None)}:
+        return " or ".join(_type(choice) for choice in get_args(annotation) if choice is not type(None))
+    return {str: "text", int: "integer", float: "number", bool: "true or false"}[
+        get_args(annotation)[0] if get_args(annotation) else annotation
+    ]
+
+
+def test_the_page_of_recipe_keys_is_up_to_date():
+    assert PAGE.read_text() == recipe_page()
+
+
+def test_the_recipe_in_the_readme_is_valid():
+    (text,) = re.findall(r"```toml\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    Recipe.model_validate(tomllib.loads(text))
+
+
+def _commands(group: click.Group, prefix: str) -> dict[str, click.Command]:
+    found: dict[str, click.Command] = {}
+    for name, command in group.commands.items():
+        found |= _commands(command, f"{prefix} {name}") if isinstance(command, click.Group) else {f"{prefix} {name}": command}
+    return found
+
+
+def test_every_command_that_the_readme_names_exists_and_every_command_has_help_and_an_example():
+    commands = _commands(main, "fuseline")
+    named = set(re.findall(r"(?:`|\$ )(fuseline (?:(?:ingest|store) )?[a-z]+)", (ROOT / "README.md").read_text()))
+    assert len(named) > 8
+    assert named <= commands.keys()
+    for name, command in commands.items():
+        assert command.help, name
+        assert "Example:" in command.help or name == "fuseline demo", name
+        for parameter in command.params:
+            assert not isinstance(parameter, click.Option) or parameter.help or parameter.name in {"style", "workspace"}, (
+                name,
+                parameter.name,
+            )
+
+
+if __name__ == "__main__":
+    PAGE.write_text(recipe_page())
