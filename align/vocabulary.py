@@ -31,7 +31,7 @@ def vocabulary_map(source: Tokenizer, *, target: Tokenizer, rule: str) -> pl.Dat
         target_bytes.
     """
     source_bytes, target_bytes = source.token_bytes.to_list(), target.token_bytes.to_list()
-    by_bytes = _ids_by_bytes(target_bytes)
+    by_bytes = _ids_by_bytes(target)
     ids = [by_bytes.get(piece, UNMAPPED) if piece else UNMAPPED for piece in source_bytes]
     rules = ["none" if target_id == UNMAPPED else "exact" for target_id in ids]
     if rule == "prefix":
@@ -59,10 +59,10 @@ def target_ids(table: pl.DataFrame) -> NDArray[np.int32]:
     return table["target_id"].cast(pl.Int32).fill_null(UNMAPPED).to_numpy()
 
 
-def _ids_by_bytes(token_bytes: list[bytes]) -> dict[bytes, int]:
-    """Lowest id of each byte string."""
+def _ids_by_bytes(tokenizer: Tokenizer) -> dict[bytes, int]:
+    """Lowest id of each byte string; `<0x61>` only if no other token is `a`, since then the tokenizer never writes it."""
     found: dict[bytes, int] = {}
-    for token_id, piece in enumerate(token_bytes):
+    for token_id, piece in sorted(enumerate(tokenizer.token_bytes.to_list()), key=lambda entry: entry[0] in tokenizer.byte_fallback_ids):
         if piece:
             found.setdefault(piece, token_id)
     return found

@@ -33,6 +33,7 @@ class Pipeline:
 
     def run(self) -> None:
         """Everything that is missing, in order."""
+        self._check_trainable()
         self.make_corpus()
         self.make_distributions()
         self.make_alignments()
@@ -44,8 +45,30 @@ class Pipeline:
 
     @cached_property
     def models(self) -> dict[str, ModelFolder]:
-        """The target's start and the sources, by name, found and checked."""
-        return {config.name: find_model(config, models_dir=self.models_dir, base=self.base) for config in self.recipe.models}
+        """The target's start and the sources, by name, found and checked.
+
+        Raises:
+            DataError: one is not to be had, or cannot be used.
+            UsageError: the corpus's segments would not fit one's context.
+        """
+        found = {config.name: find_model(config, models_dir=self.models_dir, base=self.base) for config in self.recipe.models}
+        context_length = self.recipe.corpus.context_length
+        for name, model in found.items():
+            longest = model.hf_config.get("max_position_embeddings") or model.hf_config.get("max_seq_len") or context_length
+            if context_length > longest:
+                raise UsageError(
+                    f"corpus.context_length ({context_length}) must be at most the context of {name} ({longest} tokens, by its config.json)."
+                )
+        return found
+
+    def _check_trainable(self) -> None:
+        """Refuse a target that cannot be trained as asked before hours are spent on its sources."""
+        if all(self._is_trained(training) for training in self.recipe.trainings):
+            return
+        from ..train.architecture import read_architecture  # loads transformers
+
+        for training in self.recipe.trainings:
+            read_architecture(self.models[self.recipe.target.name].folder, training=training)
 
     @cached_property
     def corpus(self) -> CorpusStage:
@@ -211,8 +234,7 @@ class Pipeline:
 
     def _train(self, training: TrainingConfig, *, parts: list[int]) -> None:
         job = self._job(training, parts=parts)
-        already_done = (job.run_folder / "done.json").exists() and (job.export_folder / "config.json").exists()
-        if already_done:
+        if self._is_trained(training):
             launch(job, on_metrics=lambda record: None)  # checks that it is the same training
             self.progress.say(f"training {training.name}: nothing to do")
             return
@@ -233,6 +255,10 @@ class Pipeline:
             launch(job, on_metrics=follow)
         catalog.fold(self.workspace)
         self.progress.say(f"training {training.name}: model written to {job.export_folder}")
+
+    def _is_trained(self, training: TrainingConfig) -> bool:
+        done, exported = self.workspace.folder("runs", training.name) / "done.json", self.workspace.folder("exports", training.name)
+        return done.exists() and (exported / "config.json").exists()
 
     def _job(self, training: TrainingConfig, *, parts: list[int]) -> TrainJob:
         targets = self._fusion_stage.dataset

@@ -34,14 +34,13 @@ def _segment(text: str, *, tokenizers: Sequence[Tokenizer], context_length: int)
     start, window = 0, context_length * _CHARS_PER_TOKEN
     while start < len(text):
         piece = text[start : start + window]
-        longest = len(piece)
-        # A piece tokenized alone may come to one token more than inside the window, so what was cut is measured again.
-        while (fitting := _fitting_chars(piece[:longest], tokenizers=tokenizers, context_length=context_length)) < longest:
-            longest = fitting
-        is_rest = start + longest == len(text)
-        segments.append(piece if is_rest else _cut(piece[:longest]))
-        start += len(segments[-1])
-        window = 2 * len(segments[-1])  # dense scripts have less than a character per token: do not tokenize much more than is used
+        segment = piece if start + len(piece) == len(text) else _cut(piece)
+        # A segment tokenized alone may come to more tokens than inside the window, so what was cut is measured again.
+        while (fitting := _fitting_chars(segment, tokenizers=tokenizers, context_length=context_length)) < len(segment):
+            segment = _cut(segment[:fitting])
+        segments.append(segment)
+        start += len(segment)
+        window = 2 * len(segment)  # dense scripts have less than a character per token: do not tokenize much more than is used
     return segments
 
 

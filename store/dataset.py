@@ -93,10 +93,10 @@ class Dataset:
         """
         try:
             record = json.loads((folder / "dataset.json").read_text(encoding="utf-8"))
-            dataset = cls(folder, record["identity"], record["description"])
-        except (OSError, ValueError, KeyError) as error:
+            dataset, stored = cls(folder, record["identity"], record["description"]), record["fingerprint"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
             raise DamagedPart(f"{folder} is not a dataset of a workspace: dataset.json cannot be read ({error}).") from error
-        if dataset.fingerprint != record["fingerprint"]:
+        if dataset.fingerprint != stored:
             raise DamagedPart(f"{folder / 'dataset.json'} was changed by hand: its identity does not hash to its fingerprint.")
         return dataset
 
@@ -141,7 +141,7 @@ class Dataset:
             record = json.loads(path.read_text(encoding="utf-8"))
             files = {name: (size, crc) for name, (size, crc) in record.pop("files").items()}
             manifest = Manifest(**record, files=files)
-        except (OSError, ValueError, TypeError, KeyError) as error:
+        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
             raise DamagedPart(f"The manifest {path} cannot be read ({error}). Remove it: the part is then made again.") from error
         if manifest.fingerprint != self.fingerprint:
             raise FingerprintMismatch(f"{path} belongs to another dataset (fingerprint {manifest.fingerprint[:12]}…). Remove it.")
@@ -178,9 +178,10 @@ class Dataset:
         """The Zarr group of a committed part, read-only.
 
         Raises:
-            DamagedPart: the manifest or the folder it names is missing.
+            DamagedPart: the manifest or the folder it names is missing, or the metadata in it are not what was committed.
         """
         payload = self.folder / self.manifest(part).payload
+        self._require_same(part, "zarr.json")  # the metadata of all its arrays, which Zarr has no checksum for
         try:
             return zarr.open_consolidated(zarr.storage.LocalStore(payload, read_only=True), mode="r")
         except (OSError, ValueError, KeyError) as error:
@@ -194,12 +195,13 @@ class Dataset:
         """
         group = self.arrays(part)
         manifest = self.manifest(part)
-        payload, files = self.folder / manifest.payload, manifest.files
+        payload = self.folder / manifest.payload
         arrays = []
         for name in names:
-            # Zarr would read a missing chunk as zeros.
-            if not all((payload / path).exists() for path in files if path.startswith(f"{name}/")):
-                raise DamagedPart(f"{payload}: the array {name} is missing. {self._remedy(part)}")
+            for path, (size, _) in manifest.files.items():
+                # Zarr would read a missing or empty shard as zeros; what one of the right size holds it checks itself.
+                if path.startswith(f"{name}/") and not _has_size(payload / path, size):
+                    raise DamagedPart(f"{payload / path} of the array {name} is missing or cut short. {self._remedy(part)}")
             try:
                 arrays.append(np.asarray(cast(zarr.Array, group[name])[...]))
             except (OSError, ValueError, RuntimeError, KeyError) as error:
@@ -210,9 +212,10 @@ class Dataset:
         """The table of a committed Parquet part.
 
         Raises:
-            DamagedPart: it is missing or unreadable.
+            DamagedPart: it is missing, unreadable, or not what was committed.
         """
         path = self.folder / self.manifest(part).payload
+        self._require_same(part, "")  # of 300 flipped bits in a Parquet file without checksums, 174 changed its text silently
         try:
             return pl.read_parquet(path)
         except (OSError, pl.exceptions.PolarsError) as error:
@@ -227,6 +230,17 @@ class Dataset:
     def _path(self, part: int, suffix: str) -> Path:
         return self.folder / f"part-{part:05d}{suffix}"
 
+    def _require_same(self, part: int, name: str) -> None:
+        """Raise DamagedPart unless a file of the payload has the size and checksum that the manifest says."""
+        manifest = self.manifest(part)
+        path = self.folder / manifest.payload / name
+        try:
+            is_same = _size_and_crc(path) == manifest.files[name]
+        except (OSError, KeyError) as error:
+            raise DamagedPart(f"{path} is named by its manifest but cannot be read ({error}). {self._remedy(part)}") from error
+        if not is_same:
+            raise DamagedPart(f"{path} is not what was committed: its checksum differs from the manifest's. {self._remedy(part)}")
+
     def _remedy(self, part: int) -> str:
         return f"Remove {self._path(part, '.json')} and run the stage again: only this part is made anew."
 
@@ -240,6 +254,10 @@ def _checksums(payload: Path) -> dict[str, tuple[int, int]]:
             path = Path(folder, name)
             found[path.relative_to(payload).as_posix()] = _size_and_crc(path)
     return dict(sorted(found.items()))
+
+
+def _has_size(path: Path, size: int) -> bool:
+    return path.is_file() and path.stat().st_size == size
 
 
 def _size_and_crc(path: Path) -> tuple[int, int]:

@@ -181,14 +181,29 @@ class Tokenizer:
         return TokenBytes.from_list(table, is_special_V=special_V)
 
     @cached_property
+    def byte_fallback_ids(self) -> frozenset[int]:
+        """The tokens, `<0xE2>`, in which SentencePiece writes a character that is not in its vocabulary, byte by byte."""
+        if self.is_byte_level:
+            return frozenset()
+        return frozenset(token_id for token, token_id in self.backend.get_vocab().items() if _BYTE_TOKEN.fullmatch(token))
+
+    @cached_property
     def has_dummy_prefix(self) -> bool:
         """Whether a space that is not in the text is put before its first word, as SentencePiece does."""
         ids = self.backend.encode("a", add_special_tokens=False).ids
         return b"".join(self.token_bytes[token_id] for token_id in ids) == b" a"
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
-        """Token ids of each text, without special tokens of any kind."""
-        return [encoding.ids for encoding in self.backend.encode_batch_fast(texts, add_special_tokens=False)]
+        """Token ids of each text, without special tokens of any kind.
+
+        Raises:
+            DataError: a text is not valid Unicode.
+        """
+        try:
+            return [encoding.ids for encoding in self.backend.encode_batch_fast(texts, add_special_tokens=False)]
+        except TypeError:  # all that the library says of a lone surrogate
+            _require_unicode(texts)
+            raise
 
     def encode_segments(self, texts: Sequence[str]) -> EncodedSegments:
         """Token ids of segments as the model reads them, and whether each segment's bytes can be had back from its tokens."""
@@ -252,6 +267,14 @@ class Tokenizer:
         """Read what `save` wrote."""
         settings = json.loads((folder / "settings.json").read_text(encoding="utf-8"))
         return cls((folder / "tokenizer.json").read_text(encoding="utf-8"), **settings)
+
+
+def _require_unicode(texts: Sequence[str]) -> None:
+    for index, text in enumerate(texts):
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise DataError(f"Text {index} of {len(texts)} is not valid Unicode ({error}). Mend or remove it.") from error
 
 
 def _backend(definition: str) -> tokenizers.Tokenizer:
