@@ -1,6 +1,6 @@
 """The command line: one command per stage, each a thin shell over the package."""
 
-import errno
+import io
 import os
 import sys
 from collections.abc import Callable
@@ -23,8 +23,6 @@ if TYPE_CHECKING:  # what a command needs is imported when it runs, so that --he
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
-_STORAGE_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS}
-
 
 class _Shown(click.ClickException):
     def __init__(self, text: str, *, exit_code: int) -> None:
@@ -40,11 +38,11 @@ class _Group(click.Group):
             return super().invoke(context)
         except FuselineError as error:
             raise _Shown(str(error), exit_code=error.exit_code) from error
+        except BrokenPipeError:
+            raise  # click ends quietly when nobody reads on
         except OSError as error:
-            if error.errno not in _STORAGE_ERRORS:
-                raise
             where = f" ({error.filename})" if error.filename else ""
-            text = f"{os.strerror(error.errno)}{where}. What was committed before is safe; mend this and run the same command again."
+            text = f"{error.strerror or error}{where}. What was committed before is safe; mend this and run the same command again."
             raise _Shown(text, exit_code=1) from error
         except KeyboardInterrupt:
             raise _Shown("Stopped. Finished parts and checkpoints are kept: run the same command again to go on.", exit_code=130) from None
@@ -98,14 +96,15 @@ def _pipeline(recipe: Path, workspace: Path | None, models_dir: Path) -> "Iterat
 
     from .cluster.pipeline import Pipeline
     from .cluster.progress import Progress
-    from .store import catalog, durable
+    from .store import durable
     from .store.workspace import Workspace
 
     opened = Workspace.create(workspace or Path("workspaces") / recipe.stem)
     with opened.coordinator():
         durable.write_bytes(opened.root / "recipe.toml", recipe.read_bytes())
-        catalog.fold(opened)
-        yield Pipeline(checked, base=recipe.parent, workspace=opened, models_dir=models_dir, progress=Progress())
+        pipeline = Pipeline(checked, base=recipe.parent, workspace=opened, models_dir=models_dir, progress=Progress())
+        pipeline.fold()
+        yield pipeline
 
 
 def _open_workspace(workspace: Path | None) -> "Workspace":
@@ -254,6 +253,8 @@ def evaluate(recipe: Path, workspace: Path | None, models_dir: Path) -> None:
 def report(workspace: Path | None) -> None:
     """Show the models' results side by side.
 
+    Bits per byte compare across tokenizers; perplexities, per token, do not.
+
     Example:  fuseline report -w workspaces/demo
     """
     _show_report(_open_workspace(workspace))
@@ -297,7 +298,8 @@ def status(workspace: Path | None, as_json: bool) -> None:
     _show_table(["dataset", "parts", "tokens", "on disk", "tokens/s", "time left", "left out"], rows)
     for training in trainings:
         loss = "" if training.loss is None else f", loss {training.loss:.4f}"
-        click.echo(f"training {training.name}: step {training.step}{loss}, {'done' if training.done else 'not done'}")
+        left = "done" if training.done else "not begun" if training.seconds_left is None else f"{duration(training.seconds_left)} left"
+        click.echo(f"training {training.name}: step {training.step}/{training.steps or '?'}{loss}, {left}")
 
 
 @main.command()
@@ -312,10 +314,11 @@ def sql(query: str, workspace: Path | None, style: str, output: Path | None) -> 
     checkpoints, metrics, evaluations.
 
     \b
-    Example:  fuseline sql "SELECT model, domain, avg(bpb) FROM segments JOIN documents USING (doc_id)
+    Example:  fuseline sql "SELECT model, domain, avg(bpb) FROM segments JOIN documents USING (corpus, doc_id)
                             WHERE kind = 'distributions' GROUP BY ALL ORDER BY ALL"
     """
     import duckdb
+    import polars as pl
 
     from .store import catalog
 
@@ -323,19 +326,26 @@ def sql(query: str, workspace: Path | None, style: str, output: Path | None) -> 
         raise UsageError("--format parquet needs --output FILE.")
     with catalog.reading(_open_workspace(workspace)) as connection:
         try:
+            if len(duckdb.extract_statements(query)) != 1:
+                raise UsageError("QUERY must be one statement.")
             result = catalog.rows(connection, query)
         except duckdb.Error as error:
             raise UsageError(f"The query failed: {error}") from error
     if style == "table" and output is None:
         _show_table(result.columns, [["" if value is None else str(value) for value in row] for row in result.iter_rows()])
         return
-    _write_result(result, style=style, output=output)
+    try:
+        _write_result(result, style=style, output=output)
+    except pl.exceptions.PolarsError as error:
+        raise UsageError(f"The result cannot be written as {style}: {error}. Cast its columns to plain types.") from error
 
 
 def _write_result(result: "pl.DataFrame", *, style: str, output: Path | None) -> None:
     match style:
         case "parquet":
-            result.write_parquet(output)  # type: ignore[arg-type]
+            buffer = io.BytesIO()
+            result.write_parquet(buffer)
+            output.write_bytes(buffer.getvalue())  # type: ignore[union-attr]
         case "json":
             text = result.write_json() + "\n"
             output.write_text(text, encoding="utf-8") if output else click.echo(text, nl=False)
@@ -394,15 +404,21 @@ def _show_plan(recipe: Path, workspace: Path | None, models_dir: Path) -> None:
 
 
 def _show_report(workspace: "Workspace") -> None:
-    from .eval.report import evaluation_table
+    from .eval.report import evaluations
     from .store import catalog
 
     with catalog.reading(workspace) as connection:
-        table = evaluation_table(connection)
-    if not len(table):
+        found = evaluations(connection)
+    if not found:
         raise UsageError("Nothing has been evaluated yet: fuseline eval RECIPE.")
-    click.echo("Bits per byte on held-out text, by domain (fewer are better):")
-    _show_table(table.columns, [[str(row[0]), *(f"{value:.4f}" for value in row[1:])] for row in table.iter_rows()])
+    for evaluation in found:
+        text = f"{evaluation.documents:,} documents of split {evaluation.split}"
+        if evaluation.left_out:
+            text += f" ({evaluation.left_out} left out that some model cannot read)"
+        for metric, what in (("bpb", "Bits per byte"), ("perplexity", "Perplexity per token")):
+            click.echo(f"{what} on {text}, by domain (less is better):")
+            columns, rows = evaluation.table(metric)
+            _show_table(["model", *columns], [[name, *(f"{value:.4f}" for value in values)] for name, values in rows])
     for folder in sorted((workspace.root / "exports").glob("*/config.json")):
         click.echo(f"model {folder.parent.name}: {folder.parent}")
 

@@ -8,7 +8,7 @@ import tomllib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -26,7 +26,11 @@ class EvaluationConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
     split: str = Field("test", description="split of the corpus that the models are compared on")
+    dtype: Literal["float32", "bfloat16"] = Field(
+        "float32", description="number format of the forward passes; bfloat16 rounds small changes of the weights away"
+    )
     clm_baseline: bool = Field(True, description="also train with clm_weight = 1, all else equal, and compare with it")
+    clm_name: str = Field("clm", pattern=r"^[A-Za-z0-9]+([._-][A-Za-z0-9]+)*$", description="name of that baseline's run and export")
 
 
 class Recipe(BaseModel):
@@ -58,10 +62,10 @@ class Recipe(BaseModel):
         """The training on fused targets, and the baseline where one is wanted."""
         if not self.evaluation.clm_baseline:
             return [self.training]
-        return [self.training.model_copy(update={"name": CLM_BASELINE, "clm_weight": 1.0}), self.training]
+        return [self.training.model_copy(update={"name": self.evaluation.clm_name, "clm_weight": 1.0}), self.training]
 
 
-CLM_BASELINE = "clm"
+_COMPARED = ("name", "path", "model", "revision")  # the keys that other sections are compared with, and those without which there is none
 KeyPath = tuple[str | int, ...]
 
 
@@ -71,6 +75,7 @@ class Problem:
 
     path: KeyPath
     text: str
+    is_unknown: bool = False  # the key, or the section, is none of a recipe's
 
 
 def load_recipe(path: Path) -> Recipe:
@@ -101,7 +106,7 @@ def line_of(text: str, path: KeyPath) -> int:
     """
     while path:
         start = 1
-        lines = text.splitlines(keepends=True)
+        lines = [f"{line}\n" for line in text.split("\n")]  # as TOML and editors count: not at form feeds and the like
         for number in range(1, len(lines) + 1):
             try:
                 data = tomllib.loads("".join(lines[:number]))
@@ -140,7 +145,7 @@ def _validated(data: dict[str, Any]) -> tuple[Recipe | None, list[Problem]]:
             found = [_problem(dict(details)) for details in error.errors()]
             noted = {problem.path for problem in problems}  # what was dropped is not missing
             problems += [problem for problem in found if problem.path not in noted]
-            dropped = [_drop(data, problem.path) for problem in found]
+            dropped = [_drop(data, problem) for problem in found]
             if not any(dropped):
                 return None, problems
         else:
@@ -154,7 +159,7 @@ def _problem(details: dict[str, Any]) -> Problem:
             valid = list(_fields_at(path[:-1]))
             close = difflib.get_close_matches(str(path[-1]), valid, n=1)
             hint = f"Did you mean {close[0]}? " if close else ""
-            return Problem(path, f"unknown key. {hint}Valid are: {', '.join(valid)}")
+            return Problem(path, f"unknown key. {hint}Valid are: {', '.join(valid)}", is_unknown=True)
         case "missing":
             return Problem(path, f"is missing: {_fields_at(path[:-1])[str(path[-1])].description or 'a section'}")
         case "value_error":
@@ -174,17 +179,20 @@ def _fields_at(path: KeyPath) -> Mapping[str, Any]:
     return model.model_fields
 
 
-def _drop(data: dict[str, Any], path: KeyPath) -> bool:
-    """Take a key out of the data; a section's own problem cannot be taken out without losing the section's other keys."""
+def _drop(data: dict[str, Any], problem: Problem) -> bool:
+    """Take what is wrong out of the data. Of a section whose keys do not go together, those stay that other sections are compared with."""
     node: Any = data
-    for key in path[:-1]:
+    for key in problem.path[:-1]:
         if not _holds(node, (key,)):
             return False
         node = node[key]
-    if not path or not isinstance(node, dict) or path[-1] not in node or isinstance(node[path[-1]], dict):
+    if not problem.path or not isinstance(node, dict) or problem.path[-1] not in node:
         return False
-    del node[path[-1]]
-    return True
+    section = node.pop(problem.path[-1])
+    if problem.is_unknown or not isinstance(section, dict):
+        return True
+    node[problem.path[-1]] = {key: section[key] for key in _COMPARED if key in section}
+    return node[problem.path[-1]] != section
 
 
 def _impossible(recipe: Recipe) -> Iterator[Problem]:
@@ -197,10 +205,13 @@ def _impossible(recipe: Recipe) -> Iterator[Problem]:
     for index, source in enumerate(recipe.sources):
         if (source.model, source.revision) == (recipe.target.model, recipe.target.revision):
             yield Problem(("sources", index, "model"), "is the target's start, which always is a source: remove this entry")
-    for training in recipe.trainings:
-        if training.name in names:
-            yield Problem(("training", "name"), f"{training.name!r} is also {names[training.name]}: choose another")
-    if recipe.evaluation.clm_baseline and recipe.training.name == CLM_BASELINE:
-        yield Problem(("training", "name"), f"{CLM_BASELINE!r} is the name of the baseline (evaluation.clm_baseline): choose another")
+    if recipe.training.name in names:
+        yield Problem(("training", "name"), f"{recipe.training.name!r} is also {names[recipe.training.name]}: choose another")
+    names[recipe.training.name] = "training.name"
+    if recipe.evaluation.clm_baseline and recipe.evaluation.clm_name in names:
+        other = names[recipe.evaluation.clm_name]
+        yield Problem(("evaluation", "clm_name"), f"{recipe.evaluation.clm_name!r} is also {other}: choose another")
+    if recipe.evaluation.clm_baseline and not recipe.training.uses_targets:
+        yield Problem(("training", "clm_weight"), "1 is what the baseline trains with: set evaluation.clm_baseline = false")
     if recipe.evaluation.split == "train":
         yield Problem(("evaluation", "split"), "'train' is what the models are trained on: choose another split")

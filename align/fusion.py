@@ -53,10 +53,10 @@ def fusion_identity(sources: list[FusionSource], *, alignment: AlignmentConfig, 
 
 
 def segment_costs(
-    nll_S: NDArray[np.float64], *, n_predicted_S: NDArray[Any], predicted_bytes_S: NDArray[Any], metric: str
+    nll_S: NDArray[np.float64], *, n_scored_S: NDArray[Any], scored_bytes_S: NDArray[Any], metric: str
 ) -> NDArray[np.float64]:
     """How badly a model predicts each segment: bits per byte, or nats per token; inf where it predicts nothing."""
-    amount_S = predicted_bytes_S * np.log(2) if metric == "bpb" else n_predicted_S
+    amount_S = scored_bytes_S * np.log(2) if metric == "bpb" else n_scored_S
     return np.divide(nll_S, amount_S, out=np.full(len(nll_S), np.inf), where=amount_S > 0)
 
 
@@ -137,13 +137,13 @@ class FusionStage:
     def _costs(self, part: int, *, doc_id_S: NDArray[Any], segment_S: NDArray[Any]) -> NDArray[np.float64]:
         costs_NS = np.full((len(self.sources), len(doc_id_S)), np.inf)
         for index, source in enumerate(self.sources):
-            source_doc_id_S, source_segment_S, nll_S, n_predicted_S, predicted_bytes_S = source.distributions.read(
-                part, "doc_id_S", "segment_S", "nll_S", "n_predicted_S", "predicted_bytes_S"
+            source_doc_id_S, source_segment_S, nll_S, n_scored_S, scored_bytes_S = source.distributions.read(
+                part, "doc_id_S", "segment_S", "nll_S", "n_scored_S", "scored_bytes_S"
             )
             place_S = match_segments(
                 source_doc_id_S=source_doc_id_S, source_segment_S=source_segment_S, target_doc_id_S=doc_id_S, target_segment_S=segment_S
             )
-            costs_S = segment_costs(nll_S, n_predicted_S=n_predicted_S, predicted_bytes_S=predicted_bytes_S, metric=self.fusion.metric)
+            costs_S = segment_costs(nll_S, n_scored_S=n_scored_S, scored_bytes_S=scored_bytes_S, metric=self.fusion.metric)
             costs_NS[index, place_S >= 0] = costs_S[place_S[place_S >= 0]]
         return costs_NS
 

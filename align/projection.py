@@ -109,7 +109,9 @@ def _add(
             mass = weight * topk_probs_UK[u, k]
             target_id = target_ids_V[source_id] if source_id < len(target_ids_V) else -1
             if anchored and source_id == gold_ids_U[u]:
-                continue  # the first piece of the text that follows: what the anchor says takes its place
+                # The first piece of the text that follows: what the anchor says takes its place.
+                lost_T[t] += max(0.0, mass - weight * anchor_T[t])
+                continue
             if target_id < 0 or (anchored and target_id == gold_ids_T[t]):
                 lost_T[t] += mass
                 continue

@@ -39,9 +39,7 @@ def main() -> None:
         seconds_capture = timed(lambda: model.distributions(segments, top_k=arguments.top_k))
         ratios.append(seconds_bare / seconds_capture)
         rates.append(total / seconds_capture)
-    print(
-        f"{arguments.model.name}: {total} tokens, {median(rates):.0f} tokens/s captured, {median(ratios):.2f} of the bare forward pass's rate"
-    )
+    print(f"{arguments.model.name}: {total} tokens, {median(rates):.0f} tokens/s, {median(ratios):.2f} of the bare pass's rate")
     print(f"pairs: {', '.join(f'{ratio:.2f}' for ratio in ratios)}")
 
 

@@ -16,10 +16,11 @@ from ..ingest.models import ModelConfig, ModelFolder, find_model
 from ..recipe import Recipe
 from ..store import catalog
 from ..store.dataset import Dataset, Manifest
-from ..store.errors import UsageError
+from ..store.errors import UsageError, WorkspaceBusy
 from ..store.workspace import Workspace
 from ..train.config import TrainingConfig, TrainJob
 from ..train.launch import launch
+from ..train.records import read_done, require_identity
 from .local import Stage, run_parts
 from .progress import Progress, size
 
@@ -35,6 +36,7 @@ class Pipeline:
         """Everything that is missing, in order."""
         self._check_trainable()
         self.make_corpus()
+        self._check_identities()
         self.make_distributions()
         self.make_alignments()
         self.make_targets()
@@ -57,9 +59,22 @@ class Pipeline:
             longest = model.hf_config.get("max_position_embeddings") or model.hf_config.get("max_seq_len") or context_length
             if context_length > longest:
                 raise UsageError(
-                    f"corpus.context_length ({context_length}) must be at most the context of {name} ({longest} tokens, by its config.json)."
+                    f"corpus.context_length ({context_length}) must be at most the context of {name} ({longest}, by its config.json)."
                 )
         return found
+
+    def fold(self) -> None:
+        """Bring the catalog up to date; if someone else has it open for long, that is left for later."""
+        try:
+            catalog.fold(self.workspace)
+        except WorkspaceBusy as error:
+            self.progress.say(f"The catalog is not up to date yet: {error}")
+
+    def _check_identities(self) -> None:
+        """Meet every mismatch with what the workspace holds before hours are spent on what comes before it."""
+        self._fusion_stage  # noqa: B018  # opens the datasets of all stages up to the fusion
+        for model in self.models.values():
+            self._forward_stage(model, kind="evaluations")
 
     def _check_trainable(self) -> None:
         """Refuse a target that cannot be trained as asked before hours are spent on its sources."""
@@ -75,20 +90,24 @@ class Pipeline:
         """The stage that makes the corpus."""
         config = self.recipe.corpus
         source = find_corpus(config, base=self.base)
-        folders = {name: self._tokenizer_folder(model) for name, model in self.models.items()}
+        for model in self.models.values():
+            self._tokenizer_folder(model)
         identity = corpus_identity(config, source=source, tokenizers=[model.tokenizer for model in self.models.values()])
         folder = self.workspace.folder("corpus", config.name)
         if (folder / "dataset.json").exists():
             # Segments are settled when the corpus is first made: a source that is added later does not undo all that was stored.
             identity["segmented_for"] = Dataset.open(folder).identity["segmented_for"]
         dataset = self.workspace.dataset("corpus", config.name, identity=identity, description={"source": str(source)})
-        return CorpusStage(dataset, config=config, source=source, tokenizer_folders=list(folders.values()))
+        tokenizer_folders = [self.workspace.folder("tokenizers", digest) for digest in identity["segmented_for"]]
+        return CorpusStage(dataset, config=config, source=source, tokenizer_folders=tokenizer_folders)
 
     def make_corpus(self) -> None:
         """Plan the corpus and make its parts."""
         stage = self.corpus
-        if self.recipe.evaluation.split not in {part["split"] for part in stage.plan.parts}:
-            splits = sorted({part["split"] for part in stage.plan.parts})
+        splits = sorted({part["split"] for part in stage.plan.parts})
+        if "train" not in splits:
+            raise UsageError(f"The corpus has no split named 'train' to learn from, only: {', '.join(splits)}. Name one so.")
+        if self.recipe.evaluation.split not in splits:
             raise UsageError(
                 f"evaluation.split ({self.recipe.evaluation.split!r}) must be one of the corpus's splits ({', '.join(splits)}). "
                 "Name one of them, or hold out documents with corpus.held_out_fraction."
@@ -132,25 +151,25 @@ class Pipeline:
         return {name: self._forward_stage(model).dataset for name, model in self.models.items()}
 
     def _forward_stage(self, model: ModelFolder, *, kind: str = "distributions") -> DistributionsStage:
-        """The forward passes of a model: its distributions on the train split, or its likelihoods on the held-out one.
-
-        Evaluations run in the training's number format: in a coarser one, small updates of the weights would round away.
-        """
+        """The forward passes of a model: its distributions on the train split, or its likelihoods on the held-out one."""
         recipe = self.recipe
         is_evaluation = kind == "evaluations"
-        dtype = recipe.training.dtype if is_evaluation else model.config.dtype
+        split = recipe.evaluation.split if is_evaluation else "train"
+        dtype = recipe.evaluation.dtype if is_evaluation else model.config.dtype
+        name = f"{model.config.name}--{split}" if is_evaluation else model.config.name
         top_k = 0 if is_evaluation else recipe.distributions.top_k
         description = {
+            "model": model.config.name,
             "corpus": recipe.corpus.name,
-            "split": recipe.evaluation.split if is_evaluation else "train",
+            "split": split,
             "source": model.config.model,
             "model_type": model.hf_config.get("model_type"),
             "vocab_size": model.vocab_size,
             "parameters": model.n_parameters,
         }
-        identity = distributions_identity(model, corpus=self.corpus.dataset, dtype=dtype, top_k=top_k)
+        identity = distributions_identity(model, corpus=self.corpus.dataset, split=split, dtype=dtype, top_k=top_k)
         return DistributionsStage(
-            self.workspace.dataset(kind, model.config.name, identity=identity, description=description),
+            self.workspace.dataset(kind, name, identity=identity, description=description),
             corpus=self.corpus.dataset,
             model_folder=model.folder,
             tokenizer_folder=self._tokenizer_folder(model),
@@ -184,6 +203,10 @@ class Pipeline:
                     self._require(dataset, parts=needed, command=command)
         self._make(f"targets {self.recipe.fusion.name}", stage, parts=parts)
 
+    @property
+    def _of_corpus(self) -> dict[str, str]:
+        return {"corpus": self.recipe.corpus.name}
+
     def _pair(self, source: ModelConfig) -> str:
         return f"{source.name}--{self.recipe.target.name}"
 
@@ -198,7 +221,7 @@ class Pipeline:
         distributions, target = self.distributions[source.name], self.distributions[self.recipe.target.name]
         identity = alignment_identity(distributions, target=target, rule=self.recipe.alignment.positions)
         return AlignmentsStage(
-            self.workspace.dataset("alignments", self._pair(source), identity=identity),
+            self.workspace.dataset("alignments", self._pair(source), identity=identity, description=self._of_corpus),
             source=distributions,
             target=target,
             source_tokenizer_folder=self._tokenizer_folder(self.models[source.name]),
@@ -219,7 +242,7 @@ class Pipeline:
             for source in recipe.sources
         ]
         identity = fusion_identity(sources, alignment=recipe.alignment, fusion=recipe.fusion, top_k=recipe.top_k)
-        dataset = self.workspace.dataset("targets", recipe.fusion.name, identity=identity)
+        dataset = self.workspace.dataset("targets", recipe.fusion.name, identity=identity, description=self._of_corpus)
         return FusionStage(dataset, sources=sources, alignment=recipe.alignment, fusion=recipe.fusion, top_k=recipe.top_k)
 
     # ---- training and evaluation -------------------------------------------------------------------------------------------------------
@@ -242,18 +265,18 @@ class Pipeline:
             self.workspace.run("train", name=training.name, parameters=training.model_dump()) as metrics,
             self.progress.stage(f"training {training.name}", total=1.0) as tracker,
         ):
-            done = 0.0
+            is_first = True
 
             def follow(record: dict[str, Any]) -> None:
-                nonlocal done
-                share = record["step"] / record["steps"]
+                nonlocal is_first
                 figures = f"step {record['step']}/{record['steps']}, loss {record['loss']:.4f}, {record['tokens_per_second']:,.0f} tokens/s"
-                tracker(share - done, figures)
-                done = share
+                earlier = (record["step"] - 1) / record["steps"] if is_first else 0.0
+                tracker(1 / record["steps"], figures, earlier=earlier)
+                is_first = False
                 metrics.update(step=record["step"], loss=record["loss"])
 
             launch(job, on_metrics=follow)
-        catalog.fold(self.workspace)
+        self.fold()
         self.progress.say(f"training {training.name}: model written to {job.export_folder}")
 
     def _is_trained(self, training: TrainingConfig) -> bool:
@@ -280,6 +303,7 @@ class Pipeline:
             model_fingerprint=start.weights_digest,
             targets_folder=targets.folder.absolute(),
             targets_fingerprint=targets.fingerprint,
+            tokens_fingerprint=self.distributions[self.recipe.target.name].fingerprint,
             parts=parts,
             export_folder=self.workspace.folder("exports", training.name).absolute(),
             lineage=lineage,
@@ -297,8 +321,11 @@ class Pipeline:
         found = []
         for training in self.recipe.trainings:
             folder = self.workspace.folder("exports", training.name)
-            if not (folder / "config.json").exists():
+            if not self._is_trained(training):
                 raise UsageError(f"The model {training.name} is not trained yet. Train it first: fuseline train RECIPE.")
+            job = self._job(training, parts=self._parts_of("train"))
+            done = read_done(job.run_folder)
+            require_identity(job.run_folder, stored=done["identity"] if done else {}, asked=job.identity)
             config = self.recipe.target.model_copy(update={"name": training.name, "model": str(folder), "revision": None})
             found.append(ModelFolder(config, folder).check())
         return found
@@ -335,9 +362,9 @@ class Pipeline:
                 metrics.update(parts=metrics.get("parts", 0) + 1, tokens=tokens, stored_bytes=stored, quarantined=quarantined)
 
             run_parts(stage, missing, on_commit=follow)
-        catalog.fold(self.workspace)
+        self.fold()
         if quarantined:
             self.progress.say(
                 f"{title}: {quarantined} document{'s' * (quarantined != 1)} left out; why: fuseline sql "
-                f"\"SELECT * FROM quarantine WHERE model = '{stage.dataset.name}'\""
+                f"\"SELECT * FROM quarantine WHERE name = '{stage.dataset.name}'\""
             )

@@ -1,13 +1,15 @@
 """What a recipe would take: parts, tokens, bytes on disk and GPU hours of each stage, from what is at hand or expected."""
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..ingest.corpus import choose_documents, find_corpus, load_splits
+from ..ingest.corpus import choose_documents, find_corpus, load_splits, parts_of
 from ..ingest.models import ModelConfig, find_model
 from ..recipe import Recipe
 from ..store.errors import DataError, UsageError
 from ..store.workspace import Workspace
+from ..train.config import TrainingConfig
 
 BYTES_PER_TOKEN = 4.2  # English text, vocabularies of 32,000 to 50,000
 GPU_FLOPS = 989e12  # one H100 in bfloat16
@@ -37,73 +39,107 @@ class _Model:
     vocab_size: int
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Split:
+    text_bytes: int
+    documents: int
+    parts: int
+
+
 def plan(recipe: Recipe, *, base: Path, models_dir: Path, workspace: Workspace) -> list[PlannedStage]:
-    """Plan every stage without changing anything. Needs no network where the recipe says what to expect.
+    """Plan every stage without changing or downloading anything.
 
     Raises:
         UsageError: a model or the corpus is not at hand, and the recipe does not say what to expect of it.
     """
-    train_bytes, documents = _corpus_size(recipe, base=base)
-    parts = max(1, -(-train_bytes // recipe.corpus.part_bytes))
-    tokens = train_bytes / BYTES_PER_TOKEN
+    train, held_out = _splits(recipe, base=base, workspace=workspace)
+    tokens = train.text_bytes / BYTES_PER_TOKEN
     models = [_model(config, base=base, models_dir=models_dir) for config in recipe.models]
-    k = recipe.distributions.top_k
+    target, k = models[0], recipe.distributions.top_k
 
-    def done(kind: str, name: str) -> int:
-        return len(list(workspace.folder(kind, name).glob("part-*.json")))
-
-    def planned(stage: str, kind: str, name: str, *, stored: float, flops: float = 0, n_parts: int = parts) -> PlannedStage:
+    def planned(stage: str, folder: str, *, parts: int, tokens: float = tokens, stored: float, flops: float = 0) -> PlannedStage:
+        done = len(list((workspace.root / folder).glob("part-*.json")))
         hours = flops / (GPU_FLOPS * UTILISATION) / 3600
-        return PlannedStage(stage=stage, parts=n_parts, parts_done=done(kind, name), tokens=tokens, stored_bytes=stored, gpu_hours=hours)
+        return PlannedStage(stage=stage, parts=parts, parts_done=done, tokens=tokens, stored_bytes=stored, gpu_hours=hours)
 
-    stages = [planned("corpus", "corpus", recipe.corpus.name, stored=0.45 * train_bytes + 60 * documents)]
+    stored = 0.45 * (train.text_bytes + held_out.text_bytes) + 60 * (train.documents + held_out.documents)
+    stages = [planned("corpus", f"corpus/{recipe.corpus.name}", parts=train.parts + held_out.parts, stored=stored)]
     for model in models:
         stored = tokens * (_SCALAR_BYTES + k * _entry_bytes(model))
-        stages.append(
-            planned(f"distributions {model.name}", "distributions", model.name, stored=stored, flops=2 * model.parameters * tokens)
-        )
-    target = models[0]
+        flops = 2 * model.parameters * tokens
+        stages.append(planned(f"distributions {model.name}", f"distributions/{model.name}", parts=train.parts, stored=stored, flops=flops))
     for model in models[1:]:
         pair = f"{model.name}--{target.name}"
-        stages.append(planned(f"alignment {pair}", "alignments", pair, stored=1.5 * tokens))
+        map_name = f"{pair}--{recipe.alignment.vocabulary}"
+        stages.append(planned(f"vocabulary map {pair}", f"vocab_maps/{map_name}", parts=1, tokens=0, stored=14 * model.vocab_size))
+        stages.append(planned(f"alignment {pair}", f"alignments/{pair}", parts=train.parts, stored=1.5 * tokens))
     stored = tokens * (3.5 + recipe.top_k * _entry_bytes(target))
-    stages.append(planned(f"targets {recipe.fusion.name}", "targets", recipe.fusion.name, stored=stored))
-    for training in recipe.trainings:
-        epochs = training.epochs or 1
-        trained = (
-            tokens * epochs if training.steps is None else float(training.steps * training.global_batch_size * training.sequence_length)
+    stages.append(planned(f"targets {recipe.fusion.name}", f"targets/{recipe.fusion.name}", parts=train.parts, stored=stored))
+    stages += [_training(training, target=target, tokens=tokens, workspace=workspace) for training in recipe.trainings]
+    trained = [_Model(name=training.name, parameters=target.parameters, vocab_size=target.vocab_size) for training in recipe.trainings]
+    held_out_tokens = held_out.text_bytes / BYTES_PER_TOKEN
+    for model in (*models, *trained):
+        folder, flops = f"evaluations/{model.name}--{recipe.evaluation.split}", 2 * model.parameters * held_out_tokens
+        evaluation = planned(
+            f"evaluation {model.name}", folder, parts=held_out.parts, tokens=held_out_tokens, stored=6 * held_out_tokens, flops=flops
         )
-        # Weights in training precision plus float32 master weights and two moments, for each checkpoint kept.
-        checkpoints = training.keep_checkpoints * target.parameters * 14 + 2 * target.parameters
-        stage = f"training {training.name} (TP {training.tensor_parallel} × DP {training.data_parallel})"
-        stages.append(planned(stage, "runs", training.name, stored=checkpoints, flops=6 * target.parameters * trained, n_parts=1))
+        stages.append(evaluation)
     return stages
+
+
+def _training(training: TrainingConfig, *, target: _Model, tokens: float, workspace: Workspace) -> PlannedStage:
+    if training.steps is None:
+        trained = tokens * (training.epochs or 1)
+    else:
+        trained = float(training.steps * training.global_batch_size * training.sequence_length)
+    return PlannedStage(
+        stage=f"training {training.name} (TP {training.tensor_parallel} × DP {training.data_parallel})",
+        parts=1,
+        parts_done=int((workspace.folder("runs", training.name) / "done.json").exists()),
+        tokens=trained,
+        # Weights, float32 master weights and two moments in each checkpoint that is kept; and the export.
+        stored_bytes=training.keep_checkpoints * target.parameters * 14 + 2 * target.parameters,
+        gpu_hours=6 * target.parameters * trained / (GPU_FLOPS * UTILISATION) / 3600,
+    )
 
 
 def _entry_bytes(model: _Model) -> float:
     return _ENTRY_BYTES_U16 if model.vocab_size <= _SMALL_VOCABULARY else _ENTRY_BYTES_U32
 
 
-def _corpus_size(recipe: Recipe, *, base: Path) -> tuple[int, int]:
-    """Bytes and documents of the train split."""
-    config = recipe.corpus
-    if config.expected_bytes and config.expected_documents:
-        limit = config.max_train_bytes or config.expected_bytes
-        return min(config.expected_bytes, limit), config.expected_documents
-    try:
-        source = find_corpus(config, base=base)
-    except DataError as error:
-        raise UsageError(f"{error}\nTo plan without it, say corpus.expected_bytes and corpus.expected_documents in the recipe.") from error
-    chosen = choose_documents(config, source=source, splits=load_splits(source)).documents
-    train = chosen.filter(chosen["split"] == "train")
-    return int(train["n_bytes"].sum()), len(train)
+def _splits(recipe: Recipe, *, base: Path, workspace: Workspace) -> tuple[_Split, _Split]:
+    """The split to train on and the held-out one: as planned in the workspace, else as the recipe expects, else by reading the corpus."""
+    config, path = recipe.corpus, workspace.folder("corpus", recipe.corpus.name) / "plan.json"
+    if path.exists():
+        parts = json.loads(path.read_text(encoding="utf-8"))["parts"]
+    elif config.expected_bytes and config.expected_documents:
+        n_bytes = min(config.expected_bytes, config.max_train_bytes or config.expected_bytes)
+        train = _Split(text_bytes=n_bytes, documents=config.expected_documents, parts=-(-n_bytes // config.part_bytes))
+        held_out_bytes = config.expected_held_out_bytes or 0
+        return train, _Split(text_bytes=held_out_bytes, documents=0, parts=-(-held_out_bytes // config.part_bytes))
+    else:
+        try:
+            source = find_corpus(config, base=base, download=False)
+        except DataError as error:
+            raise UsageError(
+                f"{error}\nTo plan without it, say corpus.expected_bytes and corpus.expected_documents in the recipe."
+            ) from error
+        parts = parts_of(choose_documents(config, source=source, splits=load_splits(source)).documents)
+
+    def total(split: str) -> _Split:
+        chosen = [part for part in parts if part["split"] == split]
+        return _Split(
+            text_bytes=sum(part["text_bytes"] for part in chosen), documents=sum(part["documents"] for part in chosen), parts=len(chosen)
+        )
+
+    return total("train"), total(recipe.evaluation.split)
 
 
 def _model(config: ModelConfig, *, base: Path, models_dir: Path) -> _Model:
     if config.expected_parameters and config.expected_vocab_size:
         return _Model(name=config.name, parameters=config.expected_parameters, vocab_size=config.expected_vocab_size)
     try:
-        folder = find_model(config, models_dir=models_dir, base=base)
+        folder = find_model(config, models_dir=models_dir, base=base, download=False)
     except DataError as error:
         raise UsageError(f"{error}\nTo plan without it, say expected_parameters and expected_vocab_size of this model.") from error
     return _Model(name=config.name, parameters=folder.n_parameters, vocab_size=folder.vocab_size)

@@ -15,8 +15,8 @@ _PLAIN_SECONDS = 10.0  # between two plain lines of one stage
 class Tracker(Protocol):
     """Follows one stage."""
 
-    def __call__(self, done: float, figures: str) -> None:
-        """Say that `done` more units are done; `figures` are rates and the like."""
+    def __call__(self, done: float, figures: str, *, earlier: float = 0.0) -> None:
+        """Say that `done` more units are done; `figures` are rates and the like; `earlier` units were done before this session."""
 
 
 class Progress:
@@ -50,7 +50,10 @@ class Progress:
         with rich.progress.Progress(*columns, console=self.console) as live:
             task = live.add_task(title, total=total, figures="")
 
-            def tracker(done: float, figures: str) -> None:
+            def tracker(done: float, figures: str, *, earlier: float = 0.0) -> None:
+                if earlier:
+                    live.reset(task, figures=figures)
+                    live.update(task, completed=earlier)
                 live.update(task, advance=done, figures=figures)
 
             yield tracker
@@ -58,17 +61,18 @@ class Progress:
     @contextmanager
     def _plain(self, title: str, total: float) -> Iterator[Tracker]:
         started = said = time.monotonic()
-        so_far = 0.0
+        so_far = before = 0.0
         self.say(f"{title}: started")
 
-        def tracker(done: float, figures: str) -> None:
-            nonlocal so_far, said
-            so_far += done
+        def tracker(done: float, figures: str, *, earlier: float = 0.0) -> None:
+            nonlocal so_far, before, said
+            before += earlier
+            so_far += done + earlier
             now = time.monotonic()
             if now - said < _PLAIN_SECONDS and so_far < total:
                 return
             said = now
-            left = (now - started) * (total - so_far) / so_far if so_far else 0
+            left = (now - started) * (total - so_far) / max(so_far - before, 1e-9)
             self.say(f"{title}: {so_far / total:.0%}, {figures}, {duration(now - started)} passed, {duration(left)} left")
 
         yield tracker

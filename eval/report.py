@@ -1,40 +1,76 @@
-"""The report: bits per byte and perplexity of every model on the held-out text, by domain."""
+"""The report: bits per byte and perplexity of every model on the same held-out documents, by domain."""
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import duckdb
-import polars as pl
 
 from ..store.catalog import rows
 
-_BY_DOMAIN = """
-    SELECT model, domain, bpb, perplexity, n_tokens, n_bytes FROM evaluations
-    UNION ALL BY NAME
-    SELECT model, 'all' AS domain, sum(nll) / (ln(2) * sum(n_bytes)) AS bpb, exp(sum(nll) / sum(n_tokens)) AS perplexity,
-        sum(n_tokens)::BIGINT AS n_tokens, sum(n_bytes)::BIGINT AS n_bytes
-    FROM evaluations WHERE domain <> 'all' GROUP BY model
+# Only documents that every model could read: the others' difficulty would count for some models alone.
+_SUMS = """
+    WITH held_out AS (
+        SELECT segments.model, corpus, doc_id, documents.split, domain, nll, n_scored, scored_bytes,
+            (corpus, doc_id) IN (SELECT (corpus, doc_id) FROM quarantine WHERE kind = 'evaluations') AS is_left_out
+        FROM segments JOIN documents USING (corpus, doc_id) WHERE kind = 'evaluations')
+    SELECT corpus, split, domain, model, sum(nll) AS nll, sum(n_scored) AS n_scored, sum(scored_bytes) AS scored_bytes,
+        count(DISTINCT doc_id) AS documents
+    FROM held_out WHERE NOT is_left_out GROUP BY ALL ORDER BY ALL
+"""
+_LEFT_OUT = """
+    SELECT corpus, split, count(DISTINCT doc_id) FROM quarantine JOIN documents USING (corpus, doc_id)
+    WHERE kind = 'evaluations' GROUP BY ALL
 """
 
 
-def evaluation_table(connection: duckdb.DuckDBPyConnection, *, metric: str = "bpb") -> pl.DataFrame:
-    """One row per model, one column per domain, and `all` for the whole text; fewer bits per byte are better.
+class Sums(NamedTuple):
+    """What a model made of some text; adds up."""
 
-    Args:
-        connection: to the catalog.
-        metric: `bpb` (bits per byte, comparable across tokenizers) or `perplexity` (per token, not comparable).
-    """
-    found = rows(connection, _BY_DOMAIN)
-    if not len(found):
-        return pl.DataFrame({"model": []}, schema={"model": pl.String})
-    wide = found.pivot("domain", index="model", values=metric, sort_columns=True)
-    domains = [column for column in wide.columns if column not in {"model", "all"}]
-    return wide.select("model", *domains, "all").sort("all", descending=True)
+    nll: float  # nats
+    n_scored: int  # tokens
+    scored_bytes: int
+
+    def __add__(self, other: "Sums") -> "Sums":  # type: ignore[override]
+        return Sums(self.nll + other.nll, self.n_scored + other.n_scored, self.scored_bytes + other.scored_bytes)
+
+    def metric(self, name: str) -> float:
+        """`bpb` (bits per byte, comparable across tokenizers) or `perplexity` (per token, not comparable)."""
+        if name == "bpb":
+            return self.nll / (math.log(2) * max(self.scored_bytes, 1))
+        return math.exp(self.nll / max(self.n_scored, 1))
 
 
-def fusion_table(connection: duckdb.DuckDBPyConnection) -> pl.DataFrame:
-    """How often each source was chosen: target dataset, domain, source, share of the domain's positions."""
-    return rows(
-        connection,
-        """
-        SELECT name, domain, source, sum(n_positions) / sum(sum(n_positions)) OVER (PARTITION BY name, domain) AS share
-        FROM targets JOIN documents USING (doc_id) GROUP BY name, domain, source ORDER BY name, domain, share DESC
-        """,
-    )
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Evaluation:
+    """What all models made of one split of one corpus."""
+
+    split: str
+    documents: int
+    left_out: int
+    sums: dict[str, dict[str, Sums]]  # by model and domain
+
+    def table(self, metric: str) -> tuple[list[str], list[tuple[str, list[float]]]]:
+        """The columns after the model's name, and a row per model, worst first: the metric for each domain, and for all the text."""
+        domains = sorted({domain for by_domain in self.sums.values() for domain in by_domain})
+        shown = domains if len(domains) > 1 else []
+        none = Sums(math.nan, 0, 0)
+        table = []
+        for model, by_domain in self.sums.items():
+            total = sum(by_domain.values(), start=Sums(0.0, 0, 0))
+            table.append((model, [sums.metric(metric) for sums in (*(by_domain.get(domain, none) for domain in shown), total)]))
+        return [*shown, "all"], sorted(table, key=lambda row: -row[1][-1])
+
+
+def evaluations(connection: duckdb.DuckDBPyConnection) -> list[Evaluation]:
+    """Every evaluation that the catalog knows of, by corpus and split."""
+    left_out = {(corpus, split): number for corpus, split, number in rows(connection, _LEFT_OUT).iter_rows()}
+    found: dict[tuple[str, str], dict[str, dict[str, Sums]]] = {}
+    documents: dict[tuple[str, str], dict[str, int]] = {}
+    for corpus, split, domain, model, nll, n_scored, scored_bytes, n_documents in rows(connection, _SUMS).iter_rows():
+        found.setdefault((corpus, split), {}).setdefault(model, {})[domain] = Sums(nll, int(n_scored), int(scored_bytes))
+        documents.setdefault((corpus, split), {})[domain] = n_documents
+    return [
+        Evaluation(split=key[1], documents=sum(documents[key].values()), left_out=left_out.get(key, 0), sums=sums)
+        for key, sums in found.items()
+    ]

@@ -22,12 +22,13 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from ..store import durable
 from ..store.dataset import Dataset, PartContent
-from ..store.errors import DataError
+from ..store.errors import DamagedPart, DataError
 from ..store.tokenizer import Tokenizer
 from .digests import file_digest
 from .segment import segment_documents
 
 _DATA_SUFFIXES = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "csv", ".txt": "text"}
+_NOTES = {"dataset_infos.json", "dataset_info.json", "dataset_dict.json", "state.json"}  # what `datasets` leaves beside the data
 _HUB_FILES = ["*.parquet", "*.jsonl", "*.jsonl.*", "*.json", "*.csv", "*.txt", "README.md"]
 
 
@@ -42,7 +43,7 @@ class CorpusConfig(BaseModel):
     text_column: str = Field("text", description="column that holds the text")
     domain_column: str | None = Field(None, description="column that holds each document's domain; without it all are of one domain")
     split_column: str | None = Field(None, description="column that holds each document's split, for files that mix them")
-    held_out_fraction: float = Field(0.0, ge=0, lt=1, description="share of the train documents to hold out as split `test`, by their hash")
+    held_out_fraction: float = Field(0.0, ge=0, lt=1, description="share of the train documents to move to the split `test`, by their hash")
     max_train_bytes: int | None = Field(None, gt=0, description="use only about so many bytes of the train split")
     keep_duplicates: bool = Field(False, description="keep documents with the same text more than once")
     context_length: int = Field(2048, ge=16, description="most tokens of a segment, for every model's tokenizer")
@@ -50,6 +51,9 @@ class CorpusConfig(BaseModel):
     seed: int = Field(0, ge=0, description="seed of the order of documents")
     expected_documents: int | None = Field(None, gt=0, description="for --dry-run where the corpus is not at hand: documents to train on")
     expected_bytes: int | None = Field(None, gt=0, description="for --dry-run where the corpus is not at hand: bytes to train on")
+    expected_held_out_bytes: int | None = Field(
+        None, gt=0, description="for --dry-run where the corpus is not at hand: bytes to evaluate on"
+    )
 
     @model_validator(mode="after")
     def _held_out_needs_no_split(self) -> "CorpusConfig":
@@ -60,20 +64,23 @@ class CorpusConfig(BaseModel):
         return self
 
 
-def find_corpus(config: CorpusConfig, *, base: Path) -> Path:
-    """The file or folder of the corpus: a local path (relative to the recipe's folder or the current one), or a snapshot of the hub's.
+def find_corpus(config: CorpusConfig, *, base: Path, download: bool = True) -> Path:
+    """The file or folder of the corpus: a local path (relative to the recipe's folder), or a snapshot of the hub's.
+
+    `download` says whether the hub may be asked for what its local cache lacks.
 
     Raises:
         DataError: it is neither here nor on a hub that can be reached.
     """
-    for candidate in (base / config.path, Path(config.path)):
-        if candidate.exists():
-            return candidate
+    if (base / config.path).exists():
+        return base / config.path
     import huggingface_hub
 
     try:
         return Path(
-            huggingface_hub.snapshot_download(config.path, repo_type="dataset", revision=config.revision, allow_patterns=_HUB_FILES)
+            huggingface_hub.snapshot_download(
+                config.path, repo_type="dataset", revision=config.revision, allow_patterns=_HUB_FILES, local_files_only=not download
+            )
         )
     except Exception as error:  # a dozen kinds, from bad ids to no network
         raise DataError(
@@ -88,8 +95,9 @@ def corpus_identity(config: CorpusConfig, *, source: Path, tokenizers: list[Toke
     if source.parent.name == "snapshots":  # a hub snapshot is named by its commit
         content = {"hub": config.path, "commit": source.name}
     else:
-        files = _data_files(source)
-        content = {"files": {path.relative_to(source.parent).as_posix(): file_digest(path) for path in files}}
+        # A folder's README.md may say which file is which split.
+        files = [*_data_files(source), *source.glob("README.md")]
+        content = {"files": {path.relative_to(source).as_posix(): file_digest(path) for path in files}}
     free = {"name", "path", "revision", "expected_documents", "expected_bytes"}
     return {
         "stage": "corpus/1",
@@ -108,6 +116,8 @@ def _data_files(source: Path) -> list[Path]:
 
 def _kind(path: Path) -> str | None:
     suffixes = [suffix for suffix in path.suffixes if suffix not in {".gz", ".zst"}]
+    if path.name in _NOTES:
+        return None
     return _DATA_SUFFIXES.get(suffixes[-1]) if suffixes and path.is_file() else None
 
 
@@ -300,26 +310,32 @@ class CorpusPlan:
         path = dataset.folder / "plan.json"
         if not path.exists():
             return None
-        return cls(pl.read_parquet(dataset.folder / "documents.parquet"), json.loads(path.read_text(encoding="utf-8")))
+        summary, table = json.loads(path.read_text(encoding="utf-8")), dataset.folder / "documents.parquet"
+        if not table.exists() or file_digest(table) != summary["sha256"]:
+            raise DamagedPart(f"{table} is missing or damaged. Remove {path}: the same plan is then made again.")
+        return cls(pl.read_parquet(table), summary)
 
     @classmethod
     def commit(cls, dataset: Dataset, chosen: ChosenDocuments) -> "CorpusPlan":
         """Write the plan: the table first, then the small file that makes it exist."""
         documents = chosen.documents
-        per_part = documents.group_by("part").agg(pl.first("split"), documents=pl.len(), text_bytes=pl.sum("n_bytes")).sort("part")
         summary = {
             "documents": len(documents),
             "duplicates": chosen.n_duplicates,
             "empty": chosen.n_empty,
             "text_bytes": int(documents["n_bytes"].sum()),
-            "parts": per_part.drop("part").to_dicts(),
+            "parts": parts_of(documents),
         }
         path = dataset.folder / "documents.parquet"
-        temporary = durable.temporary_sibling(path)
-        documents.write_parquet(temporary, compression="zstd")
-        durable.publish(temporary, to=path)
-        durable.write_json(dataset.folder / "plan.json", summary)
+        durable.write_parquet(path, documents)
+        durable.write_json(dataset.folder / "plan.json", summary | {"sha256": file_digest(path)})
         return cls(documents, summary)
+
+
+def parts_of(documents: pl.DataFrame) -> list[dict[str, Any]]:
+    """Of each part its split, and its numbers of documents and of bytes of text."""
+    per_part = documents.group_by("part").agg(pl.first("split"), documents=pl.len(), text_bytes=pl.sum("n_bytes"))
+    return per_part.sort("part").drop("part").to_dicts()
 
 
 def _part_numbers(documents: pl.DataFrame, part_bytes: int) -> pl.Series:

@@ -4,9 +4,11 @@ Arrays of a part (T tokens, S segments, K entries; position j speaks of token j 
 
     token_ids_T, segment_offsets          the segments as the model reads them, with bos where it was trained with one
     doc_id_S, segment_S, n_bytes_S        which segments these are, and the length of their text in UTF-8
-    nll_S, n_predicted_S, predicted_bytes_S   negative log-likelihood (nats) of the tokens predicted, their number and their bytes
+    nll_S, n_scored_S, scored_bytes_S     negative log-likelihood (nats) of the tokens after the first, their number and their bytes
     gold_logprob_T                        log-probability of the token that follows; NaN at a segment's last position
     topk_ids_TK, topk_logprobs_TK, tail_logprob_T, entropy_T     where top_k > 0
+
+A text's first token is not scored, even where bos predicts it: models without bos say nothing of it, and all are compared alike.
 """
 
 from functools import cached_property
@@ -36,11 +38,12 @@ class DistributionsConfig(BaseModel):
     top_k: int = Field(10, ge=1, le=1024, description="entries of each next-token distribution that are stored")
 
 
-def distributions_identity(model: ModelFolder, *, corpus: Dataset, dtype: str, top_k: int) -> dict[str, Any]:
+def distributions_identity(model: ModelFolder, *, corpus: Dataset, split: str, dtype: str, top_k: int) -> dict[str, Any]:
     """What determines a model's distributions on a corpus. Its name, the batch size and the device do not."""
     return {
         "stage": "distributions/1",
         "corpus": corpus.fingerprint,
+        "split": split,
         "weights": model.weights_digest,
         "tokenizer": model.tokenizer.digest,
         "dtype": dtype,
@@ -102,7 +105,7 @@ class DistributionsStage:
         keep_S = ~np.isin(table["doc_id"].to_numpy(), bad_docs)
         keep_T = np.repeat(keep_S, np.diff(offsets))
         per_token = self._per_token(found) | {"token_ids_T": encoded.token_ids_T}
-        per_segment = self._per_segment(table, encoded) | {"nll_S": -_segment_sums(gold_T, offsets)}
+        per_segment = self._per_segment(table, encoded) | {"nll_S": -_segment_sums(gold_T * self._is_scored(offsets), offsets)}
         arrays = {name: array[keep_T] for name, array in per_token.items()} | {name: array[keep_S] for name, array in per_segment.items()}
         arrays["segment_offsets"] = encoded.select(keep_S).segment_offsets
         quarantined = [{"doc_id": doc_id, "reason": reason} for doc_id, reason in sorted(reasons.items())]
@@ -138,18 +141,26 @@ class DistributionsStage:
             }
         return arrays
 
+    def _is_scored(self, offsets: NDArray[np.int64]) -> NDArray[np.bool_]:
+        """Which positions predict a token that is scored: all but bos, which predicts the text's first token."""
+        is_scored_T = np.ones(offsets[-1], np.bool_)
+        if self.tokenizer.prepends_bos:
+            is_scored_T[offsets[:-1]] = False
+        return is_scored_T
+
     def _per_segment(self, table: pl.DataFrame, encoded: EncodedSegments) -> dict[str, NDArray[Any]]:
         offsets = encoded.segment_offsets
         ends_T = self.tokenizer.byte_ends(encoded.token_ids_T, segment_offsets=offsets, n_bytes_S=encoded.n_bytes_S)
-        first_bytes_S = np.zeros(len(table), np.int64)  # of the first token, which nothing predicts; 0 where it is bos
-        has_tokens_S = np.diff(offsets) > 0
-        first_bytes_S[has_tokens_S] = ends_T[offsets[:-1][has_tokens_S]]
+        n_bos = int(self.tokenizer.prepends_bos)
+        n_scored_S = np.maximum(np.diff(offsets) - 1 - n_bos, 0)
+        first_bytes_S = encoded.n_bytes_S.copy()  # of the first token; of all, where there is no second
+        first_bytes_S[n_scored_S > 0] = ends_T[offsets[:-1][n_scored_S > 0] + n_bos]
         return {
             "doc_id_S": table["doc_id"].to_numpy(),
             "segment_S": table["segment"].to_numpy(),
             "n_bytes_S": encoded.n_bytes_S.astype(np.uint32),
-            "n_predicted_S": np.maximum(np.diff(offsets) - 1, 0).astype(np.uint32),
-            "predicted_bytes_S": (encoded.n_bytes_S - first_bytes_S).astype(np.uint32),
+            "n_scored_S": n_scored_S.astype(np.uint32),
+            "scored_bytes_S": (encoded.n_bytes_S - first_bytes_S).astype(np.uint32),
         }
 
 

@@ -41,19 +41,27 @@ class CausalModel:
         """Load the model.
 
         Raises:
-            DataError: transformers cannot load it.
+            DataError: transformers cannot load it, or not all of its weights are there.
         """
         import transformers
 
         transformers.utils.logging.disable_progress_bar()
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         try:
-            model = transformers.AutoModelForCausalLM.from_pretrained(
-                folder, dtype=getattr(torch, dtype), trust_remote_code=trust_remote_code, use_safetensors=True, local_files_only=True
+            found: Any = transformers.AutoModelForCausalLM.from_pretrained(
+                folder,
+                dtype=getattr(torch, dtype),
+                trust_remote_code=trust_remote_code,
+                use_safetensors=True,
+                local_files_only=True,
+                output_loading_info=True,
             )
         except Exception as error:  # transformers and the model's own code raise anything
             raise DataError(f"The model {folder} cannot be loaded: {type(error).__name__}: {error}") from error
-        self.model: Any = model.to(self.device).eval()  # type: ignore[arg-type]  # transformers types it wrongly
+        model, loaded = found
+        if loaded["missing_keys"]:  # transformers warns, and fills them with random numbers
+            raise DataError(f"The model {folder} lacks weights: {', '.join(sorted(loaded['missing_keys']))}. Download it again.")
+        self.model: Any = model.to(self.device).eval()
         # More tokens at once do not speed up a CPU; measured with SmolLM2-135M.
         self.batch_tokens = 32_768 if self.device.type == "cuda" else 4_096
 
@@ -72,7 +80,7 @@ class CausalModel:
         with torch.inference_mode():
             hidden_BLH = self.model.base_model(input_ids=probe, use_cache=False).last_hidden_state
             logits_BLV = self.model(input_ids=probe, use_cache=False).logits
-            return head if torch.allclose(head(hidden_BLH), logits_BLV, atol=1e-3, rtol=1e-2) else None
+            return head if torch.equal(head(hidden_BLH), logits_BLV) else None
 
     def distributions(self, segments: Sequence[NDArray[Any]], *, top_k: int) -> NextTokenDistributions:
         """Distributions at every position of the segments, in their order.
@@ -153,13 +161,16 @@ def _reduce_block(logits_NV: torch.Tensor, *, gold_N: torch.Tensor, top_k: int) 
     weights_NV = (logits_NV - largest_N1).exp_()
     sum_N = weights_NV.sum(-1)
     logsumexp_N = largest_N1[:, 0] + sum_N.log()
+    expected_N = torch.linalg.vecdot(weights_NV, logits_NV) / sum_N
+    if not expected_N.isfinite().all():  # logits of -inf, as some models give to columns that stand for no token, have no share in it
+        expected_N = torch.linalg.vecdot(weights_NV, logits_NV.clamp(min=torch.finfo(torch.float32).min)) / sum_N
     top_logprobs_NK = (top_values_NK - logsumexp_N[:, None])[:, :top_k]
     return {
         "topk_ids_TK": top_ids_NK[:, :top_k],
         "topk_logprobs_TK": top_logprobs_NK,
         "gold_logprob_T": logits_NV.gather(1, gold_N[:, None])[:, 0] - logsumexp_N,
         "tail_logprob_T": torch.log1p(-top_logprobs_NK.exp().sum(-1).clamp_(max=1)),
-        "entropy_T": logsumexp_N - torch.linalg.vecdot(weights_NV, logits_NV) / sum_N,
+        "entropy_T": logsumexp_N - expected_N,
     }
 
 

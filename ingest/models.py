@@ -12,9 +12,11 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from ..store.errors import DataError
 from ..store.tokenizer import Tokenizer
+from ..store.weights import weight_files
 from .digests import file_digest
 
 _HUB_FILES = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "*.py"]
+_NOTES_IN_CONFIG = {"_name_or_path", "transformers_version"}  # they say where a model came from, not what it is
 _EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "embed_in.weight", "word_embeddings.weight")
 
 
@@ -25,7 +27,7 @@ class ModelConfig(BaseModel):
 
     name: str = Field(pattern=r"^[A-Za-z0-9]+([._-][A-Za-z0-9]+)*$", description="name of the model in the workspace")
     model: str = Field(description="model id on the Hugging Face hub, or a folder in its format (safetensors)")
-    revision: str | None = Field(None, description="commit, tag or branch of a hub model")
+    revision: str | None = Field(None, description="commit, tag or branch of a hub model; a local folder is taken as it is")
     dtype: Literal["bfloat16", "float16", "float32"] = Field("bfloat16", description="number format of the forward passes")
     prepends_bos: bool | None = Field(None, description="start each segment with bos; by default as the model's tokenizer does")
     trust_remote_code: bool = Field(False, description="run Python code that comes with the model")
@@ -45,19 +47,14 @@ class ModelFolder:
         """The model's `config.json`; of a multimodal model, the part about text."""
         try:
             config = json.loads((self.folder / "config.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
+            return config.get("text_config", config)
+        except (OSError, ValueError, AttributeError) as error:
             raise DataError(f"{self.folder} is not a model folder: config.json cannot be read ({error}).") from error
-        return config.get("text_config", config)
 
     @cached_property
     def weight_files(self) -> list[Path]:
-        """The safetensors files, by name."""
-        files = sorted(self.folder.glob("*.safetensors"))
-        if not files:
-            raise DataError(
-                f"{self.folder} has no *.safetensors file. Weights in other formats (pickles) are not read: convert them first."
-            )
-        return files
+        """The safetensors files that hold the weights, by name."""
+        return weight_files(self.folder)
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
@@ -67,21 +64,18 @@ class ModelFolder:
     @cached_property
     def weights_digest(self) -> str:
         """SHA-256 (hex) of the weights and of the config that says how to use them; the folder's name and place do not matter."""
-        files = [*self.weight_files, self.folder / "config.json"]
-        return hashlib.sha256("".join(file_digest(path) for path in files).encode()).hexdigest()
+        code = sorted(self.folder.glob("*.py")) if self.config.trust_remote_code else []
+        digests = [file_digest(path) for path in (*self.weight_files, *code)]
+        config = json.loads((self.folder / "config.json").read_text(encoding="utf-8"))
+        settings = {name: value for name, value in config.items() if name not in _NOTES_IN_CONFIG}
+        return hashlib.sha256(json.dumps([digests, settings], sort_keys=True).encode()).hexdigest()
 
     @cached_property
     def tensors(self) -> dict[str, dict[str, Any]]:
         """Name to dtype and shape of every tensor, from the headers of the safetensors files."""
         found: dict[str, dict[str, Any]] = {}
         for path in self.weight_files:
-            try:
-                with path.open("rb") as file:
-                    (length,) = struct.unpack("<Q", file.read(8))
-                    header = json.loads(file.read(length))
-            except (ValueError, struct.error) as error:
-                raise DataError(f"{path} is not a valid safetensors file: {error}. Download it again.") from error
-            found |= {name: tensor for name, tensor in header.items() if name != "__metadata__"}
+            found |= _tensors(path)
         return found
 
     @property
@@ -102,10 +96,8 @@ class ModelFolder:
 
     def check(self) -> "ModelFolder":
         """Raise DataError where config, weights and tokenizer disagree, or the weights are not all there."""
-        if "vocab_size" not in self.hf_config:
+        if not isinstance(self.hf_config.get("vocab_size"), int):
             raise DataError(f"{self.folder}/config.json says no vocab_size.")
-        for path in self.weight_files:
-            _check_complete(path)
         for name, tensor in self.tensors.items():
             if name.endswith(_EMBEDDINGS) and tensor["shape"][0] != self.vocab_size:
                 raise DataError(
@@ -120,24 +112,27 @@ class ModelFolder:
         return self
 
 
-def find_model(config: ModelConfig, *, models_dir: Path, base: Path) -> ModelFolder:
+def find_model(config: ModelConfig, *, models_dir: Path, base: Path, download: bool = True) -> ModelFolder:
     """The folder of a model, checked: a path, else `models_dir/<last part of the id>`, else a snapshot of the hub's.
 
     Args:
         config: the recipe's entry.
         models_dir: folder with models by the last part of their hub id (`--models`).
         base: the recipe's folder, to which paths in it are relative.
+        download: whether the hub may be asked for what its local cache lacks.
 
     Raises:
         DataError: the model is neither here nor on a hub that can be reached, or it cannot be used.
     """
-    for candidate in (base / config.model, Path(config.model), models_dir / config.model.rsplit("/", 1)[-1]):
+    for candidate in (base / config.model, models_dir / config.model.rsplit("/", 1)[-1]):
         if candidate.is_dir():
             return ModelFolder(config, candidate).check()
     import huggingface_hub
 
     try:
-        snapshot = huggingface_hub.snapshot_download(config.model, revision=config.revision, allow_patterns=_HUB_FILES)
+        snapshot = huggingface_hub.snapshot_download(
+            config.model, revision=config.revision, allow_patterns=_HUB_FILES, local_files_only=not download
+        )
     except Exception as error:  # a dozen kinds, from bad ids to no network
         raise DataError(
             f"The model {config.name} ({config.model}) is not a folder here, not in the models folder {models_dir}, and the Hugging Face "
@@ -147,13 +142,20 @@ def find_model(config: ModelConfig, *, models_dir: Path, base: Path) -> ModelFol
     return ModelFolder(config, Path(snapshot)).check()
 
 
-def _check_complete(path: Path) -> None:
-    """A safetensors file that was cut short, by a broken download say, has a sound header and too few bytes."""
-    with path.open("rb") as file:
-        (length,) = struct.unpack("<Q", file.read(8).ljust(8, b"\0"))
-        if 8 + length > path.stat().st_size:
-            raise DataError(f"{path} is cut short. Download it again.")
-        header = json.loads(file.read(length))
-    expected = 8 + length + max((tensor["data_offsets"][1] for name, tensor in header.items() if name != "__metadata__"), default=0)
-    if path.stat().st_size != expected:
-        raise DataError(f"{path} must have {expected} bytes, and has {path.stat().st_size}: it was cut short. Download it again.")
+def _tensors(path: Path) -> dict[str, dict[str, Any]]:
+    """Name to dtype, shape and place of each tensor of a safetensors file, from its header.
+
+    A file that was cut short, by a broken download say, has a sound header and too few bytes.
+    """
+    size = path.stat().st_size
+    try:
+        with path.open("rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8))
+            header = file.read(min(length, size))
+        tensors = {name: tensor for name, tensor in json.loads(header).items() if name != "__metadata__"}
+        expected = 8 + length + max((tensor["data_offsets"][1] for tensor in tensors.values()), default=0)
+    except (ValueError, struct.error, AttributeError, KeyError, TypeError) as error:
+        raise DataError(f"{path} is cut short, or not a safetensors file ({error}). Download it again.") from error
+    if size != expected:
+        raise DataError(f"{path} must have {expected} bytes, and has {size}: it was cut short. Download it again.")
+    return tensors

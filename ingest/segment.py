@@ -40,7 +40,8 @@ def _segment(text: str, *, tokenizers: Sequence[Tokenizer], context_length: int)
             segment = _cut(segment[:fitting])
         segments.append(segment)
         start += len(segment)
-        window = 2 * len(segment)  # dense scripts have less than a character per token: do not tokenize much more than is used
+        # Dense scripts have less than a character per token: do not tokenize much more than is used.
+        window = 2 * len(segment) if len(segment) < len(piece) // 2 else context_length * _CHARS_PER_TOKEN
     return segments
 
 

@@ -71,8 +71,8 @@ def fold(workspace: Workspace) -> None:
         connection.commit()
     except duckdb.Error as error:
         raise DataError(
-            f"{workspace.catalog_path} cannot be brought up to date: {error}\nIt is only an index, nothing is lost. Make room if the disk is "
-            "full, and run the same command again; if that does not help, make it anew with `fuseline store rebuild`."
+            f"{workspace.catalog_path} cannot be brought up to date: {error}\nIt is only an index, nothing is lost. "
+            "Make room if the disk is full, and run the same command again; else make it anew with `fuseline store rebuild`."
         ) from error
     finally:
         connection.close()
@@ -89,15 +89,15 @@ def _connect(path: Path, *, read_only: bool) -> duckdb.DuckDBPyConnection:
                     f"{path} cannot be opened: {error}\nIt is only an index: make it anew with `fuseline store rebuild`."
                 ) from error
             if time.monotonic() > deadline:
-                raise WorkspaceBusy(f"{path} is being written by another process. Try again in a moment.") from error
+                raise WorkspaceBusy(f"{path} is open in another process, which holds it. Try again in a moment.") from error
             time.sleep(0.1)
 
 
 # Tables that hold rows of a dataset of each kind, and their column with its name.
 _TABLES_OF_KIND = {
     "corpus": {"corpora": "corpus", "documents": "corpus"},
-    "distributions": {"segments": "model", "quarantine": "model", "models": "model"},
-    "evaluations": {"segments": "model", "quarantine": "model"},
+    "distributions": {"segments": "name", "quarantine": "name", "models": "model"},
+    "evaluations": {"segments": "name", "quarantine": "name"},
     "vocab_maps": {"vocab_maps": "name"},
     "alignments": {"alignment_coverage": "name"},
     "targets": {"targets": "name"},
@@ -165,21 +165,22 @@ def _part_frames(dataset: Dataset, manifest: Manifest) -> dict[str, pl.DataFrame
 
 
 def _forward_frames(dataset: Dataset, part: int) -> dict[str, pl.DataFrame]:
-    names = ("doc_id_S", "segment_S", "n_bytes_S", "n_predicted_S", "predicted_bytes_S", "nll_S")
+    names = ("doc_id_S", "segment_S", "n_bytes_S", "n_scored_S", "scored_bytes_S", "nll_S")
     *columns, offsets = dataset.read(part, *names, "segment_offsets")
-    labels = {"kind": dataset.kind, "model": dataset.name, "corpus": dataset.description["corpus"], "part": part}
+    facts = dataset.description
+    labels = {"kind": dataset.kind, "name": dataset.name, "model": facts["model"], "corpus": facts["corpus"], "part": part}
     segments = _frame(labels, dict(zip(names, columns, strict=True)) | {"n_tokens_S": np.diff(offsets)}).with_columns(
-        ce=pl.col("nll") / pl.col("n_predicted"), bpb=pl.col("nll") / (pl.col("predicted_bytes") * np.log(2))
+        ce=pl.col("nll") / pl.col("n_scored"), bpb=pl.col("nll") / (pl.col("scored_bytes") * np.log(2))
     )
     quarantined: Any = dataset.arrays(part).attrs["quarantined"]
-    left_out = [{"kind": dataset.kind, "model": dataset.name, "part": part, **row} for row in quarantined]
+    left_out = [{**labels, **row} for row in quarantined]
     return {"segments": segments} | ({"quarantine": pl.DataFrame(left_out)} if left_out else {})
 
 
 def _alignment_frames(dataset: Dataset, part: int) -> dict[str, pl.DataFrame]:
     names = ("doc_id_S", "segment_S", "n_positions_S", "n_aligned_S")
     arrays = dict(zip(names, dataset.read(part, *names), strict=True))
-    return {"alignment_coverage": _frame({"name": dataset.name, "part": part}, arrays)}
+    return {"alignment_coverage": _frame({"name": dataset.name, "corpus": dataset.description["corpus"], "part": part}, arrays)}
 
 
 def _target_frames(dataset: Dataset, part: int) -> dict[str, pl.DataFrame]:
@@ -188,7 +189,7 @@ def _target_frames(dataset: Dataset, part: int) -> dict[str, pl.DataFrame]:
     names_of_sources: Any = dataset.arrays(part).attrs["sources"]
     by_index = dict(enumerate(names_of_sources))
     arrays = dict(zip(names, columns, strict=True)) | {"n_positions_S": np.diff(offsets)}
-    frame = _frame({"name": dataset.name, "part": part}, arrays)
+    frame = _frame({"name": dataset.name, "corpus": dataset.description["corpus"], "part": part}, arrays)
     return {"targets": frame.with_columns(source=pl.Series([by_index.get(int(index)) for index in source_S], dtype=pl.String))}
 
 

@@ -112,7 +112,7 @@ class Dataset:
 
     @property
     def kind(self) -> str:
-        """`corpus`, `distributions`, `alignments`, `targets` or `evaluations`."""
+        """`corpus`, `distributions`, `vocab_maps`, `alignments`, `targets` or `evaluations`."""
         return self.folder.parent.name
 
     def require(self, identity: Identity) -> None:
@@ -140,6 +140,8 @@ class Dataset:
         try:
             record = json.loads(path.read_text(encoding="utf-8"))
             files = {name: (size, crc) for name, (size, crc) in record.pop("files").items()}
+            if record["schema_version"] > SCHEMA_VERSION:
+                raise DamagedPart(f"{path} was written by a newer fuseline ({record['producer']['fuseline']}). Use that one.")
             manifest = Manifest(**record, files=files)
         except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
             raise DamagedPart(f"The manifest {path} cannot be read ({error}). Remove it: the part is then made again.") from error
@@ -157,7 +159,7 @@ class Dataset:
         payload = self._path(part, ".parquet" if isinstance(content.data, pl.DataFrame) else ".zarr")
         temporary = durable.temporary_sibling(payload)
         if isinstance(content.data, pl.DataFrame):
-            content.data.write_parquet(temporary, compression="zstd")
+            durable.write_parquet(temporary, content.data)
         else:
             write_group(temporary, arrays=content.data, attributes=content.attributes or {})
         files = _checksums(temporary)
@@ -220,12 +222,6 @@ class Dataset:
             return pl.read_parquet(path)
         except (OSError, pl.exceptions.PolarsError) as error:
             raise DamagedPart(f"{path} is named by its manifest but cannot be read ({error}). {self._remedy(part)}") from error
-
-    def discard(self, part: int) -> None:
-        """Forget a part: its manifest first, so that a reader never sees a part that is half gone."""
-        payload = self.folder / self.manifest(part).payload
-        durable.remove(self._path(part, ".json"))
-        durable.remove(payload)
 
     def _path(self, part: int, suffix: str) -> Path:
         return self.folder / f"part-{part:05d}{suffix}"

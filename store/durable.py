@@ -4,11 +4,15 @@
 put anything into a workspace for good.
 """
 
+import io
 import json
 import os
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import polars as pl
 
 TEMPORARY = ".tmp-"  # prefix of every name that a crash may leave behind; nothing with it is ever read
 
@@ -50,6 +54,13 @@ def write_bytes(path: Path, data: bytes) -> None:
     temporary = temporary_sibling(path)
     temporary.write_bytes(data)
     publish(temporary, to=path)
+
+
+def write_parquet(path: Path, table: "pl.DataFrame") -> None:
+    """Write a table atomically. It goes through memory, because polars reports a full disk as an error of its own."""
+    buffer = io.BytesIO()
+    table.write_parquet(buffer, compression="zstd")
+    write_bytes(path, buffer.getvalue())
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -17,28 +17,28 @@ CREATE TABLE models (
 CREATE TABLE tokenizers (
     tokenizer VARCHAR, vocab_size BIGINT, bos BIGINT, eos BIGINT, prepends_bos BOOLEAN);
 CREATE TABLE segments (
-    kind VARCHAR, model VARCHAR, corpus VARCHAR, part INTEGER, doc_id BIGINT, segment BIGINT, n_bytes BIGINT, n_tokens BIGINT,
-    n_predicted BIGINT, predicted_bytes BIGINT, nll DOUBLE, ce DOUBLE, bpb DOUBLE);
+    kind VARCHAR, name VARCHAR, model VARCHAR, corpus VARCHAR, part INTEGER, doc_id BIGINT, segment BIGINT, n_bytes BIGINT,
+    n_tokens BIGINT, n_scored BIGINT, scored_bytes BIGINT, nll DOUBLE, ce DOUBLE, bpb DOUBLE);
 CREATE TABLE quarantine (
-    kind VARCHAR, model VARCHAR, part INTEGER, doc_id BIGINT, reason VARCHAR);
+    kind VARCHAR, name VARCHAR, model VARCHAR, corpus VARCHAR, part INTEGER, doc_id BIGINT, reason VARCHAR);
 CREATE TABLE vocab_maps (
     name VARCHAR, rule VARCHAR, tokens BIGINT);
 CREATE TABLE alignment_coverage (
-    name VARCHAR, part INTEGER, doc_id BIGINT, segment BIGINT, n_positions BIGINT, n_aligned BIGINT);
+    name VARCHAR, corpus VARCHAR, part INTEGER, doc_id BIGINT, segment BIGINT, n_positions BIGINT, n_aligned BIGINT);
 CREATE TABLE targets (
-    name VARCHAR, part INTEGER, doc_id BIGINT, segment BIGINT, source VARCHAR, n_positions BIGINT, lost_mass DOUBLE);
+    name VARCHAR, corpus VARCHAR, part INTEGER, doc_id BIGINT, segment BIGINT, source VARCHAR, n_positions BIGINT, lost_mass DOUBLE);
 CREATE TABLE runs (
     run VARCHAR, stage VARCHAR, dataset VARCHAR, status VARCHAR, started_at TIMESTAMP, ended_at TIMESTAMP, host VARCHAR, fuseline VARCHAR,
     parameters JSON, metrics JSON);
 CREATE TABLE checkpoints (
     training VARCHAR, step BIGINT, path VARCHAR);
 CREATE TABLE metrics (
-    training VARCHAR, step BIGINT, loss DOUBLE, clm_loss DOUBLE, fusion_loss DOUBLE, grad_norm DOUBLE, learning_rate DOUBLE, tokens BIGINT,
-    tokens_per_second DOUBLE, data_wait_seconds DOUBLE);
+    training VARCHAR, step BIGINT, steps BIGINT, loss DOUBLE, clm_loss DOUBLE, fusion_loss DOUBLE, grad_norm DOUBLE,
+    learning_rate DOUBLE, tokens BIGINT, tokens_per_second DOUBLE, data_wait_seconds DOUBLE);
 CREATE VIEW evaluations AS
-    SELECT model, split, domain, count(DISTINCT doc_id) AS documents, sum(n_predicted)::BIGINT AS n_tokens,
-        sum(predicted_bytes)::BIGINT AS n_bytes, sum(nll) AS nll, exp(sum(nll) / sum(n_predicted)) AS perplexity,
-        sum(nll) / (ln(2) * sum(predicted_bytes)) AS bpb
+    SELECT model, split, domain, count(DISTINCT doc_id) AS documents, sum(n_scored)::BIGINT AS n_tokens,
+        sum(scored_bytes)::BIGINT AS n_bytes, sum(nll) AS nll, exp(sum(nll) / sum(n_scored)) AS perplexity,
+        sum(nll) / (ln(2) * sum(scored_bytes)) AS bpb
     FROM segments JOIN documents USING (corpus, doc_id) WHERE kind = 'evaluations' GROUP BY model, split, domain;
 """
 

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import dataclass
+from statistics import median
 
 from .workspace import Workspace
 
@@ -27,32 +28,31 @@ class TrainingStatus:
 
     name: str
     step: int
+    steps: int | None  # None before the first step
     loss: float | None
-    tokens_per_second: float | None
+    seconds_left: float | None
     done: bool
 
 
 def dataset_statuses(workspace: Workspace) -> list[DatasetStatus]:
     """Every dataset of the workspace, in the order of the pipeline."""
-    plans = {
-        dataset.name: json.loads((dataset.folder / "plan.json").read_text(encoding="utf-8"))["parts"]
+    splits_of = {
+        dataset.name: [part["split"] for part in json.loads((dataset.folder / "plan.json").read_text(encoding="utf-8"))["parts"]]
         for dataset in workspace.datasets()
         if (dataset.folder / "plan.json").exists()
     }
-    splits = [part["split"] for parts in plans.values() for part in parts]
     statuses = []
     for dataset in workspace.datasets():
         manifests = [dataset.manifest(part) for part in dataset.parts()]
         expected: int | None
         match dataset.kind:
             case "corpus":
-                expected = len(plans[dataset.name]) if dataset.name in plans else None
+                expected = len(splits_of[dataset.name]) if dataset.name in splits_of else None
             case "vocab_maps":
                 expected = 1
-            case "evaluations":
-                expected = splits.count(dataset.description["split"])
             case _:
-                expected = splits.count("train")
+                facts = dataset.description
+                expected = splits_of.get(facts["corpus"], []).count(facts.get("split", "train"))
         tokens = sum(manifest.counts.get("tokens", 0) for manifest in manifests)
         seconds = sum(manifest.producer["seconds"] for manifest in manifests)
         left = None if expected is None or not manifests else (expected - len(manifests)) * seconds / len(manifests)
@@ -79,12 +79,14 @@ def training_statuses(workspace: Workspace) -> list[TrainingStatus]:
         lines = (folder / "metrics.jsonl").read_bytes().splitlines(keepends=True) if (folder / "metrics.jsonl").exists() else []
         records = [json.loads(line) for line in lines if line.endswith(b"\n")]
         last = records[-1] if records else {}
+        per_step = median(record["tokens"] / record["tokens_per_second"] for record in records[-50:]) if records else None
         statuses.append(
             TrainingStatus(
                 name=folder.name,
                 step=last.get("step", 0),
+                steps=last.get("steps"),
                 loss=last.get("loss"),
-                tokens_per_second=last.get("tokens_per_second"),
+                seconds_left=None if per_step is None else per_step * (last["steps"] - last["step"]),
                 done=(folder / "done.json").exists(),
             )
         )

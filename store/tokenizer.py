@@ -247,7 +247,7 @@ class Tokenizer:
         return starts_S + (self.has_dummy_prefix & (ends_S - starts_S == n_bytes_S + 1)), ends_S
 
     def save(self, folder: Path) -> None:
-        """Write `tokenizer.json`, `roles.json` and `token_bytes.parquet` (id, bytes, is_special), unless they are there."""
+        """Write `tokenizer.json`, `settings.json` and `token_bytes.parquet` (id, bytes, is_special), unless they are there."""
         if folder.exists():
             return
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -257,9 +257,8 @@ class Tokenizer:
         settings = {"roles": self.roles, "prepends_bos": self.prepends_bos}
         (temporary / "settings.json").write_text(json.dumps(settings), encoding="utf-8")
         columns = {"token_id": range(self.vocab_size), "bytes": self.token_bytes.to_list(), "is_special": self.token_bytes.is_special_V}
-        pl.DataFrame(columns, schema={"token_id": pl.UInt32, "bytes": pl.Binary, "is_special": pl.Boolean}).write_parquet(
-            temporary / "token_bytes.parquet"
-        )
+        schema = {"token_id": pl.UInt32, "bytes": pl.Binary, "is_special": pl.Boolean}
+        durable.write_parquet(temporary / "token_bytes.parquet", pl.DataFrame(columns, schema=schema))
         durable.publish(temporary, to=folder)
 
     @classmethod

@@ -22,7 +22,7 @@ from typing import Any
 from .. import __version__
 from . import durable
 from .dataset import Dataset
-from .errors import DataError, UsageError, WorkspaceBusy
+from .errors import DamagedPart, DataError, UsageError, WorkspaceBusy
 from .fingerprint import Identity
 
 # In the order of the pipeline, which is also the order in which the catalog folds them.
@@ -43,11 +43,12 @@ class Workspace:
             DataError: the folder cannot be written, or holds something else.
         """
         try:
-            if root.is_dir() and not (root / "workspace.json").exists() and any(root.iterdir()):
+            foreign = root.is_dir() and any(not path.name.startswith(durable.TEMPORARY) for path in root.iterdir())
+            if foreign and not (root / "workspace.json").exists():
                 raise DataError(f"{root} is not empty and is not a workspace. Choose another --workspace.")
             root.mkdir(parents=True, exist_ok=True)
             if not (root / "workspace.json").exists():
-                durable.write_json(root / "workspace.json", {"created_by": f"fuseline {__version__}", "layout": 1})
+                durable.write_json(root / "workspace.json", {"created_by": f"fuseline {__version__}"})
         except OSError as error:
             raise DataError(f"The workspace {root} cannot be made or written: {error.strerror or error}.") from error
         return cls(root)
@@ -101,10 +102,11 @@ class Workspace:
             file.truncate(0)
             file.write(f"process {os.getpid()} on {platform.node()}")
             file.flush()
-            durable.sweep(self.root)
-            for kind in (*DATASET_KINDS, "tokenizers", "runs", "exports"):
-                for folder in (self.root / kind, *(self.root / kind).glob("*/")):
-                    durable.sweep(folder)
+            # Not what trainers write: one that was started by hand may be at work.
+            for folder in (self.root, self.root / "tokenizers", *(self.root / kind for kind in DATASET_KINDS)):
+                durable.sweep(folder)
+            for dataset in self.datasets():
+                durable.sweep(dataset.folder)
             yield
 
     @contextmanager
@@ -141,4 +143,7 @@ class Workspace:
     def runs(self) -> Iterator[dict[str, Any]]:
         """The record of every run, oldest first."""
         for path in sorted((self.root / "runs").glob("*/run.json")):
-            yield json.loads(path.read_text(encoding="utf-8"))
+            try:
+                yield json.loads(path.read_text(encoding="utf-8"))
+            except ValueError as error:
+                raise DamagedPart(f"{path} cannot be read ({error}). Remove it: it is only a record of what was done.") from error

@@ -28,7 +28,7 @@ class TrainingConfig(BaseModel):
     name: str = Field("fused", min_length=1, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="names the run and the exported model")
     clm_weight: Fraction = Field(0.9, description="λ: weight of next-token cross-entropy; 1 - λ weighs the fused targets")
     tail: Literal["renormalise", "ghost"] = Field(
-        "renormalise", description="mass outside the stored top-k: scaled away, or one extra bucket against the student's own tail mass"
+        "ghost", description="mass outside the stored top-k: scaled away, or one extra bucket against the student's own tail mass"
     )
     epochs: Count | None = Field(None, description=f"passes over the targets; {DEFAULT_EPOCHS} unless steps is given")
     steps: Count | None = Field(None, description="optimizer steps, instead of epochs")
@@ -86,6 +86,7 @@ class TrainJob(BaseModel):
     model_fingerprint: str = Field(description="of the starting weights")
     targets_folder: Path = Field(description="dataset of fused targets")
     targets_fingerprint: str = Field(description="of that dataset")
+    tokens_fingerprint: str = Field(description="of the dataset that its token ids are from")
     parts: list[int] = Field(min_length=1, description="indices of the parts to train on")
     export_folder: Path = Field(description="where the trained model is written as a Hugging Face folder")
     lineage: dict[str, Any] = Field(description="what the model was made from, for its card")
@@ -116,9 +117,10 @@ class TrainJob(BaseModel):
             json.dumps(
                 {
                     "model": self.model_fingerprint,
-                    "targets": self.targets_fingerprint,
+                    # Without fusion the targets' tokens matter, and not what is fused in them.
+                    "targets": self.targets_fingerprint if self.config.uses_targets else self.tokens_fingerprint,
                     "parts": self.parts,
-                    "config": self.config.model_dump(exclude=_NOT_IDENTITY | {"name"}),
+                    "config": self.config.model_dump(exclude=_NOT_IDENTITY | {"name"} | (set() if self.config.uses_targets else {"tail"})),
                 }
             )
         )

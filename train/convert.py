@@ -5,7 +5,6 @@ rows or columns are dealt to the ranks; `split` and `join` of a layout are exact
 Both sides rotate halves in rotary embedding, so no rows are permuted.
 """
 
-import json
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
@@ -19,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from ..store.errors import DataError
+from ..store.weights import weight_files
 from .architecture import Architecture
 
 
@@ -104,7 +104,7 @@ class WeightFiles:
         """
         self.folder = folder
         self._file_of: dict[str, Any] = {}
-        for path in _weight_paths(folder):
+        for path in weight_files(folder):
             try:
                 file = stack.enter_context(safe_open(path, framework="pt"))
             except (OSError, SafetensorError) as error:
@@ -127,16 +127,6 @@ class WeightFiles:
     def _require(self, name: str) -> None:
         if name not in self._file_of:
             raise DataError(f"{self.folder} has no tensor {name}, which its config.json calls for.")
-
-
-def _weight_paths(folder: Path) -> list[Path]:
-    index = folder / "model.safetensors.index.json"
-    if index.exists():
-        return [folder / name for name in sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))]
-    single = folder / "model.safetensors"
-    if not single.exists():
-        raise DataError(f"{folder} has neither model.safetensors nor model.safetensors.index.json. Save the model as safetensors.")
-    return [single]
 
 
 def load_weights(model: nn.Module, *, model_folder: Path, architecture: Architecture, ranks: int, rank: int) -> None:

@@ -15,15 +15,13 @@ from pathlib import Path
 from ..store.errors import FuselineError
 from . import records
 from .config import TrainJob
-from .rank import ERROR_PREFIX, die_with_parent, train_rank
+from .rank import ERROR_PREFIX, die_with_parent
 
 _POLL_SECONDS = 0.2
 
 
 def launch(job: TrainJob, *, on_metrics: Callable[[records.Record], None]) -> None:
     """Train a job to its end, going on from its newest checkpoint if it has one; returns at once if it is already done.
-
-    Where `torchrun` started this very process (it set WORLD_SIZE), the process becomes one of its ranks and `on_metrics` is not called.
 
     Args:
         job: what to train; written to `job.json` in its run folder.
@@ -38,9 +36,6 @@ def launch(job: TrainJob, *, on_metrics: Callable[[records.Record], None]) -> No
         records.require_identity(job.run_folder, stored=done["identity"], asked=job.identity)
         if (job.export_folder / "config.json").exists():
             return
-    if "WORLD_SIZE" in os.environ:
-        _become_rank(job)
-        return
     job.save()
     logs = job.run_folder / "logs" / time.strftime("%Y%m%d-%H%M%S")
     logs.mkdir(parents=True)
@@ -65,12 +60,6 @@ def launch(job: TrainJob, *, on_metrics: Callable[[records.Record], None]) -> No
         on_metrics(record)
     if process.returncode or records.read_done(job.run_folder) is None:
         raise _failure(job, logs=logs)
-
-
-def _become_rank(job: TrainJob) -> None:
-    if os.environ["RANK"] == "0":
-        job.save()
-    train_rank(job)
 
 
 def _command(job: TrainJob, *, logs: Path) -> list[str]:

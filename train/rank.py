@@ -9,7 +9,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from ..store.errors import FuselineError, WorkspaceBusy
+from ..store.errors import FuselineError, UsageError, WorkspaceBusy
 from .config import TrainJob
 
 ERROR_PREFIX = "fuseline.train: error: "
@@ -20,6 +20,8 @@ def main(run_folder: Path) -> int:
     """Run one rank of the job in a run folder; returns the exit code."""
     die_with_parent()
     try:
+        if "RANK" not in os.environ:
+            raise UsageError("Start the ranks with torchrun: torchrun --nproc-per-node N -m fuseline.train RUN_FOLDER")
         train_rank(TrainJob.load(run_folder))
     except FuselineError as error:
         print(f"{ERROR_PREFIX}{error}", file=sys.stderr, flush=True)

@@ -1,11 +1,11 @@
 """The small files of a run folder, apart from what is in its checkpoints. Light: imports neither torch nor Megatron-core.
 
-    job.json            what to train (config.TrainJob)
-    metrics.jsonl       one record per optimizer step
-    checkpoints/step-00000010/
-    done.json           the run is finished and its model is exported
-    logs/               what the ranks print
-    tensorboard/        the metrics again, as events
+job.json            what to train (config.TrainJob)
+metrics.jsonl       one record per optimizer step
+checkpoints/step-00000010/
+done.json           the run is finished and its model is exported
+logs/               what the ranks print
+tensorboard/        the metrics again, as events
 """
 
 import json

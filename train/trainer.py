@@ -6,6 +6,7 @@ Losses are sums over positions divided by the counts of the whole global batch, 
 import contextlib
 import json
 import math
+import os
 import signal
 import time
 from collections.abc import Iterator, Sequence
@@ -192,6 +193,7 @@ class Trainer:
             def write(record: records.Record) -> None:
                 lines.write(json.dumps(record) + "\n")
                 lines.flush()
+                os.fsync(lines.fileno())  # a checkpoint must not outlive the records of its steps
                 for name, value in record.items():
                     if name not in {"step", "steps"} and value is not None:
                         events.add_scalar(name, value, record["step"])

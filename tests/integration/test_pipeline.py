@@ -50,7 +50,7 @@ STAGES = [
     ("targets", "fused"),
     ("runs", "clm"),
     ("runs", "fused"),
-    ("evaluations", "source"),
+    ("evaluations", "source--test"),
 ]
 
 
@@ -101,14 +101,14 @@ def test_the_exported_model_generates_and_has_a_card(uninterrupted):
 
 
 def test_the_report_is_what_the_stored_likelihoods_say(uninterrupted):
-    dataset = Dataset.open(uninterrupted / "evaluations" / "fused")
+    dataset = Dataset.open(uninterrupted / "evaluations" / "fused--test")
     nll = predicted = 0.0
     for part in dataset.parts():
-        nll_S, bytes_S = dataset.read(part, "nll_S", "predicted_bytes_S")
+        nll_S, bytes_S = dataset.read(part, "nll_S", "scored_bytes_S")
         nll += nll_S.sum()
         predicted += bytes_S.sum()
     result = fuseline("report", "-w", uninterrupted)
-    (line,) = [line for line in result.stdout.splitlines() if line.startswith("| fused")]
+    line = next(line for line in result.stdout.splitlines() if line.startswith("| fused"))
     assert f"{nll / predicted / 0.6931471805599453:.4f}" == line.split("|")[-2].strip()
 
 

@@ -86,6 +86,7 @@ def make_job(inputs: Path, run_folder: Path, *, targets: str = "targets", **sett
         model_fingerprint="tiny",
         targets_folder=dataset.folder,
         targets_fingerprint=dataset.fingerprint,
+        tokens_fingerprint="tokens",
         parts=dataset.parts(),
         export_folder=run_folder / "export",
         lineage={"sources": ["one", "two"]},

@@ -1,5 +1,6 @@
 """Projection, weighting and fusion against dictionaries in plain Python."""
 
+import itertools
 import math
 
 import numpy as np
@@ -22,7 +23,7 @@ def target_parts(draw):
     """The token that follows each position of a target part, -1 at the last of a segment."""
     vocab = draw(st.integers(1, 8))
     lengths = draw(st.lists(st.integers(1, 5), min_size=1, max_size=3))
-    gold = [token for length in lengths for token in [*draw(st.lists(ids(vocab), min_size=length - 1, max_size=length - 1)), -1]]
+    gold = [token for n in lengths for token in [*draw(st.lists(ids(vocab), min_size=n - 1, max_size=n - 1)), -1]]
     return vocab, lengths, gold
 
 
@@ -87,6 +88,7 @@ def mix(gold: np.ndarray, sources: list[SourcePart], weights: np.ndarray, *, anc
             for source_id, prob in zip(source.topk_ids_UK[u], source.topk_probs_UK[u], strict=True):
                 token = int(source.target_ids_V[source_id])
                 if anchored is not None and source_id == source.gold_ids_U[u]:
+                    lost += weight_T[t] * max(0.0, float(prob) - anchored)
                     continue
                 if token == -1 or (anchored is not None and token == gold[t]):
                     lost += weight_T[t] * float(prob)
@@ -198,7 +200,7 @@ def test_source_weights_are_those_of_the_formula(costs):
 
 
 def test_segment_costs_are_bits_per_byte_or_nats_per_token():
-    amounts = {"n_predicted_S": np.array([4, 0, 5], np.uint32), "predicted_bytes_S": np.array([10, 0, 0], np.uint32)}
+    amounts = {"n_scored_S": np.array([4, 0, 5], np.uint32), "scored_bytes_S": np.array([10, 0, 0], np.uint32)}
     nll_S = np.array([8 * math.log(2), 0.0, 3.0])
     assert segment_costs(nll_S, **amounts, metric="bpb").tolist() == pytest.approx([0.8, math.inf, math.inf])
     assert segment_costs(nll_S, **amounts, metric="ce").tolist() == pytest.approx([2 * math.log(2), math.inf, 0.6])
@@ -228,8 +230,8 @@ def distributions(folder, tokenizer: Tokenizer, *, name: str, keys: list, seed: 
             "segment_S": np.array([segment for _, segment in keys], np.uint32),
             "n_bytes_S": encoded.n_bytes_S.astype(np.uint32),
             "nll_S": np.full(len(keys), nats),
-            "n_predicted_S": np.diff(offsets).astype(np.uint32),
-            "predicted_bytes_S": encoded.n_bytes_S.astype(np.uint32),
+            "n_scored_S": np.diff(offsets).astype(np.uint32),
+            "scored_bytes_S": encoded.n_bytes_S.astype(np.uint32),
             "gold_logprob_T": gold.astype(np.float16),
             "topk_ids_TK": topk.astype(np.uint16),
             "topk_logprobs_TK": np.take_along_axis(logprobs, topk, axis=1).astype(np.float16),
@@ -305,7 +307,7 @@ def test_the_targets_own_start_alone_gives_back_its_distributions_and_the_gold_t
     assert not content.data["source_T"].any()
     assert content.counts == {"segments": 4, "tokens": len(token_ids_T), "from_target": len(token_ids_T)}
     assert content.data["segment_offsets"].tolist() == offsets.tolist()
-    assert not content.data["lost_mass_S"].any()
+    assert content.data["lost_mass_S"].max() < 1e-6
 
 
 def test_without_anchor_the_targets_own_start_alone_is_unchanged_to_the_bit(two):
@@ -322,7 +324,7 @@ def test_alignments_cover_each_segment_as_counted_and_leave_out_what_the_source_
     position_T, n_S, aligned_S = other.alignment.read(0, "source_position_T", "n_positions_S", "n_aligned_S")
     offsets, doc_id_S = own.distributions.read(0, "segment_offsets", "doc_id_S")
     assert n_S.tolist() == np.diff(offsets).tolist()
-    assert aligned_S.tolist() == [sum(u >= 0 for u in position_T[a:b]) for a, b in zip(offsets[:-1], offsets[1:], strict=True)]
+    assert aligned_S.tolist() == [sum(u >= 0 for u in position_T[a:b]) for a, b in itertools.pairwise(offsets)]
     assert aligned_S[doc_id_S == 5].tolist() == [0]
     assert (aligned_S[doc_id_S != 5] >= 1).all()  # at least the end of the text is shared
     assert other.alignment.manifest(0).counts == {"segments": 4, "tokens": len(position_T), "aligned": int((position_T >= 0).sum())}
@@ -349,6 +351,7 @@ def test_mince_takes_the_better_source_where_it_is_aligned_and_the_targets_own_s
         expected: dict[int, float] = {}
         for v, p in theirs[u].items():
             if anchored and v == source_ids_U[u + 1]:
+                lost_T[t] += max(0.0, p - math.exp(gold_U[u : position_T[t + 1]].astype(float).sum()))
                 continue
             if mapped[v] is None or (anchored and mapped[v] == gold):
                 lost_T[t] += p
@@ -359,7 +362,7 @@ def test_mince_takes_the_better_source_where_it_is_aligned_and_the_targets_own_s
             expected[gold] = math.exp(gold_U[u : position_T[t + 1]].astype(float).sum())
         assert entries(content, t) == pytest.approx(expected, rel=2e-3, abs=1e-7)
     assert anchors >= 5
-    lost_S = [lost_T[a:b].sum() / (b - a) for a, b in zip(offsets[:-1], offsets[1:], strict=True)]
+    lost_S = [lost_T[a:b].sum() / (b - a) for a, b in itertools.pairwise(offsets)]
     assert content.data["lost_mass_S"].tolist() == pytest.approx(lost_S, rel=1e-3, abs=1e-6)
     for t in np.flatnonzero(np.repeat(doc_id_S == 5, np.diff(offsets))):
         assert len(entries(content, t).keys() & mine[t].keys()) == K
@@ -370,7 +373,7 @@ def test_avgce_weighs_the_sources_and_gives_a_segment_missing_in_one_to_the_othe
     content = fused(two, method="avgce", anchor=False, top_k=2 * K)
     own, other = two
     (position_T,) = other.alignment.read(0, "source_position_T")
-    offsets, predicted_bytes_S = own.distributions.read(0, "segment_offsets", "predicted_bytes_S")
+    offsets, scored_bytes_S = own.distributions.read(0, "segment_offsets", "scored_bytes_S")
     segment_T = np.repeat(np.arange(len(TEXTS)), np.diff(offsets))
     mapped = other.vocabulary_map.table(0)["target_id"].to_list()
     mine, theirs = own_distributions(own), own_distributions(other)
@@ -379,7 +382,7 @@ def test_avgce_weighs_the_sources_and_gives_a_segment_missing_in_one_to_the_othe
     for t, u in enumerate(position_T.tolist()):
         expected = dict(mine[t])
         if u >= 0:
-            n_bytes = int(predicted_bytes_S[segment_T[t]])
+            n_bytes = int(scored_bytes_S[segment_T[t]])
             scores = [math.exp(math.exp(-nats / math.log(2) / n_bytes)) for nats in (9.0, 3.0)]
             weights = [score / sum(scores) for score in scores]
             expected = {v: p * weights[0] for v, p in mine[t].items()}
@@ -390,7 +393,7 @@ def test_avgce_weighs_the_sources_and_gives_a_segment_missing_in_one_to_the_othe
 
 
 def test_a_part_of_which_the_target_left_everything_out_is_empty_and_not_an_error(two, tmp_path):
-    names = ("token_ids_T", "segment_offsets", "doc_id_S", "segment_S", "n_bytes_S", "nll_S", "n_predicted_S", "predicted_bytes_S",
+    names = ("token_ids_T", "segment_offsets", "doc_id_S", "segment_S", "n_bytes_S", "nll_S", "n_scored_S", "scored_bytes_S",
              "gold_logprob_T", "topk_ids_TK", "topk_logprobs_TK")  # fmt: skip
     own, other = two
     arrays = dict(zip(names, own.distributions.read(0, *names), strict=True))

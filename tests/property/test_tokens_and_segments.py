@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 HARD = [
     "", " ", "  ", "\n", "\n\n", " \n \n", "\r\n", "\t", "\0", "\u00a0", "\u2003", "\u3000", "\u200b", "\ufeff", "\u2028", "\x85",
-    "the ", " and", "def f(x):\n    return x\n", "1234567890", "naïve", "e\u0301\u0323", "𝔘𝔫𝔦", "👩‍👩‍👧‍👦", "🇨🇭", "漢字かな交じり文", "한국어",
+    "the ", " and",
+    "def f(x):\n    return x\n", "1234567890", "naïve", "e\u0301\u0323", "𝔘𝔫𝔦", "👩‍👩‍👧‍👦", "🇨🇭", "漢字かな交じり文", "한국어",
     "مرحبا", "ﬁ", "Å", "\U0010ffff", "\ue000", "</s>", "<s>", "<unk>", "<|endoftext|>", "<|im_start|>user\n", "<|im_end|>", "<0x41>",
     "Ġ", "Ċ", "\\n", "%",
 ]  # fmt: skip
@@ -76,9 +77,7 @@ def test_segments_give_back_the_document_and_fit_every_context(byte_level, sente
             encoded = tokenizer.encode_segments(segments)
             assert max(np.diff(encoded.segment_offsets), default=0) <= context_length
             assert encoded.is_lossless_S.all()
-            decoded = tokenizer.decode_segments(
-                encoded.token_ids_T, segment_offsets=encoded.segment_offsets, n_bytes_S=encoded.n_bytes_S
-            )
+            decoded = tokenizer.decode_segments(encoded.token_ids_T, segment_offsets=encoded.segment_offsets, n_bytes_S=encoded.n_bytes_S)
             assert b"".join(decoded) == "".join(segments).encode()
 
 

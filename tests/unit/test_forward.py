@@ -65,6 +65,20 @@ def test_a_certain_model_has_no_tail_and_no_entropy():
     assert found["gold_logprob_T"].tolist() == pytest.approx([-2000, -math.log(3)])
 
 
+def test_logits_of_minus_infinity_have_no_share_and_nan_stays_in_its_row():
+    """Some models give -inf to columns that stand for no token."""
+    logits_NV = torch.randn(4, 600, generator=torch.Generator().manual_seed(0))
+    logits_NV[:, 500:] = -math.inf
+    logits_NV[2, 7] = math.nan
+    found = reduce_logits(logits_NV, gold_N=torch.tensor([3, 550, 3, 499]), top_k=10)
+    healthy = [0, 1, 3]
+    expected = dense(logits_NV[healthy, :500], torch.tensor([3, 0, 499]), 10)
+    expected["gold_logprob_T"][1] = -math.inf
+    assert_same({name: value[healthy].numpy() for name, value in found.items()}, expected)
+    assert math.isnan(found["entropy_T"][2])
+    assert math.isnan(found["gold_logprob_T"][2])
+
+
 @settings(max_examples=150, deadline=None)
 @given(vocab=st.sampled_from([1, 5, 127, 128, 640, 641, 5_000, 5_120, 9_999]), k=st.integers(1, 12), data=st.data())
 def test_exact_top_k_is_exact_with_ties_and_for_any_vocabulary(vocab, k, data):
@@ -198,7 +212,13 @@ def stage(folder, *, corpus: Dataset, model_folder, top_k: int = 4) -> Distribut
     )  # fmt: skip
 
 
-ROWS = [(2, 0, "def f(x):\n    return x\n"), (2, 1, "naïve 漢字 👩‍👩‍👧‍👦"), (4, 0, "one"), (7, 0, "the last of three documents"), (9, 0, "")]
+ROWS = [
+    (2, 0, "def f(x):\n    return x\n"),
+    (2, 1, "naïve 漢字 👩‍👩‍👧‍👦"),
+    (4, 0, "one"),
+    (7, 0, "the last of three documents"),
+    (9, 0, ""),
+]
 
 
 @pytest.mark.parametrize("name", ["tiny-target", "tiny-source"])
@@ -220,11 +240,13 @@ def test_the_books_of_a_part_are_right(tmp_path, models_dir, name, top_k):
             with torch.inference_mode():
                 logprobs_NV = made.model.model(input_ids=torch.tensor([ids], device=made.model.device)).logits[0].double().log_softmax(-1)
             gold = [logprobs_NV[j, token].item() for j, token in enumerate(ids[1:])]
-        assert arrays["nll_S"][s] == pytest.approx(-sum(gold), rel=1e-5, abs=1e-6)
-        assert arrays["n_predicted_S"][s] == len(gold)
+        scored = gold[1:] if tokenizer.prepends_bos else gold  # the text's first token is not scored, for all models alike
+        assert arrays["nll_S"][s] == pytest.approx(-sum(scored), rel=1e-5, abs=1e-6)
+        assert arrays["n_scored_S"][s] == len(scored)
         assert arrays["n_bytes_S"][s] == len(text.encode())
-        first = b"" if tokenizer.prepends_bos or not ids else tokenizer.token_bytes[ids[0]]
-        assert arrays["predicted_bytes_S"][s] == len(text.encode()) - len(first)
+        rest = b"".join(tokenizer.token_bytes[token_id] for token_id in ids[len(ids) - len(scored) :])
+        assert text.encode().endswith(rest)
+        assert arrays["scored_bytes_S"][s] == len(rest)
         stored = arrays["gold_logprob_T"][start:end]
         assert stored[:-1].tolist() == pytest.approx(gold, rel=1e-3)
         assert np.isnan(stored[-1:]).all()
@@ -290,7 +312,7 @@ def test_documents_whose_logits_are_not_finite_are_left_out_and_the_part_is_comp
 
 
 def test_a_part_of_which_nothing_is_left_is_empty_and_can_be_committed(tmp_path, poisoned):
-    made = stage(tmp_path, corpus=corpus(tmp_path, [(0, 0, "Z")] + [(1, 0, "y" * 500)]), model_folder=poisoned)
+    made = stage(tmp_path, corpus=corpus(tmp_path, [(0, 0, "Z"), (1, 0, "y" * 500)]), model_folder=poisoned)
     content = made.compute(0)
     assert content.counts == {"documents": 0, "segments": 0, "tokens": 0, "quarantined": 2}
     made.dataset.commit(0, content=content, seconds=0)

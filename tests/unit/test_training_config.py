@@ -45,6 +45,7 @@ def make_job(run_folder: Path, **settings) -> TrainJob:
         model_fingerprint="m",
         targets_folder=run_folder / "targets",
         targets_fingerprint="t",
+        tokens_fingerprint="i",
         parts=[0, 2],
         export_folder=run_folder / "export",
         lineage={"sources": ["a"]},

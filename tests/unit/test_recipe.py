@@ -1,0 +1,226 @@
+"""Recipes: those that come with the package load, and all mistakes in one are told at once, each with its line."""
+
+import re
+from pathlib import Path
+
+import fuseline
+import pytest
+from fuseline.recipe import line_of, load_recipe
+from fuseline.store.errors import UsageError
+
+RECIPES = sorted((Path(fuseline.__file__).parent / "recipes").glob("*.toml"))
+GOOD = """\
+# what to fuse
+[corpus]
+path = "data"
+
+[target]
+name = "target"
+model = "org/target"
+
+[[sources]]
+name = "one"
+model = "org/one"
+
+[[sources]]
+name = "two"
+model = "org/two"
+"""
+
+
+def told(tmp_path: Path, text: str) -> list[tuple[int, str, str]]:
+    """(line, key, what) of every problem that is told of a recipe."""
+    path = tmp_path / "recipe.toml"
+    path.write_bytes(text.encode())
+    with pytest.raises(UsageError) as error:
+        load_recipe(path)
+    first, *lines = str(error.value).splitlines()
+    problems = [re.fullmatch(r"  line (\d+): ([^:]+): (.*)", line).groups() for line in lines]
+    assert first == f"The recipe {path} has {len(problems)} problem{'s' if len(problems) > 1 else ''}:"
+    return [(int(line), key, what) for line, key, what in problems]
+
+
+def line(text: str, beginning: str, *, nth: int = 1) -> int:
+    """The line, from 1, that begins so for the nth time."""
+    return [number for number, written in enumerate(text.split("\n"), start=1) if written.startswith(beginning)][nth - 1]
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.name)
+def test_the_recipes_of_the_package_load(path):
+    recipe = load_recipe(path)
+    assert len({model.name for model in recipe.models}) == len(recipe.sources) + 1
+    assert recipe.models[0] == recipe.target
+
+
+def test_there_are_recipes():
+    assert {"demo.toml", "fusellm-7b.toml"} <= {path.name for path in RECIPES}
+
+
+def test_a_minimal_recipe_has_the_defaults(tmp_path):
+    (tmp_path / "recipe.toml").write_text(GOOD)
+    recipe = load_recipe(tmp_path / "recipe.toml")
+    assert (recipe.top_k, recipe.fusion.method, recipe.alignment.vocabulary) == (10, "mince", "prefix")
+    assert [training.name for training in recipe.trainings] == ["clm", "fused"]
+    assert [training.clm_weight for training in recipe.trainings] == [1.0, 0.9]
+    assert recipe.trainings[0].model_copy(update={"name": "fused", "clm_weight": 0.9}) == recipe.training
+
+
+def test_the_fusions_top_k_comes_before_the_distributions(tmp_path):
+    (tmp_path / "recipe.toml").write_text(GOOD + "[distributions]\ntop_k = 20\n")
+    assert load_recipe(tmp_path / "recipe.toml").top_k == 20
+    (tmp_path / "recipe.toml").write_text(GOOD + "[distributions]\ntop_k = 20\n[fusion]\ntop_k = 7\n")
+    assert load_recipe(tmp_path / "recipe.toml").top_k == 7
+
+
+def test_all_problems_are_told_at_once_in_the_order_of_their_lines(tmp_path):
+    text = (
+        GOOD.replace('path = "data"', 'path = "data"\ncontext_lenght = 512\nseed = "x"\npart_bytes = 10')
+        .replace('model = "org/one"', "model = 3\ndtype = 'float64'")
+        .replace('name = "two"\n', "")
+        + '\n[fusion]\nmethod = "best"\nmetric = "bpb"\n\n[evalution]\nsplit = "test"\n\n[training]\ntail = "cut"\nclm_weight = 1.5\n'
+    )
+    problems = told(tmp_path, text)
+    assert [(number, key) for number, key, _ in problems] == [
+        (line(text, "context_lenght"), "corpus.context_lenght"),
+        (line(text, "seed"), "corpus.seed"),
+        (line(text, "part_bytes"), "corpus.part_bytes"),
+        (line(text, "model = 3"), "sources.0.model"),
+        (line(text, "dtype"), "sources.0.dtype"),
+        (line(text, "[[sources]]", nth=2), "sources.1.name"),
+        (line(text, 'method = "best"'), "fusion.method"),
+        (line(text, "[evalution]"), "evalution"),
+        (line(text, "tail"), "training.tail"),
+        (line(text, "clm_weight"), "training.clm_weight"),
+    ]
+    what = {key: text for _, key, text in problems}
+    assert what["corpus.context_lenght"].startswith("unknown key. Did you mean context_length? Valid are: name, path, revision, ")
+    assert what["corpus.seed"] == "'x' should be a valid integer"
+    assert what["corpus.part_bytes"] == "10 should be greater than or equal to 1024"
+    assert what["sources.0.model"] == "3 should be a valid string"
+    assert what["sources.0.dtype"] == "'float64' should be 'bfloat16', 'float16' or 'float32'"
+    assert what["sources.1.name"] == "is missing: name of the model in the workspace"
+    assert what["fusion.method"] == "'best' should be 'mince' or 'avgce'"
+    assert what["evalution"].startswith("unknown key. Did you mean evaluation? Valid are: corpus, target, sources, ")
+    assert what["training.clm_weight"] == "1.5 should be less than or equal to 1"
+
+
+def test_combinations_are_told_beside_wrong_and_unknown_keys_and_sections(tmp_path):
+    text = (
+        GOOD.replace('name = "two"', 'name = "one"').replace('model = "org/one"', 'model = "org/target"\ndtyp = "float32"')
+        + '[nonsense]\nx = 1\n[[more.nonsense]]\n[training]\nname = "target"\nepochs = 1\nsteps = 5\n[evaluation]\nsplit = "train"\n'
+    )
+    assert {(number, key, what.split(":")[0]) for number, key, what in told(tmp_path, text)} == {
+        (line(text, 'name = "one"', nth=2), "sources.1.name", "'one' is also sources.0.name"),
+        (line(text, 'model = "org/target"', nth=2), "sources.0.model", "is the target's start, which always is a source"),
+        (line(text, "dtyp"), "sources.0.dtyp", "unknown key. Did you mean dtype? Valid are"),
+        (line(text, "[nonsense]"), "nonsense", "unknown key. Valid are"),
+        (line(text, "[[more.nonsense]]"), "more", "unknown key. Valid are"),
+        (line(text, "[training]"), "training", "epochs (1) and steps (5) must not both be given"),
+        (line(text, 'name = "target"', nth=2), "training.name", "'target' is also target.name"),
+        (line(text, "split"), "evaluation.split", "'train' is what the models are trained on"),
+    }
+
+
+@pytest.mark.parametrize(
+    ("added", "key", "what"),
+    [
+        ('[training]\n[evaluation]\nclm_name = "fused"', "evaluation.clm_name", "'fused' is also training.name: choose another"),
+        ('[evaluation]\nclm_name = "one"', "evaluation.clm_name", "'one' is also sources.0.name: choose another"),
+        ("[training]\nclm_weight = 1", "training.clm_weight", "1 is what the baseline trains with: set evaluation.clm_baseline = false"),
+        ('[training]\nname = "two"', "training.name", "'two' is also sources.1.name: choose another"),
+        (
+            "[training]\nglobal_batch_size = 3\nmicro_batch_size = 2",
+            "training",
+            "global_batch_size (3) must be a multiple of micro_batch_size (2) × data_parallel (1)",
+        ),
+    ],
+)
+def test_what_does_not_go_together_is_told(tmp_path, added, key, what):
+    text = GOOD + added + "\n"
+    section, _, name = key.partition(".")
+    at = line(text, name, nth=4 if key == "training.name" else 1) if name else line(text, f"[{section}]")
+    assert told(tmp_path, text) == [(at, key, what)]
+
+
+def test_a_model_named_clm_is_told_only_where_there_is_a_baseline(tmp_path):
+    text = GOOD.replace('name = "one"', 'name = "clm"')
+    ((_, key, what),) = told(tmp_path, text)
+    assert (key, what) == ("evaluation.clm_name", "'clm' is also sources.0.name: choose another")
+    (tmp_path / "recipe.toml").write_text(text + "[evaluation]\nclm_baseline = false\n")
+    assert [training.name for training in load_recipe(tmp_path / "recipe.toml").trainings] == ["fused"]
+
+
+def test_the_same_model_at_another_revision_is_a_source(tmp_path):
+    (tmp_path / "recipe.toml").write_text(GOOD.replace('model = "org/one"', 'model = "org/target"\nrevision = "v1"'))
+    assert load_recipe(tmp_path / "recipe.toml").sources[0].revision == "v1"
+
+
+def test_missing_sections_and_no_sources_are_told(tmp_path):
+    assert {key for _, key, _ in told(tmp_path, "")} == {"corpus", "target", "sources"}
+    text = "sources = []\n" + GOOD.split("[[sources]]")[0]
+    ((number, key, what),) = told(tmp_path, text)
+    assert (number, key) == (1, "sources")
+    assert "at least 1" in what
+
+
+@pytest.mark.parametrize("name", ["", "a/b", "../up", ".hidden", "a b", "a--b", "ü"])
+def test_names_that_would_not_do_for_a_folder_are_told(tmp_path, name):
+    text = GOOD.replace('name = "one"', f'name = "{name}"')
+    assert [(number, key) for number, key, _ in told(tmp_path, text)] == [(line(text, f'name = "{name}"'), "sources.0.name")]
+
+
+def test_lines_are_right_after_values_of_several_lines_and_odd_characters(tmp_path):
+    text = (
+        '[corpus]\npath = """\nseed = 1\n"""\n# a comment\u2028with odd\x85line ends\nseed = [\n  1,\n  # two\n  2,\n]\n\n\nnope = 1\n'
+        + GOOD[GOOD.index("[target]") :]
+        + "[training]\nsteps = 'x'\n"
+    )
+    assert [(number, key) for number, key, _ in told(tmp_path, text)] == [
+        (line(text, "seed = ["), "corpus.seed"),
+        (line(text, "nope"), "corpus.nope"),
+        (line(text, "steps"), "training.steps"),
+    ]
+    assert [(number, key) for number, key, _ in told(tmp_path, text.replace("\n", "\r\n"))] == [
+        (line(text, "seed = ["), "corpus.seed"),
+        (line(text, "nope"), "corpus.nope"),
+        (line(text, "steps"), "training.steps"),
+    ]
+
+
+def test_dotted_and_inline_tables_have_lines_too(tmp_path):
+    text = (
+        'training.steps = "x"\nsources = [\n'
+        '  {name = "one", model = "org/one"},\n'
+        '  {name = "two", model = "org/two", dtyp = "float32"},\n'
+        "]\n" + GOOD.split("[[sources]]")[0]
+    )
+    problems = told(tmp_path, text)
+    assert (problems[0][:2], problems[1][1]) == ((1, "training.steps"), "sources.1.dtyp")
+    assert line(text, "sources") <= problems[1][0] <= line(text, "  {name", nth=2)
+
+
+def test_line_of_what_is_not_there_is_the_line_of_its_section():
+    assert line_of(GOOD, ("target", "dtype")) == line(GOOD, "[target]")
+    assert line_of(GOOD, ("sources", 1, "dtype")) == line(GOOD, "[[sources]]", nth=2)
+    assert line_of(GOOD, ("nowhere", "at", "all")) == 1
+    assert line_of(GOOD, ("sources", 0, "model")) == line(GOOD, 'model = "org/one"')
+
+
+@pytest.mark.parametrize(
+    ("raw", "message"),
+    [
+        (b"[corpus\npath = 1", r"is not valid TOML: .*line 1"),
+        (b"[corpus]\npath = 1\npath = 2\n", r"is not valid TOML: .*line 3"),
+        (b"[corpus]\npath = \"\xff\"\n", r"is not valid TOML: .*utf-8"),
+    ],
+)  # fmt: skip
+def test_what_is_not_toml_is_told(tmp_path, raw, message):
+    (tmp_path / "recipe.toml").write_bytes(raw)
+    with pytest.raises(UsageError, match=message):
+        load_recipe(tmp_path / "recipe.toml")
+
+
+def test_a_recipe_that_is_not_there_is_told(tmp_path):
+    for path in (tmp_path / "nowhere.toml", tmp_path):
+        with pytest.raises(UsageError, match=rf"The recipe {path} cannot be read: "):
+            load_recipe(path)
