@@ -1,5 +1,8 @@
 """Text to segments to tokens and back: no byte is lost, no text becomes a control token, every context is kept."""
 
+import json
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import tokenizers
@@ -132,6 +135,27 @@ def test_byte_ends_agree_with_the_offsets_of_the_tokenizers_library(tokenizer, s
     for index, (_, end) in enumerate(offsets):
         if index + 1 == len(offsets) or offsets[index + 1][0] >= end:  # the token does not end inside a character
             assert ends[index] == len(segment[:end].encode())
+
+
+def test_a_dummy_prefix_that_is_left_out_before_a_space_is_seen_segment_by_segment(sentencepiece):
+    """Metaspace, unlike SentencePiece, puts no second space before a text that starts with one."""
+    definition = json.loads(sentencepiece.definition)
+    definition |= {
+        "normalizer": None,
+        "pre_tokenizer": {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "always", "split": False},
+    }
+    tokenizer = Tokenizer(json.dumps(definition), roles=sentencepiece.roles, prepends_bos=True)
+    segments = ["of text", " of text", "", "  of", "of\ntext "]
+    encoded = tokenizer.encode_segments(segments)
+    assert encoded.is_lossless_S.all()
+    first, second = (encoded.token_ids_T[start:end].tolist() for start, end in pairwise(encoded.segment_offsets[:3]))
+    assert first == second, "the case does not arise"
+    ends_T = tokenizer.byte_ends(encoded.token_ids_T, segment_offsets=encoded.segment_offsets, n_bytes_S=encoded.n_bytes_S)
+    table = bytes_of_tokens(tokenizer)
+    for segment, start, end in zip(segments, encoded.segment_offsets[:-1], encoded.segment_offsets[1:], strict=True):
+        lengths = [len(table.get(token_id, b"")) for token_id in encoded.token_ids_T[start:end].tolist()]
+        dummy = int(segment != "" and not segment.startswith(" "))
+        assert ends_T[start:end].tolist() == [max(sum(lengths[: j + 1]) - dummy, 0) for j in range(len(lengths))]
 
 
 def test_a_megabyte_without_a_space(byte_level, sentencepiece):

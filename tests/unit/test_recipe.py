@@ -199,6 +199,11 @@ def test_dotted_and_inline_tables_have_lines_too(tmp_path):
     assert line(text, "sources") <= problems[1][0] <= line(text, "  {name", nth=2)
 
 
+def test_a_value_of_several_lines_at_the_very_beginning_has_line_one(tmp_path):
+    text = "sources = [\n  1,\n]\n" + GOOD.split("[[sources]]")[0]
+    assert {number for number, key, _ in told(tmp_path, text) if key.startswith("sources")} == {1}
+
+
 def test_line_of_what_is_not_there_is_the_line_of_its_section():
     assert line_of(GOOD, ("target", "dtype")) == line(GOOD, "[target]")
     assert line_of(GOOD, ("sources", 1, "dtype")) == line(GOOD, "[[sources]]", nth=2)

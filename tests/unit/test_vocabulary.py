@@ -5,8 +5,10 @@ import json
 import numpy as np
 import polars as pl
 import pytest
+import tokenizers
 from fuseline.align.vocabulary import target_ids, vocabulary_map
 from fuseline.store.tokenizer import Tokenizer
+from tokenizers import models, normalizers
 
 
 @pytest.fixture(scope="module")
@@ -156,3 +158,23 @@ def test_the_map_as_an_array_has_minus_one_where_it_is_unmapped(pair):
     assert array.dtype == np.int32
     assert array.tolist() == [-1 if target_id is None else target_id for target_id in table["target_id"]]
     assert (array == -1).any()
+
+
+def test_the_first_piece_is_the_one_in_mid_text_and_not_the_longest_nor_the_one_after_a_dummy_prefix(byte_level_folder, tmp_path):
+    """`abc` is `a` + `bc` here; after the dummy prefix `▁a` + `bc`; and the longest beginning that is a token is `ab`."""
+    pieces = ["<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", "a", "b", "c", "▁a", "bc", "ab"]
+    model = models.BPE(
+        {piece: index for index, piece in enumerate(pieces)},
+        [("▁", "a"), ("b", "c"), ("a", "b")],
+        unk_token="<unk>",
+        byte_fallback=True,
+    )
+    backend = tokenizers.Tokenizer(model)
+    backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    target = Tokenizer(backend.to_str(), roles=dict.fromkeys(("bos", "eos", "pad")) | {"unk": 0}, prepends_bos=False)
+    definition = json.loads((byte_level_folder / "tokenizer.json").read_text())
+    definition["model"]["vocab"] |= {"abc": 600, "Ġabc": 601}
+    source = Tokenizer(json.dumps(definition), roles=dict.fromkeys(("bos", "eos", "pad", "unk")), prepends_bos=False)
+    table = vocabulary_map(source, target=target, rule="prefix")
+    assert table.row(600, named=True)["target_bytes"] == b"a"
+    assert table.row(601, named=True)["target_bytes"] == b" a"
