@@ -10,9 +10,10 @@ from .. import __version__
 from ..align.alignments import AlignmentsStage, alignment_identity
 from ..align.fusion import FusionSource, FusionStage, fusion_identity
 from ..align.maps import VocabularyMapStage, vocabulary_map_identity
-from ..ingest.corpus import CorpusStage, corpus_identity, find_corpus
+from ..ingest.corpus import CorpusStage, corpus_identity
 from ..ingest.distributions import DistributionsStage, distributions_identity
 from ..ingest.models import ModelConfig, ModelFolder, find_model
+from ..ingest.sources import find_source
 from ..recipe import Recipe
 from ..store import catalog
 from ..store.dataset import Dataset, Manifest
@@ -89,7 +90,7 @@ class Pipeline:
     def corpus(self) -> CorpusStage:
         """The stage that makes the corpus."""
         config = self.recipe.corpus
-        source = find_corpus(config, base=self.base)
+        source = find_source(config.path, revision=config.revision, base=self.base)
         for model in self.models.values():
             self._tokenizer_folder(model)
         identity = corpus_identity(config, source=source, tokenizers=[model.tokenizer for model in self.models.values()])

@@ -4,8 +4,9 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..ingest.corpus import choose_documents, find_corpus, load_splits, parts_of
+from ..ingest.corpus import choose_documents, parts_of
 from ..ingest.models import ModelConfig, find_model
+from ..ingest.sources import find_source, load_splits
 from ..recipe import Recipe
 from ..store.errors import DataError, UsageError
 from ..store.workspace import Workspace
@@ -119,7 +120,7 @@ def _splits(recipe: Recipe, *, base: Path, workspace: Workspace) -> tuple[_Split
         return train, _Split(text_bytes=held_out_bytes, documents=0, parts=-(-held_out_bytes // config.part_bytes))
     else:
         try:
-            source = find_corpus(config, base=base, download=False)
+            source = find_source(config.path, revision=config.revision, base=base, download=False)
         except DataError as error:
             raise UsageError(
                 f"{error}\nTo plan without it, say corpus.expected_bytes and corpus.expected_documents in the recipe."

@@ -26,10 +26,7 @@ from ..store.errors import DamagedPart, DataError
 from ..store.tokenizer import Tokenizer
 from .digests import file_digest
 from .segment import segment_documents
-
-_DATA_SUFFIXES = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "csv", ".txt": "text"}
-_NOTES = {"dataset_infos.json", "dataset_info.json", "dataset_dict.json", "state.json"}  # what `datasets` leaves beside the data
-_HUB_FILES = ["*.parquet", "*.jsonl", "*.jsonl.*", "*.json", "*.csv", "*.txt", "README.md"]
+from .sources import data_files, load_splits
 
 
 class CorpusConfig(BaseModel):
@@ -64,31 +61,6 @@ class CorpusConfig(BaseModel):
         return self
 
 
-def find_corpus(config: CorpusConfig, *, base: Path, download: bool = True) -> Path:
-    """The file or folder of the corpus: a local path (relative to the recipe's folder), or a snapshot of the hub's.
-
-    `download` says whether the hub may be asked for what its local cache lacks.
-
-    Raises:
-        DataError: it is neither here nor on a hub that can be reached.
-    """
-    if (base / config.path).exists():
-        return base / config.path
-    import huggingface_hub
-
-    try:
-        return Path(
-            huggingface_hub.snapshot_download(
-                config.path, repo_type="dataset", revision=config.revision, allow_patterns=_HUB_FILES, local_files_only=not download
-            )
-        )
-    except Exception as error:  # a dozen kinds, from bad ids to no network
-        raise DataError(
-            f"corpus.path ({config.path!r}) is neither a file or folder here nor a dataset that the Hugging Face hub gave ({error}). "
-            "Correct the path, or download the dataset and name its folder."
-        ) from error
-
-
 def corpus_identity(config: CorpusConfig, *, source: Path, tokenizers: list[Tokenizer]) -> dict[str, Any]:
     """What determines the corpus: its files' content, the choices of the recipe, and the tokenizers its segments fit."""
     content: dict[str, Any]
@@ -96,72 +68,15 @@ def corpus_identity(config: CorpusConfig, *, source: Path, tokenizers: list[Toke
         content = {"hub": config.path, "commit": source.name}
     else:
         # A folder's README.md may say which file is which split.
-        files = [*_data_files(source), *source.glob("README.md")]
+        files = [*data_files(source), *source.glob("README.md")]
         content = {"files": {path.relative_to(source).as_posix(): file_digest(path) for path in files}}
-    free = {"name", "path", "revision", "expected_documents", "expected_bytes"}
+    free = {"name", "path", "revision", "expected_documents", "expected_bytes", "expected_held_out_bytes"}
     return {
         "stage": "corpus/1",
         **content,
         **config.model_dump(exclude=free),
         "segmented_for": sorted(tokenizer.digest for tokenizer in tokenizers),
     }
-
-
-def _data_files(source: Path) -> list[Path]:
-    files = [source] if source.is_file() else sorted(path for path in source.rglob("*") if _kind(path))
-    if not files or not _kind(files[0]):
-        raise DataError(f"{source} holds no data file: {', '.join(_DATA_SUFFIXES)} are read (also gzipped).")
-    return files
-
-
-def _kind(path: Path) -> str | None:
-    suffixes = [suffix for suffix in path.suffixes if suffix not in {".gz", ".zst"}]
-    if path.name in _NOTES:
-        return None
-    return _DATA_SUFFIXES.get(suffixes[-1]) if suffixes and path.is_file() else None
-
-
-def load_splits(source: Path) -> dict[str, Any]:
-    """Load a file or folder through `datasets`: split name to `datasets.Dataset`, memory-mapped.
-
-    Raises:
-        DataError: a file cannot be read.
-    """
-    import datasets
-
-    datasets.disable_progress_bars()
-    kinds = {_kind(path) for path in _data_files(source)}
-    if len(kinds) > 1:
-        raise DataError(f"{source} mixes files of several kinds ({', '.join(sorted(map(str, kinds)))}). Keep those of one kind.")
-    (kind,) = kinds
-    try:
-        if kind == "text":
-            files = [(str(path), path.stat().st_mtime_ns) for path in _data_files(source)]  # the times keep its cache from going stale
-            features = datasets.Features({"text": datasets.Value("large_string")})
-            loaded = {"train": datasets.Dataset.from_generator(_text_documents, features=features, gen_kwargs={"files": files})}
-        elif source.is_file():
-            loaded = datasets.load_dataset(kind, data_files=str(source))
-        else:
-            loaded = datasets.load_dataset(str(source))
-    except Exception as error:  # `datasets` wraps whatever its readers raise
-        cause = error.__cause__ or error
-        if isinstance(cause, StopIteration) or "corresponds to no data" in str(cause):  # what `datasets` says of a file without rows
-            return {}
-        raise DataError(f"The corpus {source} cannot be read: {type(cause).__name__}: {cause}") from error
-    return dict(loaded)
-
-
-def _text_documents(files: list[tuple[str, int]]) -> Iterator[dict[str, str]]:
-    """One document per file, to the byte: the text reader of `datasets` turns carriage returns into line feeds."""
-    import fsspec
-
-    for path, _ in files:
-        with fsspec.open(path, "rb", compression="infer") as file:
-            data = file.read()
-        try:
-            yield {"text": data.decode()}
-        except UnicodeDecodeError as error:
-            raise DataError(f"{path} is not valid UTF-8 ({error}). Mend or remove it.") from error
 
 
 class CorpusStage:

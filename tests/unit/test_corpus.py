@@ -9,7 +9,8 @@ import polars as pl
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
-from fuseline.ingest.corpus import ChosenDocuments, CorpusConfig, CorpusPlan, CorpusStage, choose_documents, corpus_identity, load_splits
+from fuseline.ingest.corpus import ChosenDocuments, CorpusConfig, CorpusPlan, CorpusStage, choose_documents, corpus_identity
+from fuseline.ingest.sources import load_splits
 from fuseline.store.dataset import Dataset
 from fuseline.store.errors import DataError
 from fuseline.store.tokenizer import Tokenizer
