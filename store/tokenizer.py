@@ -137,6 +137,8 @@ class Tokenizer:
         config_path = folder / "tokenizer_config.json"
         try:
             config = json.loads(config_path.read_text(encoding="utf-8")) if config_path.exists() else {}
+            if not isinstance(config, dict):
+                raise DataError("tokenizer_config.json is not an object.")
             tokenizer = cls(path.read_text(encoding="utf-8"), roles=dict.fromkeys(ROLES), prepends_bos=False)
         except (DataError, ValueError) as error:
             raise DataError(f"{folder}: {error}") from error
