@@ -221,11 +221,12 @@ def fuse(recipe: Path, workspace: Path | None, models_dir: Path) -> None:
 @main.command()
 @_recipe_options
 @click.option("--only", metavar="NAME", help="Train only this one: training.name of the recipe, or clm for the baseline.")
-def train(recipe: Path, workspace: Path | None, models_dir: Path, only: str | None) -> None:
+@click.option("--prepare", is_flag=True, help="Start nothing: write the job files, and say how to start the ranks with torchrun.")
+def train(recipe: Path, workspace: Path | None, models_dir: Path, only: str | None, prepare: bool) -> None:
     """Train the target on the fused targets, and the baseline without them.
 
-    Starts torchrun with tensor_parallel × data_parallel ranks on this machine. To start the ranks yourself (on several machines, say),
-    run the same training's job file:  torchrun … -m fuseline.train WORKSPACE/runs/NAME
+    Starts torchrun with tensor_parallel × data_parallel ranks on this machine. With --prepare you start the ranks yourself, on several
+    machines, say; `fuseline eval` takes up what they made.
 
     Example:  fuseline train recipes/demo.toml --only fused
     """
@@ -233,7 +234,8 @@ def train(recipe: Path, workspace: Path | None, models_dir: Path, only: str | No
         names = [training.name for training in pipeline.recipe.trainings]
         if only is not None and only not in names:
             raise UsageError(f"--only ({only}) must be one of the recipe's trainings: {', '.join(names)}.")
-        pipeline.train(names=None if only is None else [only])
+        start = pipeline.prepare_training if prepare else pipeline.train
+        start(names=None if only is None else [only])
 
 
 @main.command("eval")

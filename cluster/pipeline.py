@@ -250,14 +250,25 @@ class Pipeline:
 
     def train(self, *, names: Sequence[str] | None = None) -> None:
         """Train on the fused targets, and the baseline; `names` chooses among them."""
+        for job in self._jobs(names):
+            self._train(job)
+
+    def prepare_training(self, *, names: Sequence[str] | None = None) -> None:
+        """Write the job files alone, for ranks that somebody else starts."""
+        for job in self._jobs(names):
+            job.save()
+            self.progress.say(
+                f"training {job.config.name} is prepared for {job.config.world_size} ranks. On one machine, start them with:\n"
+                f"  torchrun --nproc-per-node {job.config.world_size} -m fuseline.train {job.run_folder}"
+            )
+
+    def _jobs(self, names: Sequence[str] | None) -> list[TrainJob]:
         parts = self._parts_of("train")
         self._require(self._fusion_stage.dataset, parts=parts, command="fuse")
-        for training in self.recipe.trainings:
-            if names is None or training.name in names:
-                self._train(training, parts=parts)
+        return [self._job(training, parts=parts) for training in self.recipe.trainings if names is None or training.name in names]
 
-    def _train(self, training: TrainingConfig, *, parts: list[int]) -> None:
-        job = self._job(training, parts=parts)
+    def _train(self, job: TrainJob) -> None:
+        training = job.config
         if self._is_trained(training):
             launch(job, on_metrics=lambda record: None)  # checks that it is the same training
             self.progress.say(f"training {training.name}: nothing to do")

@@ -124,7 +124,7 @@ def find_model(config: ModelConfig, *, models_dir: Path, base: Path, download: b
     Raises:
         DataError: the model is neither here nor on a hub that can be reached, or it cannot be used.
     """
-    for candidate in (base / config.model, models_dir / config.model.rsplit("/", 1)[-1]):
+    for candidate in (base / Path(config.model).expanduser(), models_dir / config.model.rsplit("/", 1)[-1]):
         if candidate.is_dir():
             return ModelFolder(config, candidate).check()
     import huggingface_hub

@@ -23,8 +23,9 @@ def find_source(path: str, *, revision: str | None, base: Path, download: bool =
     Raises:
         DataError: it is neither here nor on a hub that can be reached.
     """
-    if (base / path).exists():
-        return base / path
+    local = base / Path(path).expanduser()
+    if local.exists():
+        return local
     import huggingface_hub
 
     try:

@@ -72,7 +72,7 @@ def test_empty_documents_are_left_out_and_counted(project, models_dir):
     pl.concat([table, extra]).write_parquet(path)
     code, output = ingest_corpus(project, models_dir)
     assert code == 0
-    assert "46 documents" in output
+    assert "48 documents" in output
     assert "left out: 1 duplicates, 2 empty" in output
 
 

@@ -1,5 +1,6 @@
 """The whole pipeline as a user runs it: real processes, killed with SIGKILL in the middle of each stage in turn."""
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -139,3 +140,82 @@ def test_sql_reads_the_catalog_and_cannot_write_or_leave_it(uninterrupted, tmp_p
         assert result.returncode == 2
         assert "Traceback" not in result.stderr
     assert fuseline("sql", "SELECT count(*) FROM segments", "-w", uninterrupted, "--format", "csv").stdout.split()[1] != "0"
+
+
+@pytest.fixture
+def finished(uninterrupted, tmp_path) -> Path:
+    """A copy of the finished workspace, to be changed."""
+    return Path(shutil.copytree(uninterrupted, tmp_path / "workspace"))
+
+
+def changed(project: Path, *replacements: tuple[str, str]) -> Path:
+    text = project.read_text()
+    for old, new in replacements:
+        assert old in text
+        text = text.replace(old, new)
+    path = project.with_name("changed.toml")
+    path.write_text(text)
+    return path
+
+
+def test_another_split_is_evaluated_beside_the_first(project, models_dir, finished):
+    recipe = changed(project, ("[training]", '[evaluation]\nsplit = "validation"\n\n[training]'))
+    result = fuseline("run", recipe, "-w", finished, "--models", models_dir)
+    assert result.returncode == 0, result.stderr
+    assert "training fused: nothing to do" in result.stderr
+    assert "6 documents of split test" in result.stdout
+    assert "2 documents of split validation" in result.stdout
+
+
+def test_an_export_of_another_training_is_not_evaluated(project, models_dir, finished):
+    recipe = changed(project, ("learning_rate = 1e-3", "learning_rate = 2e-3"))
+    result = fuseline("run", recipe, "-w", finished, "--models", models_dir)
+    assert result.returncode == 1
+    assert "learning_rate: stored 0.001, asked for 0.002" in result.stderr
+    shutil.rmtree(finished / "runs" / "fused")
+    shutil.rmtree(finished / "runs" / "clm")
+    result = fuseline("eval", recipe, "-w", finished, "--models", models_dir)
+    assert result.returncode == 2
+    assert "clm is not trained yet" in result.stderr
+
+
+def test_another_fusion_shares_what_does_not_depend_on_it(project, models_dir, finished):
+    recipe = changed(project, ("[training]", '[fusion]\nname = "mean"\nmethod = "avgce"\n\n[training]\nname = "mean"'))
+    result = fuseline("run", recipe, "-w", finished, "--models", models_dir)
+    assert result.returncode == 0, result.stderr
+    started = {line.removesuffix(": started") for line in result.stderr.splitlines() if line.endswith(": started")}
+    assert started == {"targets mean", "training mean", "evaluation mean"}
+
+
+def test_a_source_that_is_added_later_undoes_nothing(project, models_dir, finished, tmp_path):
+    """Not even where parts of the corpus are missing: their segments stay those of the tokenizers it was begun with."""
+    before = contents(finished)
+    for part in (2, 5):
+        (finished / "corpus" / "corpus" / f"part-{part:05d}.json").unlink()
+    models = Path(shutil.copytree(models_dir, tmp_path / "models"))
+    shutil.copytree(models / "tiny-source", models / "tiny-other")
+    other = '[[sources]]\nname = "other"\nmodel = "tiny-other"\ndtype = "float32"\n\n[training]'
+    recipe = changed(project, ("[training]", other))
+    for stage in (("ingest", "corpus"), ("ingest", "distributions"), ("align",)):
+        result = fuseline(*stage, recipe, "-w", finished, "--models", models)
+        assert result.returncode == 0, result.stderr
+    after = contents(finished)
+    assert {key: after[key] for key in before} == before
+    assert {key.rsplit("/", 1)[0] for key in after.keys() - before.keys()} == {
+        "distributions/other",
+        "alignments/other--target",
+        "vocab_maps/other--target--prefix",
+    }
+
+
+def test_ranks_started_by_hand_train_the_same_model(project, models_dir, finished):
+    before = contents(finished)
+    for kind in ("runs", "exports"):
+        shutil.rmtree(finished / kind / "fused")
+    result = fuseline("train", project, "-w", finished, "--models", models_dir, "--only", "fused", "--prepare")
+    assert result.returncode == 0, result.stderr
+    command = result.stderr.split("start them with:\n")[1].split()
+    assert command[0] == "torchrun"
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", *command[1:]]
+    assert subprocess.run(torchrun, capture_output=True, check=False).returncode == 0
+    assert contents(finished) == before

@@ -43,12 +43,12 @@ checkpoint_every = 4
 
 
 def write_project(folder: Path, *, texts: list[str], recipe: str = RECIPE) -> Path:
-    """A recipe and its corpus: 40 documents of about 1 kB to train on, 6 to test on."""
-    documents = list(dict.fromkeys(text[:1000] for text in texts))[:46]
+    """A recipe and its corpus: 40 documents of about 1 kB to train on, 6 to test on, 2 to validate on."""
+    documents = list(dict.fromkeys(text[:1000] for text in texts))[:48]
     columns = {
         "text": documents,
         "domain": [("even", "odd")[index % 2] for index in range(len(documents))],
-        "split": ["train"] * 40 + ["test"] * (len(documents) - 40),
+        "split": ["train"] * 40 + ["test"] * 6 + ["validation"] * 2,
     }
     folder.mkdir(parents=True, exist_ok=True)
     pl.DataFrame(columns).write_parquet(folder / "corpus.parquet")
