@@ -113,7 +113,9 @@ def _open_workspace(workspace: Path | None) -> "Workspace":
     if workspace is None:
         found = sorted(path.parent for path in Path("workspaces").glob("*/workspace.json"))
         if len(found) != 1:
-            names = ", ".join(map(str, found)) or "none"
+            if not found:
+                raise UsageError("There is no workspace in workspaces/. Make one with `fuseline run RECIPE`, or name one with --workspace.")
+            names = ", ".join(map(str, found))
             raise UsageError(f"Say which workspace with --workspace (or FUSELINE_WORKSPACE); in workspaces/ there are: {names}.")
         (workspace,) = found
     return Workspace.open(workspace)
@@ -300,8 +302,14 @@ def status(workspace: Path | None, as_json: bool) -> None:
     _show_table(["dataset", "parts", "tokens", "on disk", "tokens/s", "time left", "left out"], rows)
     for training in trainings:
         loss = "" if training.loss is None else f", loss {training.loss:.4f}"
-        left = "done" if training.done else "not begun" if training.seconds_left is None else f"{duration(training.seconds_left)} left"
-        click.echo(f"training {training.name}: step {training.step}/{training.steps or '?'}{loss}, {left}")
+        if training.done:
+            state = "done"
+        elif training.running:
+            state = "running" + ("" if training.seconds_left is None else f", {duration(training.seconds_left)} left")
+        else:
+            saved = "no checkpoint" if training.last_checkpoint is None else f"the last checkpoint is of step {training.last_checkpoint}"
+            state = f"not running, {saved}"
+        click.echo(f"training {training.name}: step {training.step}/{training.steps or '?'}{loss}, {state}")
 
 
 @main.command()
@@ -414,7 +422,7 @@ def _show_report(workspace: "Workspace") -> None:
     if not found:
         raise UsageError("Nothing has been evaluated yet: fuseline eval RECIPE.")
     for evaluation in found:
-        text = f"{evaluation.documents:,} documents of split {evaluation.split}"
+        text = f"{evaluation.documents:,} document{'s' * (evaluation.documents != 1)} of split {evaluation.split}"
         if evaluation.left_out:
             text += f" ({evaluation.left_out} left out that some model cannot read)"
         for metric, what in (("bpb", "Bits per byte"), ("perplexity", "Perplexity per token")):

@@ -15,7 +15,7 @@ from ..ingest.distributions import DistributionsStage, distributions_identity
 from ..ingest.models import ModelConfig, ModelFolder, find_model
 from ..ingest.sources import find_source
 from ..recipe import Recipe
-from ..store import catalog
+from ..store import catalog, durable
 from ..store.dataset import Dataset, Manifest
 from ..store.errors import UsageError, WorkspaceBusy
 from ..store.workspace import Workspace
@@ -109,6 +109,13 @@ class Pipeline:
         if "train" not in splits:
             raise UsageError(f"The corpus has no split named 'train' to learn from, only: {', '.join(splits)}. Name one so.")
         if self.recipe.evaluation.split not in splits:
+            if not stage.dataset.parts():  # nothing was made of this plan: let another take its place
+                durable.remove(stage.dataset.folder)
+            fraction = self.recipe.corpus.held_out_fraction
+            if fraction and self.recipe.evaluation.split == "test":
+                raise UsageError(
+                    f"corpus.held_out_fraction ({fraction}) of {stage.plan.summary['documents']} documents holds out none. Raise it."
+                )
             raise UsageError(
                 f"evaluation.split ({self.recipe.evaluation.split!r}) must be one of the corpus's splits ({', '.join(splits)}). "
                 "Name one of them, or hold out documents with corpus.held_out_fraction."

@@ -14,6 +14,7 @@ from ..store.errors import DataError
 from ..store.tokenizer import Tokenizer
 from ..store.weights import weight_files
 from .digests import file_digest
+from .sources import HUB_ID
 
 _HUB_FILES = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "*.py"]
 _NOTES_IN_CONFIG = {"_name_or_path", "transformers_version"}  # they say where a model came from, not what it is
@@ -127,6 +128,8 @@ def find_model(config: ModelConfig, *, models_dir: Path, base: Path, download: b
     for candidate in (base / Path(config.model).expanduser(), models_dir / config.model.rsplit("/", 1)[-1]):
         if candidate.is_dir():
             return ModelFolder(config, candidate).check()
+    if not HUB_ID.fullmatch(config.model):
+        raise DataError(f"The model {config.name}: there is no folder {(base / config.model).absolute()}. Correct its path in the recipe.")
     import huggingface_hub
 
     try:

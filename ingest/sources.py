@@ -1,5 +1,6 @@
 """Where a corpus comes from: files or a folder, or a dataset of the Hugging Face hub; read through `datasets`."""
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ from ..store.errors import DataError
 
 _DATA_SUFFIXES = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "csv", ".txt": "text"}
 _NOTES = {"dataset_infos.json", "dataset_info.json", "dataset_dict.json", "state.json"}  # what `datasets` leaves beside the data
+HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")  # of a model or a dataset
 _HUB_FILES = ["*.parquet", "*.jsonl", "*.jsonl.*", "*.json", "*.csv", "*.txt", "README.md"]
 
 
@@ -26,6 +28,8 @@ def find_source(path: str, *, revision: str | None, base: Path, download: bool =
     local = base / Path(path).expanduser()
     if local.exists():
         return local
+    if not HUB_ID.fullmatch(path):
+        raise DataError(f"corpus.path: there is no file or folder {local.absolute()}. Correct the path in the recipe.")
     import huggingface_hub
 
     try:
@@ -36,8 +40,8 @@ def find_source(path: str, *, revision: str | None, base: Path, download: bool =
         )
     except Exception as error:  # a dozen kinds, from bad ids to no network
         raise DataError(
-            f"corpus.path ({path!r}) is neither a file or folder here nor a dataset that the Hugging Face hub gave ({error}). "
-            "Correct the path, or download the dataset and name its folder."
+            f"corpus.path ({path}): there is no file or folder {local.absolute()}, and the Hugging Face hub did not give a dataset of this "
+            f"id ({type(error).__name__}: {str(error).splitlines()[0]}). Correct the path, or download the dataset and name its folder."
         ) from error
 
 

@@ -7,6 +7,8 @@ from typing import Any
 
 Identity = Mapping[str, Any]
 
+_MOST_LINES = 20  # a corpus may have thousands of files
+
 
 def fingerprint(identity: Identity) -> str:
     """SHA-256 (hex) of the identity's canonical JSON: keys sorted, no spaces, so the order of keys does not matter."""
@@ -15,14 +17,15 @@ def fingerprint(identity: Identity) -> str:
 
 
 def differences(stored: Identity, asked: Identity) -> list[str]:
-    """One line for each key in which two identities differ, nested keys joined by dots: `top_k: stored 10, asked for 32`."""
+    """A line for each key in which two identities differ, nested keys joined by dots: `top_k: stored 10, asked for 32`."""
     left, right = _flat(stored), _flat(asked)
     missing = "nothing"
-    return [
+    lines = [
         f"{key}: stored {left.get(key, missing)}, asked for {right.get(key, missing)}"
         for key in sorted(left.keys() | right.keys())
         if left.get(key, missing) != right.get(key, missing)
     ]
+    return lines if len(lines) <= _MOST_LINES else [*lines[:_MOST_LINES], f"… and {len(lines) - _MOST_LINES} more"]
 
 
 def _flat(identity: Identity, prefix: str = "") -> dict[str, str]:

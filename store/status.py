@@ -1,7 +1,9 @@
 """What a workspace holds and lacks, read from the files themselves: true also while a stage runs and the catalog lags behind."""
 
+import fcntl
 import json
 from dataclasses import dataclass
+from pathlib import Path
 from statistics import median
 
 from .workspace import Workspace
@@ -31,6 +33,8 @@ class TrainingStatus:
     steps: int | None  # None before the first step
     loss: float | None
     seconds_left: float | None
+    last_checkpoint: int | None  # step
+    running: bool
     done: bool
 
 
@@ -87,7 +91,21 @@ def training_statuses(workspace: Workspace) -> list[TrainingStatus]:
                 steps=last.get("steps"),
                 loss=last.get("loss"),
                 seconds_left=None if per_step is None else per_step * (last["steps"] - last["step"]),
+                last_checkpoint=max((int(path.name[5:]) for path in (folder / "checkpoints").glob("step-*")), default=None),
+                running=_is_locked(folder / ".lock"),
                 done=(folder / "done.json").exists(),
             )
         )
     return statuses
+
+
+def _is_locked(path: Path) -> bool:
+    """Whether a trainer holds the lock of its run folder."""
+    if not path.exists():
+        return False
+    with path.open() as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False

@@ -86,6 +86,7 @@ def _write_weights(tensors: Iterator[tuple[str, Tensor]], *, folder: Path) -> No
 
     def flush() -> None:
         save_file(shard, folder / f"shard-{len(files)}", metadata={"format": "pt"})
+        (folder / f"shard-{len(files)}").chmod(0o644)  # safetensors lets nobody else read what it writes
         files.append(list(shard))
         shard.clear()
 

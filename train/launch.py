@@ -12,6 +12,8 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import psutil
+
 from ..store.errors import FuselineError
 from . import records
 from .config import TrainJob
@@ -78,15 +80,16 @@ def _environment(job: TrainJob) -> dict[str, str]:
 def _stopping(process: "subprocess.Popen[bytes]") -> Iterator[None]:
     """On Ctrl-C, SIGTERM or an error, ask the ranks for a last checkpoint and wait for them; a second Ctrl-C ends them at once.
 
-    `torchrun` gives them 30 seconds.
+    The signal goes to the ranks themselves: `torchrun`, asked to stop, kills them after 30 seconds, which may be less than a step.
     """
     in_main_thread = threading.current_thread() is threading.main_thread()  # the only one that may handle signals
     before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM)) if in_main_thread else None
     try:
         yield
     except BaseException:
-        process.send_signal(signal.SIGTERM)
+        print("Stopping with a checkpoint after this step; Ctrl-C again stops at once.", file=sys.stderr, flush=True)
         try:
+            _ask_to_stop(process)
             process.wait()
         except BaseException:
             process.kill()
@@ -95,6 +98,16 @@ def _stopping(process: "subprocess.Popen[bytes]") -> Iterator[None]:
     finally:
         if in_main_thread:
             signal.signal(signal.SIGTERM, before)
+
+
+def _ask_to_stop(process: "subprocess.Popen[bytes]") -> None:
+    try:
+        ranks = psutil.Process(process.pid).children()
+    except psutil.NoSuchProcess:
+        return
+    for rank in ranks or [process]:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            rank.send_signal(signal.SIGTERM)
 
 
 class _Follower:
