@@ -1,6 +1,7 @@
 """The whole pipeline as a user runs it: real processes, killed with SIGKILL in the middle of each stage in turn."""
 
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -219,3 +220,19 @@ def test_ranks_started_by_hand_train_the_same_model(project, models_dir, finishe
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", *command[1:]]
     assert subprocess.run(torchrun, capture_output=True, check=False).returncode == 0
     assert contents(finished) == before
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_asked_to_stop_it_saves_the_step_that_it_is_at(project, models_dir, finished, tmp_path, number):
+    for kind in ("runs", "exports"):
+        shutil.rmtree(finished / kind / "fused")
+    recipe = changed(project, ("steps = 24", "steps = 100_000"), ("checkpoint_every = 4", "checkpoint_every = 100_000"))
+    log = tmp_path / "log"
+    process = start("train", recipe, "-w", finished, "--models", models_dir, "--only", "fused", log=log)
+    wait_for(lambda: _n_done(finished, "runs", "fused") >= 3, process=process)
+    process.send_signal(number)
+    assert process.wait() != 0
+    assert "Traceback" not in log.read_text()
+    (checkpoint,) = (finished / "runs" / "fused" / "checkpoints").glob("step-*")
+    assert int(checkpoint.name.removeprefix("step-")) == _n_done(finished, "runs", "fused")
+    assert f"the last checkpoint is of step {_n_done(finished, 'runs', 'fused')}" in fuseline("status", "-w", finished).stdout
