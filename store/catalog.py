@@ -18,6 +18,7 @@ import polars as pl
 from .dataset import Dataset, Manifest
 from .errors import DataError, WorkspaceBusy
 from .migrations import migrate
+from .trainings import checkpoint_steps, read_metrics, training_folders
 from .workspace import Workspace
 
 # So that DuckDB 1.5 can open what a later version wrote.
@@ -240,12 +241,11 @@ def _fold_runs(connection: duckdb.DuckDBPyConnection, workspace: Workspace) -> N
         documents = [json.dumps(run["parameters"]), json.dumps(run["metrics"])]
         moments = "make_timestamp((? * 1e6)::BIGINT), make_timestamp((? * 1e6)::BIGINT)"
         connection.execute(f"INSERT INTO runs VALUES (?, ?, ?, ?, {moments}, ?, ?, ?, ?)", row + documents)
-    for folder in sorted(path.parent for path in (workspace.root / "runs").glob("*/job.json")):
-        for path in sorted((folder / "checkpoints").glob("step-*")):
-            step = int(path.name.removeprefix("step-"))
-            connection.execute("INSERT INTO checkpoints VALUES (?, ?, ?)", [folder.name, step, str(path.relative_to(workspace.root))])
-        lines = (folder / "metrics.jsonl").read_text(encoding="utf-8") if (folder / "metrics.jsonl").exists() else ""
-        records = [json.loads(line) for line in lines.splitlines(keepends=True) if line.endswith("\n")]
+    for folder in training_folders(workspace):
+        for step in checkpoint_steps(folder):
+            path = f"runs/{folder.name}/checkpoints/step-{step:08d}"
+            connection.execute("INSERT INTO checkpoints VALUES (?, ?, ?)", [folder.name, step, path])
+        records = read_metrics(folder)
         if records:
             _insert(connection, "metrics", pl.DataFrame(records, infer_schema_length=None).with_columns(training=pl.lit(folder.name)))
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
+from .trainings import checkpoint_steps, read_metrics, training_folders
 from .workspace import Workspace
 
 
@@ -79,9 +80,8 @@ def dataset_statuses(workspace: Workspace) -> list[DatasetStatus]:
 def training_statuses(workspace: Workspace) -> list[TrainingStatus]:
     """Every training that was begun."""
     statuses = []
-    for folder in sorted(path.parent for path in (workspace.root / "runs").glob("*/job.json")):
-        lines = (folder / "metrics.jsonl").read_bytes().splitlines(keepends=True) if (folder / "metrics.jsonl").exists() else []
-        records = [json.loads(line) for line in lines if line.endswith(b"\n")]
+    for folder in training_folders(workspace):
+        records = read_metrics(folder)
         last = records[-1] if records else {}
         per_step = median(record["tokens"] / record["tokens_per_second"] for record in records[-50:]) if records else None
         statuses.append(
@@ -91,7 +91,7 @@ def training_statuses(workspace: Workspace) -> list[TrainingStatus]:
                 steps=last.get("steps"),
                 loss=last.get("loss"),
                 seconds_left=None if per_step is None else per_step * (last["steps"] - last["step"]),
-                last_checkpoint=max((int(path.name[5:]) for path in (folder / "checkpoints").glob("step-*")), default=None),
+                last_checkpoint=max(checkpoint_steps(folder), default=None),
                 running=_is_locked(folder / ".lock"),
                 done=(folder / "done.json").exists(),
             )

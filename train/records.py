@@ -16,6 +16,7 @@ from typing import Any
 from ..store import durable
 from ..store.errors import FingerprintMismatch
 from ..store.fingerprint import differences
+from ..store.trainings import checkpoint_steps, read_metrics
 
 Record = dict[str, Any]
 
@@ -25,20 +26,9 @@ def checkpoint_folder(run_folder: Path, *, step: int) -> Path:
     return run_folder / "checkpoints" / f"step-{step:08d}"
 
 
-def checkpoint_steps(run_folder: Path) -> list[int]:
-    """Steps of the complete checkpoints, ascending."""
-    return sorted(int(path.name.removeprefix("step-")) for path in (run_folder / "checkpoints").glob("step-*"))
-
-
 def last_checkpoint(run_folder: Path) -> int | None:
     """Step of the newest complete checkpoint."""
     return max(checkpoint_steps(run_folder), default=None)
-
-
-def read_metrics(run_folder: Path) -> list[Record]:
-    """The records of `metrics.jsonl`; a line that a crash cut short is left out."""
-    path = run_folder / "metrics.jsonl"
-    return [json.loads(line) for line in path.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")] if path.exists() else []
 
 
 def cut_metrics(run_folder: Path, *, step: int) -> None:
