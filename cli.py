@@ -1,8 +1,6 @@
 """The command line: one command per stage, each a thin shell over the package."""
 
-import io
 import os
-import sys
 from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,12 +9,11 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from . import __version__
+from .console import show_plan, show_report, show_status, show_table, write_result
 from .store.errors import FuselineError, UsageError
 
 if TYPE_CHECKING:  # what a command needs is imported when it runs, so that --help is quick
     from collections.abc import Iterator
-
-    import polars as pl
 
     from .cluster.pipeline import Pipeline
     from .store.workspace import Workspace
@@ -144,11 +141,11 @@ def run(recipe: Path, workspace: Path | None, models_dir: Path, dry_run: bool) -
     Example:  fuseline run recipes/demo.toml
     """
     if dry_run:
-        _show_plan(recipe, workspace, models_dir)
+        show_plan(recipe, workspace, models_dir)
         return
     with _pipeline(recipe, workspace, models_dir) as pipeline:
         pipeline.run()
-        _show_report(pipeline.workspace)
+        show_report(pipeline.workspace)
 
 
 @main.command()
@@ -168,7 +165,7 @@ def demo(workspace: Path, models_dir: Path | None) -> None:
     recipe = Path(__file__).parent / "recipes" / "demo.toml"
     with _pipeline(recipe, workspace, models_dir) as pipeline:
         pipeline.run()
-        _show_report(pipeline.workspace)
+        show_report(pipeline.workspace)
 
 
 @main.group()
@@ -249,7 +246,7 @@ def evaluate(recipe: Path, workspace: Path | None, models_dir: Path) -> None:
     """
     with _pipeline(recipe, workspace, models_dir) as pipeline:
         pipeline.evaluate()
-        _show_report(pipeline.workspace)
+        show_report(pipeline.workspace)
 
 
 @main.command()
@@ -261,7 +258,7 @@ def report(workspace: Path | None) -> None:
 
     Example:  fuseline report -w workspaces/demo
     """
-    _show_report(_open_workspace(workspace))
+    show_report(_open_workspace(workspace))
 
 
 @main.command()
@@ -288,28 +285,7 @@ def status(workspace: Path | None, as_json: bool) -> None:
         }
         click.echo(json.dumps(record, indent=1))
         return
-    from .cluster.progress import duration, size
-
-    rows = []
-    for item in datasets:
-        total = "?" if item.expected_parts is None else item.expected_parts
-        rate = f"{item.tokens_per_second:,.0f}" if item.tokens_per_second else ""
-        left = duration(item.seconds_left) if item.seconds_left else ""
-        tokens = f"{item.tokens:,}" if item.tokens else ""
-        rows.append(
-            [f"{item.kind}/{item.name}", f"{item.parts}/{total}", tokens, size(item.stored_bytes), rate, left, str(item.left_out or "")]
-        )
-    _show_table(["dataset", "parts", "tokens", "on disk", "tokens/s", "time left", "left out"], rows)
-    for training in trainings:
-        loss = "" if training.loss is None else f", loss {training.loss:.4f}"
-        if training.done:
-            state = "done"
-        elif training.running:
-            state = "running" + ("" if training.seconds_left is None else f", {duration(training.seconds_left)} left")
-        else:
-            saved = "no checkpoint" if training.last_checkpoint is None else f"the last checkpoint is of step {training.last_checkpoint}"
-            state = f"not running, {saved}"
-        click.echo(f"training {training.name}: step {training.step}/{training.steps or '?'}{loss}, {state}")
+    show_status(datasets, trainings)
 
 
 @main.command()
@@ -342,26 +318,12 @@ def sql(query: str, workspace: Path | None, style: str, output: Path | None) -> 
         except duckdb.Error as error:
             raise UsageError(f"The query failed: {error}") from error
     if style == "table" and output is None:
-        _show_table(result.columns, [["" if value is None else str(value) for value in row] for row in result.iter_rows()])
+        show_table(result.columns, [["" if value is None else str(value) for value in row] for row in result.iter_rows()])
         return
     try:
-        _write_result(result, style=style, output=output)
+        write_result(result, style=style, output=output)
     except pl.exceptions.PolarsError as error:
         raise UsageError(f"The result cannot be written as {style}: {error}. Cast its columns to plain types.") from error
-
-
-def _write_result(result: "pl.DataFrame", *, style: str, output: Path | None) -> None:
-    match style:
-        case "parquet":
-            buffer = io.BytesIO()
-            result.write_parquet(buffer)
-            output.write_bytes(buffer.getvalue())  # type: ignore[union-attr]
-        case "json":
-            text = result.write_json() + "\n"
-            output.write_text(text, encoding="utf-8") if output else click.echo(text, nl=False)
-        case _:
-            text = result.write_csv()
-            output.write_text(text, encoding="utf-8") if output else click.echo(text, nl=False)
 
 
 @main.group()
@@ -383,65 +345,3 @@ def rebuild(workspace: Path | None) -> None:
         durable.remove(opened.catalog_path)
         catalog.fold(opened)
     click.echo(f"{opened.catalog_path} is made anew.")
-
-
-def _show_plan(recipe: Path, workspace: Path | None, models_dir: Path) -> None:
-    from .cluster.plan import BYTES_PER_TOKEN, GPU_FLOPS, UTILISATION, plan
-    from .cluster.progress import size
-    from .recipe import load_recipe
-    from .store.workspace import Workspace
-
-    checked = load_recipe(recipe)
-    folder = Workspace(workspace or Path("workspaces") / recipe.stem)
-    stages = plan(checked, base=recipe.parent, models_dir=models_dir, workspace=folder)
-    rows = [
-        [
-            item.stage,
-            f"{item.parts_done}/{item.parts}",
-            f"{item.tokens / 1e6:,.1f}",
-            size(item.stored_bytes),
-            f"{item.gpu_hours:,.1f}" if item.gpu_hours else "",
-        ]
-        for item in stages
-    ]
-    total_hours = sum(item.gpu_hours for item in stages)
-    rows.append(["total", "", "", size(sum(item.stored_bytes for item in stages)), f"{total_hours:,.1f}"])
-    _show_table(["stage", "parts", "tokens (M)", "on disk", "GPU hours"], rows)
-    click.echo(
-        f"Reckoned with {BYTES_PER_TOKEN} bytes of text per token, and a GPU of {GPU_FLOPS / 1e12:,.0f} TFLOP/s used at {UTILISATION:.0%}. "
-        "Nothing was changed."
-    )
-
-
-def _show_report(workspace: "Workspace") -> None:
-    from .eval.report import evaluations
-    from .store import catalog
-
-    with catalog.reading(workspace) as connection:
-        found = evaluations(connection)
-    if not found:
-        raise UsageError("Nothing has been evaluated yet: fuseline eval RECIPE.")
-    for evaluation in found:
-        text = f"{evaluation.documents:,} document{'s' * (evaluation.documents != 1)} of split {evaluation.split}"
-        if evaluation.left_out:
-            text += f" ({evaluation.left_out} left out that some model cannot read)"
-        for metric, what in (("bpb", "Bits per byte"), ("perplexity", "Perplexity per token")):
-            click.echo(f"{what} on {text}, by domain (less is better):")
-            columns, rows = evaluation.table(metric)
-            _show_table(["model", *columns], [[name, *(f"{value:.4f}" for value in values)] for name, values in rows])
-    for folder in sorted((workspace.root / "exports").glob("*/config.json")):
-        click.echo(f"model {folder.parent.name}: {folder.parent}")
-
-
-def _show_table(columns: list[str], rows: list[list[str]]) -> None:
-    import rich.box
-    import rich.console
-    import rich.table
-
-    table = rich.table.Table(box=rich.box.SIMPLE_HEAD if sys.stdout.isatty() else rich.box.ASCII2, highlight=False)
-    for index, column in enumerate(columns):
-        table.add_column(column, justify="left" if index == 0 else "right", overflow="fold")
-    for row in rows:
-        table.add_row(*row)
-    console = rich.console.Console(file=sys.stdout, width=None if sys.stdout.isatty() else 200, markup=False, highlight=False)
-    console.print(table)
