@@ -31,7 +31,7 @@ def main() -> None:
         print(f"  {name:24} {size / tokens:6.2f} B/token")
     print(f"  {'all':24} {sum(by_array.values()) / tokens:6.2f} B/token")
 
-    names = sorted(dataset.arrays(dataset.parts()[0]).array_keys())
+    names = dataset.arrays(dataset.parts()[0]).names
     arrays = dict(zip(names, dataset.read(dataset.parts()[0], *names), strict=True))
     n = len(arrays["token_ids_T"])
     with tempfile.TemporaryDirectory() as folder:

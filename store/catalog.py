@@ -173,7 +173,7 @@ def _forward_frames(dataset: Dataset, part: int) -> dict[str, pl.DataFrame]:
     segments = _frame(labels, dict(zip(names, columns, strict=True)) | {"n_tokens_S": np.diff(offsets)}).with_columns(
         ce=pl.col("nll") / pl.col("n_scored"), bpb=pl.col("nll") / (pl.col("scored_bytes") * np.log(2))
     )
-    quarantined: Any = dataset.arrays(part).attrs["quarantined"]
+    quarantined: Any = dataset.arrays(part).attributes["quarantined"]
     left_out = [{**labels, **row} for row in quarantined]
     return {"segments": segments} | ({"quarantine": pl.DataFrame(left_out)} if left_out else {})
 
@@ -187,7 +187,7 @@ def _alignment_frames(dataset: Dataset, part: int) -> dict[str, pl.DataFrame]:
 def _target_frames(dataset: Dataset, part: int) -> dict[str, pl.DataFrame]:
     names = ("doc_id_S", "segment_S", "lost_mass_S")
     *columns, source_S, offsets = dataset.read(part, *names, "source_S", "segment_offsets")
-    names_of_sources: Any = dataset.arrays(part).attrs["sources"]
+    names_of_sources: Any = dataset.arrays(part).attributes["sources"]
     by_index = dict(enumerate(names_of_sources))
     arrays = dict(zip(names, columns, strict=True)) | {"n_positions_S": np.diff(offsets)}
     frame = _frame({"name": dataset.name, "corpus": dataset.description["corpus"], "part": part}, arrays)

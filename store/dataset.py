@@ -16,11 +16,9 @@ import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self, cast
+from typing import Any, Self
 
-import numpy as np
 import polars as pl
-import zarr
 from numpy.typing import NDArray
 
 from .. import __version__
@@ -28,6 +26,7 @@ from . import durable
 from .arrays import Arrays, write_group
 from .errors import DamagedPart, FingerprintMismatch
 from .fingerprint import Identity, differences, fingerprint
+from .part import PartArrays
 
 SCHEMA_VERSION = 1
 
@@ -176,18 +175,16 @@ class Dataset:
         durable.write_json(self._path(part, ".json"), record)
         return manifest
 
-    def arrays(self, part: int) -> zarr.Group:
-        """The Zarr group of a committed part, read-only.
+    def arrays(self, part: int) -> PartArrays:
+        """The arrays of a committed part, to be read as a whole or by rows.
 
         Raises:
             DamagedPart: the manifest or the folder it names is missing, or the metadata in it are not what was committed.
         """
-        payload = self.folder / self.manifest(part).payload
+        manifest = self.manifest(part)
         self._require_same(part, "zarr.json")  # the metadata of all its arrays, which Zarr has no checksum for
-        try:
-            return zarr.open_consolidated(zarr.storage.LocalStore(payload, read_only=True), mode="r")
-        except (OSError, ValueError, KeyError) as error:
-            raise DamagedPart(f"{payload} is named by its manifest but cannot be opened ({error}). {self._remedy(part)}") from error
+        sizes = {path: size for path, (size, _) in manifest.files.items()}
+        return PartArrays(self.folder / manifest.payload, sizes=sizes, remedy=self._remedy(part))
 
     def read(self, part: int, *names: str) -> tuple[NDArray[Any], ...]:
         """Whole arrays of a committed part, decoded and checked against their checksums.
@@ -195,20 +192,8 @@ class Dataset:
         Raises:
             DamagedPart: an array is missing or does not match its checksum.
         """
-        group = self.arrays(part)
-        manifest = self.manifest(part)
-        payload = self.folder / manifest.payload
-        arrays = []
-        for name in names:
-            for path, (size, _) in manifest.files.items():
-                # Zarr would read a missing or empty shard as zeros; what one of the right size holds it checks itself.
-                if path.startswith(f"{name}/") and not _has_size(payload / path, size):
-                    raise DamagedPart(f"{payload / path} of the array {name} is missing or cut short. {self._remedy(part)}")
-            try:
-                arrays.append(np.asarray(cast(zarr.Array, group[name])[...]))
-            except (OSError, ValueError, RuntimeError, KeyError) as error:
-                raise DamagedPart(f"{payload}: the array {name} cannot be read ({error}). {self._remedy(part)}") from error
-        return tuple(arrays)
+        arrays = self.arrays(part)
+        return tuple(arrays.read(name) for name in names)
 
     def table(self, part: int) -> pl.DataFrame:
         """The table of a committed Parquet part.
@@ -250,10 +235,6 @@ def _checksums(payload: Path) -> dict[str, tuple[int, int]]:
             path = Path(folder, name)
             found[path.relative_to(payload).as_posix()] = _size_and_crc(path)
     return dict(sorted(found.items()))
-
-
-def _has_size(path: Path, size: int) -> bool:
-    return path.is_file() and path.stat().st_size == size
 
 
 def _size_and_crc(path: Path) -> tuple[int, int]:

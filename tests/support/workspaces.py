@@ -99,7 +99,7 @@ def contents(root: Path) -> dict[str, object]:
 def _part(dataset: Dataset, part: int) -> object:
     if dataset.manifest(part).payload.endswith(".parquet"):
         return dataset.table(part).rows()
-    names = sorted(dataset.arrays(part).array_keys())
+    names = dataset.arrays(part).names
     arrays = dataset.read(part, *names)
     return [
         (name, array.dtype.str, array.shape, hashlib.sha256(array.tobytes()).hexdigest()) for name, array in zip(names, arrays, strict=True)

@@ -61,7 +61,7 @@ def test_attributes_and_the_manifest_say_what_was_committed(dataset):
     assert (manifest.part, manifest.payload, manifest.counts) == (5, "part-00005.zarr", content.counts)
     assert (manifest.fingerprint, manifest.producer["seconds"]) == (fingerprint(IDENTITY), 1.235)
     assert manifest.n_bytes == sum(path.stat().st_size for path in (dataset.folder / manifest.payload).rglob("*") if path.is_file())
-    assert dict(dataset.arrays(5).attrs) == content.attributes
+    assert dataset.arrays(5).attributes == content.attributes
 
 
 def test_tables_come_back_to_the_bit(dataset):

@@ -1,0 +1,95 @@
+"""Reading the arrays of a committed part: whole or by rows, checked against the manifest, with what was read counted."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import zarr
+from numpy.typing import NDArray
+from zarr.abc.store import ByteRequest
+from zarr.core.buffer import Buffer, BufferPrototype
+from zarr.storage import LocalStore
+
+from .errors import DamagedPart
+
+
+@dataclass(slots=True)
+class Reads:
+    """How much was read of parts' arrays."""
+
+    chunks: int = 0
+    stored_bytes: int = 0  # as they lie on the disk
+
+
+class PartArrays:
+    """The arrays of one part, opened once. Parts are immutable, so it stays valid as long as the part is there."""
+
+    def __init__(self, folder: Path, *, sizes: Mapping[str, int], remedy: str) -> None:
+        """`sizes` are bytes of each file in the folder, by path, as the manifest says; `remedy` is what to do about damage.
+
+        Raises:
+            DamagedPart: the folder is missing or not a Zarr group.
+        """
+        self.folder, self.reads = folder, Reads()
+        self._sizes, self._remedy = sizes, remedy
+        self._arrays: dict[str, zarr.Array[Any]] = {}
+        try:
+            self._group = zarr.open_consolidated(_CountingStore(folder, reads=self.reads), mode="r")
+        except (OSError, ValueError, KeyError) as error:
+            raise DamagedPart(f"{folder} is named by its manifest but cannot be opened ({error}). {remedy}") from error
+
+    @cached_property
+    def names(self) -> list[str]:
+        """Names of the arrays, sorted."""
+        return sorted(self._group.array_keys())
+
+    @property
+    def attributes(self) -> Mapping[str, Any]:
+        """The small facts that are stored beside the arrays."""
+        return self._group.attrs.asdict()
+
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> NDArray[Any]:
+        """Rows `start` to `stop` of an array (by default all), decoded; only the chunks that hold them are read, and checked.
+
+        Raises:
+            DamagedPart: the array is missing, cut short, or does not match its checksum.
+        """
+        try:
+            array = self._arrays[name] if name in self._arrays else self._open(name)
+            stop = array.shape[0] if stop is None else stop
+            if stop > start:
+                self.reads.chunks += (stop - 1) // array.chunks[0] - start // array.chunks[0] + 1
+            return np.asarray(array[start:stop])
+        except (OSError, ValueError, RuntimeError, KeyError) as error:
+            if isinstance(error, DamagedPart):
+                raise
+            raise DamagedPart(f"{self.folder}: the array {name} cannot be read ({error}). {self._remedy}") from error
+
+    def _open(self, name: str) -> "zarr.Array[Any]":
+        # Zarr would read a missing or empty shard as zeros; what one of the right size holds it checks itself.
+        for path, size in self._sizes.items():
+            if path.startswith(f"{name}/") and not _has_size(self.folder / path, size):
+                raise DamagedPart(f"{self.folder / path} of the array {name} is missing or cut short. {self._remedy}")
+        self._arrays[name] = cast("zarr.Array[Any]", self._group[name])
+        return self._arrays[name]
+
+
+def _has_size(path: Path, size: int) -> bool:
+    return path.is_file() and path.stat().st_size == size
+
+
+class _CountingStore(LocalStore):
+    """A read-only folder that counts the bytes which are read of it."""
+
+    def __init__(self, root: Path, *, reads: Reads) -> None:
+        super().__init__(root, read_only=True)
+        self._reads = reads
+
+    async def get(self, key: str, prototype: BufferPrototype | None = None, byte_range: ByteRequest | None = None) -> Buffer | None:
+        found = await super().get(key, prototype, byte_range)
+        if found is not None and not key.endswith("zarr.json"):
+            self._reads.stored_bytes += len(found)
+        return found
