@@ -1,6 +1,7 @@
 """The command line: one command per stage, each a thin shell over the package."""
 
 import os
+import sys
 from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from . import __version__
-from .console import show_plan, show_report, show_status, show_table, write_result
+from .console import show_plan, show_query_stats, show_report, show_status
 from .store.errors import FuselineError, UsageError
 
 if TYPE_CHECKING:  # what a command needs is imported when it runs, so that --help is quick
@@ -289,41 +290,44 @@ def status(workspace: Path | None, as_json: bool) -> None:
 
 
 @main.command()
-@click.argument("query")
+@click.argument("query", required=False)
 @_workspace_option
 @click.option("--format", "style", type=click.Choice(["table", "csv", "json", "parquet"]), default="table", show_default=True)
 @click.option("--output", "-o", type=click.Path(dir_okay=False, path_type=Path), help="File to write to; needed for parquet.")
-def sql(query: str, workspace: Path | None, style: str, output: Path | None) -> None:
-    """Ask the catalog with SQL (DuckDB's). Nothing can be changed.
+@click.option("--stats", is_flag=True, help="Say, on the error stream, how many chunks and bytes of stored arrays were read.")
+@click.option("--external-access", is_flag=True, help="Let queries read and write files outside the workspace.")
+def sql(query: str | None, workspace: Path | None, style: str, output: Path | None, stats: bool, external_access: bool) -> None:
+    """Ask everything that is stored with SQL (DuckDB's).
 
-    Tables: corpora, documents, models, tokenizers, datasets, parts, segments, quarantine, vocab_maps, alignment_coverage, targets, runs,
-    checkpoints, metrics, evaluations.
+    Without QUERY it is read from the standard input, or, on a terminal, asked for again and again. Nothing in the workspace can be changed.
+    Results stream: one of any size can be written to a file.
+
+    Of stored arrays, read only as far as a query needs them: distributions (a row per position and rank), positions, alignments, targets;
+    and texts, vocab_map_entries. Of the catalog: corpora, documents, models, tokenizers, datasets, parts, segments, quarantine, vocab_maps,
+    alignment_coverage, target_segments, runs, checkpoints, metrics, evaluations. docs/sql.md is a cookbook.
 
     \b
-    Example:  fuseline sql "SELECT model, domain, avg(bpb) FROM segments JOIN documents USING (corpus, doc_id)
-                            WHERE kind = 'distributions' GROUP BY ALL ORDER BY ALL"
+    Example:  fuseline sql "SELECT model, domain, avg(entropy) FROM positions GROUP BY ALL ORDER BY ALL"
     """
-    import duckdb
-    import polars as pl
-
-    from .store import catalog
+    from .results import write_result
+    from .store.database import Database
 
     if style == "parquet" and output is None:
         raise UsageError("--format parquet needs --output FILE.")
-    with catalog.reading(_open_workspace(workspace)) as connection:
-        try:
-            if len(duckdb.extract_statements(query)) != 1:
-                raise UsageError("QUERY must be one statement.")
-            result = catalog.rows(connection, query)
-        except duckdb.Error as error:
-            raise UsageError(f"The query failed: {error}") from error
-    if style == "table" and output is None:
-        show_table(result.columns, [["" if value is None else str(value) for value in row] for row in result.iter_rows()])
+    database = Database(_open_workspace(workspace), external_access=external_access)
+
+    def show(text: str) -> None:
+        with database.stream(text) as batches:
+            write_result(batches, style=style, output=output)
+
+    if query is None and sys.stdin.isatty() and output is None:
+        from .prompt import ask_repeatedly
+
+        ask_repeatedly(database, show=show, show_stats=lambda: show_query_stats(database.stats), stats=stats)
         return
-    try:
-        write_result(result, style=style, output=output)
-    except pl.exceptions.PolarsError as error:
-        raise UsageError(f"The result cannot be written as {style}: {error}. Cast its columns to plain types.") from error
+    show(sys.stdin.read() if query is None else query)
+    if stats:
+        show_query_stats(database.stats)
 
 
 @main.group()

@@ -1,6 +1,5 @@
 """What the command line shows: tables, reports, plans; on a terminal with lines, in a pipe plain."""
 
-import io
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,8 +9,7 @@ import click
 from .store.errors import UsageError
 
 if TYPE_CHECKING:  # what a command needs is imported when it runs, so that --help is quick
-    import polars as pl
-
+    from .store.database import QueryStats
     from .store.status import DatasetStatus, TrainingStatus
     from .store.workspace import Workspace
 
@@ -42,19 +40,17 @@ def show_status(datasets: "list[DatasetStatus]", trainings: "list[TrainingStatus
         click.echo(f"training {training.name}: step {training.step}/{training.steps or '?'}{loss}, {state}")
 
 
-def write_result(result: "pl.DataFrame", *, style: str, output: Path | None) -> None:
-    """Write a result as csv, json or parquet, to a file or the standard output."""
-    match style:
-        case "parquet":
-            buffer = io.BytesIO()
-            result.write_parquet(buffer)
-            output.write_bytes(buffer.getvalue())  # type: ignore[union-attr]
-        case "json":
-            text = result.write_json() + "\n"
-            output.write_text(text, encoding="utf-8") if output else click.echo(text, nl=False)
-        case _:
-            text = result.write_csv()
-            output.write_text(text, encoding="utf-8") if output else click.echo(text, nl=False)
+def show_query_stats(stats: "QueryStats") -> None:
+    """What a query read, on the error stream."""
+    from .cluster.progress import size
+
+    click.echo(f"{stats.seconds * 1e3:,.0f} ms; {stats.chunks:,} chunks, {size(stats.stored_bytes)} of stored arrays read", err=True)
+    for scan in stats.scans:
+        where = "" if scan.filter is None else f", where {' '.join(scan.filter.split())}"
+        click.echo(
+            f"  {scan.table}: {scan.parts:,} parts, {scan.segments:,} segments, {scan.rows:,} rows, for {', '.join(scan.columns)}{where}",
+            err=True,
+        )
 
 
 def show_plan(recipe: Path, workspace: Path | None, models_dir: Path) -> None:

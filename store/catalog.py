@@ -17,7 +17,7 @@ import polars as pl
 
 from .dataset import Dataset, Manifest
 from .errors import DataError, WorkspaceBusy
-from .migrations import migrate
+from .migrations import migrate, require_current
 from .trainings import checkpoint_steps, read_metrics, training_folders
 from .workspace import Workspace
 
@@ -27,18 +27,22 @@ _PATIENCE_SECONDS = 10.0
 
 
 @contextmanager
-def reading(workspace: Workspace) -> Iterator[duckdb.DuckDBPyConnection]:
-    """The catalog, read-only and without access to other files; waits while the coordinator writes it.
+def reading(workspace: Workspace, *, external_access: bool = False) -> Iterator[duckdb.DuckDBPyConnection]:
+    """The catalog, read-only and without access to other files unless that is asked for; waits while the coordinator writes it.
 
     Raises:
-        DataError: there is no catalog yet.
+        DataError: there is no catalog yet, or it is of another version.
         WorkspaceBusy: it stays locked.
     """
     if not workspace.catalog_path.exists():
         raise DataError(f"{workspace.root} has no catalog yet. It appears when the first stage has run: fuseline run RECIPE.")
     connection = _connect(workspace.catalog_path, read_only=True)
     try:
-        connection.execute("SET enable_external_access = false")
+        connection.execute("SET enable_progress_bar = false")
+        connection.execute("SET python_enable_replacements = false")  # a caller's variables are no tables
+        if not external_access:
+            connection.execute("SET enable_external_access = false")
+        require_current(connection, path=workspace.catalog_path)
         yield connection
     finally:
         connection.close()
@@ -101,7 +105,7 @@ _TABLES_OF_KIND = {
     "evaluations": {"segments": "name", "quarantine": "name"},
     "vocab_maps": {"vocab_maps": "name"},
     "alignments": {"alignment_coverage": "name"},
-    "targets": {"targets": "name"},
+    "targets": {"target_segments": "name"},
 }
 _TABLES_WITH_KIND = ("segments", "quarantine")
 
@@ -191,7 +195,7 @@ def _target_frames(dataset: Dataset, part: int) -> dict[str, pl.DataFrame]:
     by_index = dict(enumerate(names_of_sources))
     arrays = dict(zip(names, columns, strict=True)) | {"n_positions_S": np.diff(offsets)}
     frame = _frame({"name": dataset.name, "corpus": dataset.description["corpus"], "part": part}, arrays)
-    return {"targets": frame.with_columns(source=pl.Series([by_index.get(int(index)) for index in source_S], dtype=pl.String))}
+    return {"target_segments": frame.with_columns(source=pl.Series([by_index.get(int(index)) for index in source_S], dtype=pl.String))}
 
 
 def _vocabulary_frames(dataset: Dataset, part: int) -> dict[str, pl.DataFrame]:

@@ -26,7 +26,7 @@ from . import durable
 from .arrays import Arrays, write_group
 from .errors import DamagedPart, FingerprintMismatch
 from .fingerprint import Identity, differences, fingerprint
-from .part import PartArrays
+from .part import PartArrays, Reads
 
 SCHEMA_VERSION = 1
 
@@ -175,8 +175,8 @@ class Dataset:
         durable.write_json(self._path(part, ".json"), record)
         return manifest
 
-    def arrays(self, part: int) -> PartArrays:
-        """The arrays of a committed part, to be read as a whole or by rows.
+    def arrays(self, part: int, *, reads: Reads | None = None) -> PartArrays:
+        """The arrays of a committed part, to be read as a whole or by rows; `reads` counts what is read.
 
         Raises:
             DamagedPart: the manifest or the folder it names is missing, or the metadata in it are not what was committed.
@@ -184,7 +184,7 @@ class Dataset:
         manifest = self.manifest(part)
         self._require_same(part, "zarr.json")  # the metadata of all its arrays, which Zarr has no checksum for
         sizes = {path: size for path, (size, _) in manifest.files.items()}
-        return PartArrays(self.folder / manifest.payload, sizes=sizes, remedy=self._remedy(part))
+        return PartArrays(self.folder / manifest.payload, sizes=sizes, remedy=self._remedy(part), reads=reads)
 
     def read(self, part: int, *names: str) -> tuple[NDArray[Any], ...]:
         """Whole arrays of a committed part, decoded and checked against their checksums.
@@ -201,12 +201,20 @@ class Dataset:
         Raises:
             DamagedPart: it is missing, unreadable, or not what was committed.
         """
-        path = self.folder / self.manifest(part).payload
-        self._require_same(part, "")  # of 300 flipped bits in a Parquet file without checksums, 174 changed its text silently
+        path = self.table_path(part)
         try:
             return pl.read_parquet(path)
         except (OSError, pl.exceptions.PolarsError) as error:
             raise DamagedPart(f"{path} is named by its manifest but cannot be read ({error}). {self._remedy(part)}") from error
+
+    def table_path(self, part: int) -> Path:
+        """The file of a committed Parquet part, verified.
+
+        Raises:
+            DamagedPart: it is missing, or not what was committed.
+        """
+        self._require_same(part, "")  # of 300 flipped bits in a Parquet file without checksums, 174 changed its text silently
+        return self.folder / self.manifest(part).payload
 
     def _path(self, part: int, suffix: str) -> Path:
         return self.folder / f"part-{part:05d}{suffix}"

@@ -1,6 +1,10 @@
 """The catalog's tables, as ordered migrations: each is applied in one transaction together with its record."""
 
+from pathlib import Path
+
 import duckdb
+
+from .errors import DataError
 
 _TABLES = """
 CREATE TABLE datasets (
@@ -42,7 +46,10 @@ CREATE VIEW evaluations AS
     FROM segments JOIN documents USING (corpus, doc_id) WHERE kind = 'evaluations' GROUP BY model, split, domain;
 """
 
-MIGRATIONS = (_TABLES,)
+# `targets` is now the lazy table of positions.
+_TARGET_SEGMENTS = "ALTER TABLE targets RENAME TO target_segments"
+
+MIGRATIONS = (_TABLES, _TARGET_SEGMENTS)
 
 
 def migrate(connection: duckdb.DuckDBPyConnection) -> None:
@@ -54,3 +61,13 @@ def migrate(connection: duckdb.DuckDBPyConnection) -> None:
         connection.execute(statements)
         connection.execute("INSERT INTO migrations VALUES (?, now()::TIMESTAMP)", [version])
         connection.commit()
+
+
+def require_current(connection: duckdb.DuckDBPyConnection, *, path: Path) -> None:
+    """Raise DataError unless exactly this version's migrations have been applied to the catalog."""
+    ((applied,),) = connection.execute("SELECT count(*) FROM migrations").fetchall()
+    if applied != len(MIGRATIONS):
+        raise DataError(
+            f"{path} is of version {applied}, and this fuseline reads version {len(MIGRATIONS)}. It is only an index: make it anew with "
+            "`fuseline store rebuild`."
+        )

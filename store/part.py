@@ -27,17 +27,17 @@ class Reads:
 class PartArrays:
     """The arrays of one part, opened once. Parts are immutable, so it stays valid as long as the part is there."""
 
-    def __init__(self, folder: Path, *, sizes: Mapping[str, int], remedy: str) -> None:
-        """`sizes` are bytes of each file in the folder, by path, as the manifest says; `remedy` is what to do about damage.
+    def __init__(self, folder: Path, *, sizes: Mapping[str, int], remedy: str, reads: Reads | None = None) -> None:
+        """`sizes` are bytes of each file in the folder, by path, as the manifest says; `remedy` is what to do about damage; `reads` counts.
 
         Raises:
             DamagedPart: the folder is missing or not a Zarr group.
         """
-        self.folder, self.reads = folder, Reads()
+        self.folder, self._reads = folder, reads or Reads()
         self._sizes, self._remedy = sizes, remedy
         self._arrays: dict[str, zarr.Array[Any]] = {}
         try:
-            self._group = zarr.open_consolidated(_CountingStore(folder, reads=self.reads), mode="r")
+            self._group = zarr.open_consolidated(_CountingStore(folder, reads=self._reads), mode="r")
         except (OSError, ValueError, KeyError) as error:
             raise DamagedPart(f"{folder} is named by its manifest but cannot be opened ({error}). {remedy}") from error
 
@@ -61,7 +61,7 @@ class PartArrays:
             array = self._arrays[name] if name in self._arrays else self._open(name)
             stop = array.shape[0] if stop is None else stop
             if stop > start:
-                self.reads.chunks += (stop - 1) // array.chunks[0] - start // array.chunks[0] + 1
+                self._reads.chunks += (stop - 1) // array.chunks[0] - start // array.chunks[0] + 1
             return np.asarray(array[start:stop])
         except (OSError, ValueError, RuntimeError, KeyError) as error:
             if isinstance(error, DamagedPart):

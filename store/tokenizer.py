@@ -270,6 +270,25 @@ class Tokenizer:
         return cls((folder / "tokenizer.json").read_text(encoding="utf-8"), **settings)
 
 
+def _added_tokens(definition: str) -> list[dict[str, Any]]:
+    """The `added_tokens` of a `tokenizer.json`: they come before the vocabulary, which may take most of a second to parse."""
+    before, key, rest = definition.partition('"added_tokens":')
+    if key and '"vocab"' not in before:
+        return json.JSONDecoder().raw_decode(rest.lstrip())[0]
+    return json.loads(definition).get("added_tokens", [])
+
+
+def token_texts(folder: Path) -> list[str]:
+    """What each token of a stored tokenizer stands for, by id, to be read: bytes that are not UTF-8 by themselves are written `\\xe2`,
+    special tokens as the tokenizer writes them."""
+    special = {token["id"]: token["content"] for token in _added_tokens((folder / "tokenizer.json").read_text(encoding="utf-8"))}
+    table = pl.read_parquet(folder / "token_bytes.parquet", columns=["bytes", "is_special"])
+    return [
+        special.get(token_id, "") if is_special else data.decode(errors="backslashreplace")
+        for token_id, (data, is_special) in enumerate(table.iter_rows())
+    ]
+
+
 def _require_unicode(texts: Sequence[str]) -> None:
     for index, text in enumerate(texts):
         try:

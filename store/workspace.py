@@ -16,14 +16,20 @@ import platform
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .. import __version__
 from . import durable
 from .dataset import Dataset
 from .errors import DamagedPart, DataError, UsageError, WorkspaceBusy
 from .fingerprint import Identity
+
+if TYPE_CHECKING:
+    import polars as pl
+
+    from .database import Database, Parameters
 
 # In the order of the pipeline, which is also the order in which the catalog folds them.
 DATASET_KINDS = ("corpus", "distributions", "vocab_maps", "alignments", "targets", "evaluations")
@@ -63,6 +69,17 @@ class Workspace:
         if not (root / "workspace.json").exists():
             raise UsageError(f"{root} is not a workspace. Name one with --workspace, or make it with: fuseline run RECIPE.")
         return cls(root)
+
+    @cached_property
+    def database(self) -> "Database":
+        """Everything that is stored, for SQL."""
+        from .database import Database  # which opens workspaces
+
+        return Database(self)
+
+    def sql(self, query: str, parameters: "Parameters" = None) -> "pl.DataFrame":
+        """The result of a DuckDB query over everything that is stored, as a polars table; see `Database.sql`."""
+        return self.database.sql(query, parameters)
 
     @property
     def catalog_path(self) -> Path:

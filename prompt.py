@@ -1,0 +1,105 @@
+"""The interactive SQL prompt: history, completion of table and column names, statements of several lines."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import click
+from prompt_toolkit import PromptSession
+from prompt_toolkit.completion import Completer, WordCompleter
+from prompt_toolkit.history import FileHistory
+from prompt_toolkit.key_binding import KeyBindings
+from prompt_toolkit.key_binding.key_processor import KeyPressEvent
+from prompt_toolkit.lexers import PygmentsLexer
+from pygments.lexers.sql import SqlLexer
+
+from .store.database import Database
+from .store.errors import FuselineError
+
+_KEYWORDS = """
+    SELECT FROM WHERE GROUP BY ALL ORDER LIMIT JOIN LEFT USING ON AND OR NOT IN BETWEEN LIKE IS NULL AS DISTINCT HAVING WITH CASE WHEN THEN
+    ELSE END UNION DESC ASC OVER PARTITION QUALIFY DESCRIBE SUMMARIZE EXPLAIN ANALYZE
+    count avg sum min max median quantile_cont exp ln unnest list_contains"""
+_HELP = """\
+End a statement with ; and press Enter. Tab completes names, the up arrow brings back what was asked before.
+.tables           tables and their columns
+.stats on|off     say after each query what was read
+.exit             leave (or Ctrl-D)"""
+
+
+def history_file() -> Path:
+    """Where what was asked is kept between sessions."""
+    state = Path(os.environ.get("XDG_STATE_HOME", Path.home() / ".local" / "state"))
+    return state / "fuseline" / "sql_history"
+
+
+def ask_repeatedly(database: Database, *, show: Callable[[str], None], show_stats: Callable[[], None], stats: bool) -> None:
+    """Read statements and show their results until the user leaves. Between two statements the catalog is not held.
+
+    Args:
+        database: what is asked.
+        show: runs a statement and shows its result.
+        show_stats: shows what the last one read.
+        stats: whether to, from the beginning.
+    """
+    history = history_file()
+    history.parent.mkdir(parents=True, exist_ok=True)
+    session: PromptSession[str] = PromptSession(
+        "fuseline> ",
+        completer=_completer(database),
+        history=FileHistory(str(history)),
+        key_bindings=_bindings(),
+        lexer=PygmentsLexer(SqlLexer),
+        multiline=True,
+        prompt_continuation="      ... ",
+    )
+    click.echo(f"{database.workspace.root}: SQL over everything that is stored; .help says more.")
+    while True:
+        try:
+            text = session.prompt().strip()
+        except KeyboardInterrupt:
+            continue  # drops the line, as shells do
+        except EOFError:
+            return
+        match text.rstrip(";").split():
+            case []:
+                continue
+            case [".exit" | ".quit" | "exit" | "quit"]:
+                return
+            case [".tables"]:
+                for table, columns in database.tables().items():
+                    click.echo(f"{table}({', '.join(columns)})")
+            case [".stats", "on" | "off" as wanted]:
+                stats = wanted == "on"
+            case [first, *_] if first.startswith("."):
+                click.echo(_HELP)
+            case _:
+                try:
+                    show(text)
+                except FuselineError as error:
+                    click.echo(f"Error: {error}", err=True)
+                except KeyboardInterrupt:
+                    click.echo("Stopped.", err=True)
+                else:
+                    if stats:
+                        show_stats()
+
+
+def _completer(database: Database) -> Completer:
+    tables = database.tables()
+    columns = {column for names in tables.values() for column in names}
+    return WordCompleter([*tables, *sorted(columns), *_KEYWORDS.split()], ignore_case=True)
+
+
+def _bindings() -> KeyBindings:
+    bindings = KeyBindings()
+
+    @bindings.add("enter")
+    def _(event: KeyPressEvent) -> None:
+        text = event.current_buffer.text.strip()
+        if not text or text.endswith(";") or text.startswith(".") or text in {"exit", "quit"}:
+            event.current_buffer.validate_and_handle()
+        else:
+            event.current_buffer.insert_text("\n")
+
+    return bindings
