@@ -164,7 +164,15 @@ class Database:
         """The result of a query batch by batch; None for a statement that has none. See `sql` for the errors."""
         with self.connect() as connection, self._asked():
             relation = connection.sql(_one_statement(query), params=parameters)
-            yield None if relation is None else _with_plain_sums(relation.to_arrow_reader(_BATCH_ROWS))
+            if relation is None:
+                yield None
+                return
+            reader = relation.to_arrow_reader(_BATCH_ROWS)
+            del relation
+            try:
+                yield _readable(reader)
+            finally:
+                reader.close()  # what is not read to its end would keep the catalog open
 
     @contextmanager
     def connect(self) -> Iterator[duckdb.DuckDBPyConnection]:
@@ -222,11 +230,15 @@ class Database:
         return self._store
 
 
-def _with_plain_sums(reader: pa.RecordBatchReader) -> pa.RecordBatchReader:
-    """DuckDB's sums of integers are 128 bits wide, for which Arrow has decimals only; as int64 every program reads them."""
-    is_wide = [pa.types.is_decimal128(column.type) and column.type.scale == 0 and column.type.precision == 38 for column in reader.schema]
-    fields = [column.with_type(pa.int64()) if wide else column for column, wide in zip(reader.schema, is_wide, strict=True)]
-    return reader.cast(pa.schema(fields)) if any(is_wide) else reader
+def _readable(reader: pa.RecordBatchReader) -> pa.RecordBatchReader:
+    """A result in types that every program reads: DuckDB's sums of integers, 128 bits wide, as int64 rather than Arrow's decimals."""
+    fields = []
+    for column in reader.schema:
+        if pa.types.is_interval(column.type):
+            raise UsageError(f"The column {column.name} is an interval: say its seconds, epoch({column.name}), or CAST(… AS VARCHAR).")
+        is_sum = pa.types.is_decimal128(column.type) and column.type.scale == 0 and column.type.precision == 38
+        fields.append(column.with_type(pa.int64()) if is_sum else column)
+    return reader.cast(pa.schema(fields))
 
 
 def _one_statement(query: str) -> str:

@@ -251,8 +251,8 @@ class _Source:
 
 
 _FORWARD_PARTS = """
-    SELECT p.kind, p.name, p.part, d.description->>'$.model' AS model, d.description->>'$.corpus' AS corpus,
-        d.identity->>'$.tokenizer' AS tokenizer
+    SELECT p.kind, p.name, p.part, (d.description->>'$.model') AS model, (d.description->>'$.corpus') AS corpus,
+        (d.identity->>'$.tokenizer') AS tokenizer
     FROM parts p JOIN datasets d USING (kind, name) WHERE {kinds} ORDER BY kind, name, part"""
 _FORWARD_SEGMENTS = """
     SELECT doc_id, segment, n_tokens AS n_rows FROM segments
@@ -327,9 +327,9 @@ class Targets(_Source):
     own_columns = (("name", LABEL),)
     row_columns = (*_TOKEN, *_GOLD, ("source", LABEL), ("tail_logprob", pa.float32()), *_TOPK)
     parts_query = """
-        SELECT p.kind, p.name, p.part, d.description->>'$.corpus' AS corpus, own.identity->>'$.tokenizer' AS tokenizer
+        SELECT p.kind, p.name, p.part, (d.description->>'$.corpus') AS corpus, (own.identity->>'$.tokenizer') AS tokenizer
         FROM parts p JOIN datasets d USING (kind, name)
-        LEFT JOIN datasets own ON own.kind = 'distributions' AND own.fingerprint = d.identity->>'$.sources[0][0]'
+        LEFT JOIN datasets own ON own.kind = 'distributions' AND own.fingerprint = (d.identity->>'$.sources[0][0]')
         WHERE p.kind = 'targets' ORDER BY p.name, p.part"""
     segments_query = """
         SELECT doc_id, segment, n_positions AS n_rows FROM target_segments WHERE name = $name AND part = $part ORDER BY doc_id, segment"""
@@ -398,11 +398,11 @@ class Alignments(_Source):
     row_columns = (*_TOKEN, ("source_position", pa.int32()), ("source_token_id", pa.uint32()), ("source_token", pa.string()))
     parts_query = """
         SELECT p.kind, p.name, p.part, split_part(p.name, '--', 1) AS source, split_part(p.name, '--', 2) AS target,
-            a.description->>'$.corpus' AS corpus, s.name AS source_name, s.identity->>'$.tokenizer' AS source_tokenizer,
-            t.name AS target_name, t.identity->>'$.tokenizer' AS tokenizer
+            (a.description->>'$.corpus') AS corpus, s.name AS source_name, (s.identity->>'$.tokenizer') AS source_tokenizer,
+            t.name AS target_name, (t.identity->>'$.tokenizer') AS tokenizer
         FROM parts p JOIN datasets a USING (kind, name)
-        LEFT JOIN datasets s ON s.kind = 'distributions' AND s.fingerprint = a.identity->>'$.source'
-        LEFT JOIN datasets t ON t.kind = 'distributions' AND t.fingerprint = a.identity->>'$.target'
+        LEFT JOIN datasets s ON s.kind = 'distributions' AND s.fingerprint = (a.identity->>'$.source')
+        LEFT JOIN datasets t ON t.kind = 'distributions' AND t.fingerprint = (a.identity->>'$.target')
         WHERE p.kind = 'alignments' ORDER BY p.name, p.part"""
     segments_query = """
         SELECT doc_id, segment, n_positions AS n_rows, coalesce(source.start, 0) AS source_start

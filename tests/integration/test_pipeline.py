@@ -1,13 +1,17 @@
 """The whole pipeline as a user runs it: real processes, killed with SIGKILL in the middle of each stage in turn."""
 
+import re
 import shutil
 import signal
 import subprocess
 import sys
 from pathlib import Path
 
+import fuseline as fuseline_package
+import polars as pl
 import pytest
 from fuseline.store import catalog
+from fuseline.store.database import LAZY_TABLES
 from fuseline.store.dataset import Dataset
 from fuseline.store.workspace import Workspace
 from workspaces import contents, kill_group, start, wait_for, write_project
@@ -114,6 +118,37 @@ def test_the_report_is_what_the_stored_likelihoods_say(uninterrupted):
     assert f"{nll / predicted / 0.6931471805599453:.4f}" == line.split("|")[-2].strip()
 
 
+COOKBOOK = (Path(fuseline_package.__file__).parent / "docs" / "sql.md").read_text()
+
+
+@pytest.mark.parametrize("query", re.findall(r"```sql\n(.*?)```", COOKBOOK, re.DOTALL))
+def test_every_query_of_the_cookbook_has_an_answer(uninterrupted, query):
+    answer = Workspace.open(uninterrupted).sql(query)
+    assert len(answer) or "FROM quarantine" in query
+    floats = answer.select(pl.selectors.float())
+    assert not any(column.is_nan().any() for column in floats)
+
+
+def test_the_tables_of_the_cookbook_are_those_of_the_program(uninterrupted):
+    tables = Workspace.open(uninterrupted).database.tables()
+    documented = dict(re.findall(r"^\| `(\w+)` \| [^|]+ \| ([^|]+) \|$", COOKBOOK, re.MULTILINE))
+    assert set(documented) == set(LAZY_TABLES)
+    assert {name: documented[name].strip() for name in documented} == {name: ", ".join(tables[name]) for name in documented}
+
+
+def test_the_numbers_of_the_lazy_tables_agree_with_the_catalogs(uninterrupted):
+    found = Workspace.open(uninterrupted).sql("""
+        WITH stored AS (
+            SELECT model, corpus, split, doc_id, segment, count(*) AS n, sum(gold_logprob) AS logprob FROM positions GROUP BY ALL)
+        SELECT n_tokens, n, nll, logprob, n_scored, model
+        FROM segments JOIN documents USING (corpus, doc_id) JOIN stored USING (model, corpus, split, doc_id, segment)""")
+    assert len(found) == Workspace.open(uninterrupted).sql("SELECT count(*) AS n FROM segments")["n"].item()
+    assert (found["n"] == found["n_tokens"]).all()
+    without_bos = found.filter(pl.col("model") != "source")  # bos predicts a token that is not scored
+    difference = (without_bos["nll"] + without_bos["logprob"]).abs()
+    assert (difference < 1e-3 * without_bos["n_scored"] + 0.02).all()  # stored in float16
+
+
 def test_the_catalog_rebuilt_from_the_files_equals_the_original(uninterrupted):
     def tables() -> dict[str, list]:
         with catalog.reading(Workspace.open(uninterrupted)) as connection:
@@ -122,7 +157,8 @@ def test_the_catalog_rebuilt_from_the_files_equals_the_original(uninterrupted):
 
     before = tables()
     assert all(
-        before[name] for name in ("documents", "segments", "targets", "metrics", "alignment_coverage", "models", "tokenizers", "parts")
+        before[name]
+        for name in ("documents", "segments", "target_segments", "metrics", "alignment_coverage", "models", "tokenizers", "parts")
     )
     result = fuseline("store", "rebuild", "-w", uninterrupted)
     assert result.returncode == 0, result.stderr
