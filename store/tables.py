@@ -5,7 +5,7 @@ segment speaks of token j + 1: `token` is the token at the position, `gold_token
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -20,6 +20,7 @@ from .part import PartArrays
 if TYPE_CHECKING:
     from .database import Store
 
+_KNOWN_PARTS = 1024  # of which the places of segments are remembered: about 50 kB each
 _NO_SOURCE = 255  # in source_T of fused targets: a mean of several
 _DOCUMENT = [("corpus", LABEL), ("domain", LABEL), ("split", LABEL), ("part", pa.int32()), ("doc_id", pa.int64())]
 _PLACE = [*_DOCUMENT, ("segment", pa.int32()), ("position", pa.int32())]
@@ -219,6 +220,7 @@ class _Source:
 
     def __init__(self, store: "Store") -> None:
         self.store = store
+        self._part = lru_cache(maxsize=_KNOWN_PARTS)(self._make_part)
         self.schema = pa.schema([*self.own_columns, *_PLACE, *self.row_columns])
         self.dataset_columns: Sequence[str] = [name for name, _ in self.own_columns] + ["corpus"]
         self.document_columns: Sequence[str] = [name for name, _ in _DOCUMENT]
@@ -227,6 +229,10 @@ class _Source:
     @cached_property
     def _parts(self) -> list[dict[str, Any]]:
         return self.store.catalog_rows(self.parts_query)
+
+    @cached_property
+    def _rows(self) -> dict[tuple[str, str, int], dict[str, Any]]:
+        return {(row["kind"], row["name"], row["part"]): row for row in self._parts}
 
     @cached_property
     def _datasets(self) -> list[tuple[str, str]]:
@@ -246,8 +252,11 @@ class _Source:
         chosen = {key for key, keep in zip(self._datasets, datasets, strict=True) if keep}
         for row in self._parts:
             if (row["kind"], row["name"]) in chosen and (corpus_parts is None or (row["corpus"], row["part"]) in corpus_parts):
-                segments = self.store.catalog_arrays(self.segments_query, row)
-                yield self.part_class(self, row=row, segments=segments)
+                yield self._part(row["kind"], row["name"], row["part"])
+
+    def _make_part(self, kind: str, name: str, part: int) -> Part:
+        row = self._rows[kind, name, part]
+        return self.part_class(self, row=row, segments=self.store.catalog_arrays(self.segments_query, row))
 
 
 _FORWARD_PARTS = """
