@@ -13,6 +13,7 @@ from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from threading import Lock
 from typing import TYPE_CHECKING, Any
 
 import duckdb
@@ -73,6 +74,7 @@ class Store:
         self._datasets: dict[tuple[str, str], Dataset] = {}
         self._parts: OrderedDict[tuple[str, str, int], PartArrays] = OrderedDict()
         self._texts: dict[str, pa.Array] = {}
+        self._lock = Lock()  # two threads read
 
     def catalog_rows(self, query: str) -> list[dict[str, Any]]:
         """Rows of the catalog."""
@@ -112,13 +114,14 @@ class Store:
     def arrays(self, kind: str, name: str, part: int) -> PartArrays:
         """The arrays of a part, opened once and kept open while others are not asked for more."""
         key = (kind, name, part)
-        if key in self._parts:
-            self._parts.move_to_end(key)
+        with self._lock:
+            if key in self._parts:
+                self._parts.move_to_end(key)
+            else:
+                self._parts[key] = self.dataset(kind, name).arrays(part, reads=self.reads)
+                if len(self._parts) > _OPEN_PARTS:
+                    self._parts.popitem(last=False)
             return self._parts[key]
-        arrays = self._parts[key] = self.dataset(kind, name).arrays(part, reads=self.reads)
-        if len(self._parts) > _OPEN_PARTS:
-            self._parts.popitem(last=False)
-        return arrays
 
     def token_texts(self, digest: str) -> pa.Array:
         """The text of each token of a tokenizer, and a null after the last."""

@@ -1,9 +1,9 @@
 """Reading the arrays of a committed part: whole or by rows, checked against the manifest, with what was read counted."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from threading import Lock
 from typing import Any, cast
 
 import numpy as np
@@ -16,12 +16,18 @@ from zarr.storage import LocalStore
 from .errors import DamagedPart
 
 
-@dataclass(slots=True)
 class Reads:
-    """How much was read of parts' arrays."""
+    """How much was read of parts' arrays, by any thread."""
 
-    chunks: int = 0
-    stored_bytes: int = 0  # as they lie on the disk
+    def __init__(self) -> None:
+        self.chunks = self.stored_bytes = 0  # bytes as they lie on the disk
+        self._lock = Lock()
+
+    def add(self, *, chunks: int = 0, stored_bytes: int = 0) -> None:
+        """Count what was read."""
+        with self._lock:
+            self.chunks += chunks
+            self.stored_bytes += stored_bytes
 
 
 class PartArrays:
@@ -61,7 +67,7 @@ class PartArrays:
             array = self._arrays[name] if name in self._arrays else self._open(name)
             stop = array.shape[0] if stop is None else stop
             if stop > start:
-                self._reads.chunks += (stop - 1) // array.chunks[0] - start // array.chunks[0] + 1
+                self._reads.add(chunks=(stop - 1) // array.chunks[0] - start // array.chunks[0] + 1)
             return np.asarray(array[start:stop])
         except (OSError, ValueError, RuntimeError, KeyError) as error:
             if isinstance(error, DamagedPart):
@@ -91,5 +97,5 @@ class _CountingStore(LocalStore):
     async def get(self, key: str, prototype: BufferPrototype | None = None, byte_range: ByteRequest | None = None) -> Buffer | None:
         found = await super().get(key, prototype, byte_range)
         if found is not None and not key.endswith("zarr.json"):
-            self._reads.stored_bytes += len(found)
+            self._reads.add(stored_bytes=len(found))
         return found
