@@ -2,12 +2,15 @@
 
     <dataset>/dataset.json             what the dataset is: its identity, hashed to its fingerprint
     <dataset>/part-00042.zarr          arrays (or part-00042.parquet, a table): immutable once the manifest is there
+                                       (part-00042.1.zarr where the first name was taken by what a dead worker left)
     <dataset>/part-00042.json          the manifest: fingerprint, counts, checksums, producer; its appearance is the commit
 
 Readers look only at parts with a manifest. A Zarr chunk that is missing reads back as zeros without an error, so nothing that no manifest
 names is ever read.
 """
 
+import contextlib
+import itertools
 import json
 import os
 import platform
@@ -73,15 +76,15 @@ class Dataset:
         Raises:
             FingerprintMismatch: the folder holds a dataset of another identity; the text shows both, key by key.
         """
-        dataset = cls(folder, identity, dict(description or {}))
-        if (folder / "dataset.json").exists():
-            stored = cls.open(folder)
-            stored.require(identity)
-            return stored
-        folder.mkdir(parents=True, exist_ok=True)
-        record = {"fingerprint": dataset.fingerprint, "identity": identity, "description": dataset.description}
-        durable.write_json(folder / "dataset.json", record)
-        return cls.open(folder)
+        path = folder / "dataset.json"
+        if not path.exists():
+            folder.mkdir(parents=True, exist_ok=True)
+            record = {"fingerprint": fingerprint(identity), "identity": identity, "description": dict(description or {})}
+            with contextlib.suppress(FileExistsError):  # another process was quicker
+                durable.write_new_json(path, record)
+        stored = cls.open(folder)
+        stored.require(identity)
+        return stored
 
     @classmethod
     def open(cls, folder: Path) -> Self:
@@ -151,18 +154,22 @@ class Dataset:
     def commit(self, part: int, *, content: PartContent, seconds: float) -> Manifest:
         """Write a part durably: payload to a temporary sibling, fsync, rename, then the manifest in the same way.
 
-        A part that is already committed stays as it is: parts are functions of their inputs, so both are the same.
+        A part that is already committed stays as it is: parts are functions of their inputs, so both are the same. Workers may commit the
+        same part at the same time: neither ever replaces or removes what the other has published, and the first manifest counts.
         """
-        if self._path(part, ".json").exists():
+        path, is_table = self._path(part, ".json"), isinstance(content.data, pl.DataFrame)
+        if path.exists():
             return self.manifest(part)
-        payload = self._path(part, ".parquet" if isinstance(content.data, pl.DataFrame) else ".zarr")
-        temporary = durable.temporary_sibling(payload)
-        if isinstance(content.data, pl.DataFrame):
-            durable.write_parquet(temporary, content.data)
-        else:
-            write_group(temporary, arrays=content.data, attributes=content.attributes or {})
-        files = _checksums(temporary)
-        durable.publish(temporary, to=payload)
+        suffix = ".parquet" if is_table else ".zarr"
+        with durable.temporary(self._path(part, suffix)) as temporary:
+            if isinstance(content.data, pl.DataFrame):
+                temporary.write_bytes(durable.parquet_bytes(content.data))
+            else:
+                write_group(temporary, arrays=content.data, attributes=content.attributes or {})
+            files = _checksums(temporary)
+            if path.exists():
+                return self.manifest(part)
+            payload = self._publish(temporary, part=part, suffix=suffix, files=files)
         manifest = Manifest(
             fingerprint=self.fingerprint,
             part=part,
@@ -171,9 +178,26 @@ class Dataset:
             files=files,
             producer={"fuseline": __version__, "host": platform.node(), "committed_at": time.time(), "seconds": round(seconds, 3)},
         )
-        record = {name: getattr(manifest, name) for name in Manifest.__slots__}
-        durable.write_json(self._path(part, ".json"), record)
+        try:
+            durable.write_new_json(path, {name: getattr(manifest, name) for name in Manifest.__slots__})
+        except FileExistsError:
+            return self.manifest(part)
         return manifest
+
+    def _publish(self, temporary: Path, *, part: int, suffix: str, files: dict[str, tuple[int, int]]) -> Path:
+        """Give a payload the first free name, or take one of the same content that is there already.
+
+        That is the rule after a crash between payload and manifest. Another one may be what another worker's manifest is about to name.
+        """
+        for attempt in itertools.count():
+            payload = self._path(part, f".{attempt}{suffix}" if attempt else suffix)
+            try:
+                durable.publish_new(temporary, to=payload)
+                break
+            except FileExistsError:
+                if _adopt(payload, files=files):
+                    break
+        return payload
 
     def arrays(self, part: int) -> PartArrays:
         """The arrays of a committed part, to be read as a whole or by rows.
@@ -223,7 +247,18 @@ class Dataset:
             raise DamagedPart(f"{path} is not what was committed: its checksum differs from the manifest's. {self._remedy(part)}")
 
     def _remedy(self, part: int) -> str:
-        return f"Remove {self._path(part, '.json')} and run the stage again: only this part is made anew."
+        return (
+            f"Remove {self._path(part, '.json')} and run the stage again: only this part is made anew. `fuseline store repair` does both."
+        )
+
+
+def _adopt(payload: Path, *, files: dict[str, tuple[int, int]]) -> bool:
+    """Whether a payload that no manifest names yet holds exactly these files; it then stays safe from `store gc` for another hour."""
+    try:
+        os.utime(payload)
+        return _checksums(payload) == files
+    except OSError:  # half of it is gone
+        return False
 
 
 def _checksums(payload: Path) -> dict[str, tuple[int, int]]:
