@@ -175,7 +175,8 @@ class Pipeline:
             "vocab_size": model.vocab_size,
             "parameters": model.n_parameters,
         }
-        identity = distributions_identity(model, corpus=self.corpus.dataset, split=split, dtype=dtype, top_k=top_k)
+        codec = "f16" if is_evaluation else recipe.distributions.codec  # no distribution is stored of an evaluation
+        identity = distributions_identity(model, corpus=self.corpus.dataset, split=split, dtype=dtype, top_k=top_k, codec=codec)
         return DistributionsStage(
             self.workspace.dataset(kind, name, identity=identity, description=description),
             corpus=self.corpus.dataset,
@@ -184,6 +185,7 @@ class Pipeline:
             dtype=dtype,
             trust_remote_code=model.config.trust_remote_code,
             top_k=top_k,
+            codec=codec,
         )
 
     # ---- alignment and fusion ----------------------------------------------------------------------------------------------------------
@@ -249,9 +251,10 @@ class Pipeline:
             )
             for source in recipe.sources
         ]
-        identity = fusion_identity(sources, alignment=recipe.alignment, fusion=recipe.fusion, top_k=recipe.top_k)
+        codec = recipe.distributions.codec
+        identity = fusion_identity(sources, alignment=recipe.alignment, fusion=recipe.fusion, top_k=recipe.top_k, codec=codec)
         dataset = self.workspace.dataset("targets", recipe.fusion.name, identity=identity, description=self._of_corpus)
-        return FusionStage(dataset, sources=sources, alignment=recipe.alignment, fusion=recipe.fusion, top_k=recipe.top_k)
+        return FusionStage(dataset, sources=sources, alignment=recipe.alignment, fusion=recipe.fusion, top_k=recipe.top_k, codec=codec)
 
     # ---- training and evaluation -------------------------------------------------------------------------------------------------------
 

@@ -26,12 +26,13 @@ from numpy.typing import NDArray
 
 from .. import __version__
 from . import durable
-from .arrays import Arrays, write_group
+from .arrays import Arrays, Encoding, write_group
 from .errors import DamagedPart, FingerprintMismatch
 from .fingerprint import Identity, differences, fingerprint
 from .part import PartArrays
 
-SCHEMA_VERSION = 1
+# Versions of manifests. 2: an array may be encoded in q8, which a reader of version 1 would take for numbers.
+SCHEMA_VERSION = 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,6 +42,7 @@ class PartContent:
     data: Arrays | pl.DataFrame
     counts: Mapping[str, int]  # documents, segments, tokens, …: summed by `status`
     attributes: Mapping[str, Any] | None = None  # small facts stored beside the arrays
+    encodings: Mapping[str, Encoding] | None = None  # of arrays of log-probabilities; of others what is given is stored
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,7 +55,7 @@ class Manifest:
     counts: dict[str, int]
     files: dict[str, tuple[int, int]]  # path inside the payload ("" for a file) -> bytes, CRC-32
     producer: dict[str, Any]  # version, host, time of commit, seconds of computing
-    schema_version: int = SCHEMA_VERSION
+    schema_version: int = 1
 
     @property
     def n_bytes(self) -> int:
@@ -165,7 +167,7 @@ class Dataset:
             if isinstance(content.data, pl.DataFrame):
                 temporary.write_bytes(durable.parquet_bytes(content.data))
             else:
-                write_group(temporary, arrays=content.data, attributes=content.attributes or {})
+                write_group(temporary, arrays=content.data, attributes=content.attributes or {}, encodings=content.encodings)
             files = _checksums(temporary)
             if path.exists():
                 return self.manifest(part)
@@ -177,6 +179,7 @@ class Dataset:
             counts=dict(content.counts),
             files=files,
             producer={"fuseline": __version__, "host": platform.node(), "committed_at": time.time(), "seconds": round(seconds, 3)},
+            schema_version=2 if "q8" in (content.encodings or {}).values() else 1,
         )
         try:
             durable.write_new_json(path, {name: getattr(manifest, name) for name in Manifest.__slots__})

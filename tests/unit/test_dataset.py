@@ -11,8 +11,9 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 import pytest
+import zarr
 from fuseline.store import durable
-from fuseline.store.arrays import id_dtype
+from fuseline.store.arrays import decode_q8, encode_q8, id_dtype
 from fuseline.store.dataset import Dataset, PartContent
 from fuseline.store.errors import DamagedPart, FingerprintMismatch
 from fuseline.store.fingerprint import differences, fingerprint
@@ -55,6 +56,32 @@ def test_special_floats_come_back(dataset):
     array = np.array([np.nan, np.inf, -np.inf, -0.0, 6e-8, 65504], np.float16)
     commit(dataset, array_T=array)
     assert dataset.read(0, "array_T")[0].tobytes() == array.tobytes()
+
+
+def test_log_probabilities_are_stored_as_asked_and_read_as_numbers(dataset):
+    logprobs_TK = -RNG.gamma(1.5, 2, (20_000, 3)).astype(np.float32)
+    logprobs_TK[5:9, 2] = -np.inf
+    arrays = {"exact_TK": logprobs_TK, "half_TK": logprobs_TK, "coarse_TK": logprobs_TK, "ids_T": ARRAYS["ids_T"]}
+    for part, encodings in enumerate([{"half_TK": "f16"}, {"half_TK": "f16", "coarse_TK": "q8"}]):
+        dataset.commit(part, content=PartContent(data=arrays, counts={}, encodings=encodings), seconds=0)
+    exact, half, coarse = dataset.read(1, "exact_TK", "half_TK", "coarse_TK")
+    assert exact.tobytes() == logprobs_TK.tobytes()
+    assert half.tobytes() == logprobs_TK.astype(np.float16).tobytes()
+    assert (coarse.dtype, coarse.shape) == (np.float32, logprobs_TK.shape)
+    assert coarse.tobytes() == decode_q8(encode_q8(logprobs_TK)).tobytes()
+    assert dataset.arrays(1).read("coarse_TK", 17_000, 17_010).tobytes() == coarse[17_000:17_010].tobytes()
+    # A fuseline from before q8 would take its codes for numbers, and must refuse; what has none it can read.
+    assert [dataset.manifest(part).schema_version for part in (0, 1)] == [1, 2]
+    stored = zarr.open_group(dataset.folder / "part-00001.zarr", mode="r")
+    assert stored["coarse_TK"].dtype == np.uint8
+    assert dict(stored["coarse_TK"].attrs) == {"encoding": "q8"}
+    assert dict(stored["half_TK"].attrs) == {}
+
+
+def test_metadata_of_a_part_are_small(dataset):
+    commit(dataset, **{f"array_{index}_T": ARRAYS["ids_T"] for index in range(13)})  # as many as distributions have
+    n_bytes = sum(path.stat().st_size for path in (dataset.folder / "part-00000.zarr").rglob("zarr.json"))
+    assert n_bytes < 25_000
 
 
 def test_attributes_and_the_manifest_say_what_was_committed(dataset):
