@@ -50,6 +50,34 @@ def rows(connection: duckdb.DuckDBPyConnection, query: str) -> pl.DataFrame:
     return pl.DataFrame() if relation is None else relation.pl()
 
 
+def known_parts(workspace: Workspace) -> set[tuple[str, str, int]]:
+    """Kind and name of the dataset, and index, of every part that the catalog knows.
+
+    Raises:
+        DataError: there is no catalog, or it cannot be read.
+        WorkspaceBusy: it stays locked.
+    """
+    with reading(workspace) as connection:
+        try:
+            return set(connection.execute("SELECT kind, name, part FROM parts").fetchall())
+        except duckdb.Error as error:
+            raise DataError(
+                f"{workspace.catalog_path} cannot be read: {error}\nIt is only an index: make it anew with `fuseline store rebuild`."
+            ) from error
+
+
+def forget(workspace: Workspace, *, kind: str, name: str) -> None:
+    """Forget a dataset, so that the next fold reads it anew. Only the coordinator may."""
+    connection = _connect(workspace.catalog_path, read_only=False)
+    try:
+        migrate(connection)
+        connection.begin()
+        _forget(connection, kind, name)
+        connection.commit()
+    finally:
+        connection.close()
+
+
 def fold(workspace: Workspace) -> None:
     """Bring the catalog up to date with what is on disk. Only the coordinator may, between two runs of stages.
 

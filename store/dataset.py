@@ -99,9 +99,15 @@ class Dataset:
             record = json.loads((folder / "dataset.json").read_text(encoding="utf-8"))
             dataset, stored = cls(folder, record["identity"], record["description"]), record["fingerprint"]
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise DamagedPart(f"{folder} is not a dataset of a workspace: dataset.json cannot be read ({error}).") from error
+            raise DamagedPart(
+                f"{folder} is not a dataset of a workspace: dataset.json cannot be read ({error}). "
+                "Remove that file and run the recipe again: it is written anew, and the parts stay if they are of the same inputs."
+            ) from error
         if dataset.fingerprint != stored:
-            raise DamagedPart(f"{folder / 'dataset.json'} was changed by hand: its identity does not hash to its fingerprint.")
+            raise DamagedPart(
+                f"{folder / 'dataset.json'} was changed by hand: its identity does not hash to its fingerprint. "
+                "Remove it and run the recipe again: it is written anew, and the parts stay if they are of the same inputs."
+            )
         return dataset
 
     @property
@@ -202,6 +208,17 @@ class Dataset:
                     break
         return payload
 
+    def drop(self, part: int) -> None:
+        """Undo the commit of a part: its manifest goes first, then the payload that it names, if it can still be read."""
+        path = self.manifest_path(part)
+        try:
+            payload = json.loads(path.read_text(encoding="utf-8"))["payload"]
+        except (OSError, ValueError, KeyError, TypeError):
+            payload = None
+        durable.remove(path)
+        if isinstance(payload, str) and payload.startswith(path.stem) and (self.folder / payload).exists():
+            durable.remove(self.folder / payload)
+
     def arrays(self, part: int) -> PartArrays:
         """The arrays of a committed part, to be read as a whole or by rows.
 
@@ -209,7 +226,7 @@ class Dataset:
             DamagedPart: the manifest or the folder it names is missing, or the metadata in it are not what was committed.
         """
         manifest = self.manifest(part)
-        self._require_same(part, "zarr.json")  # the metadata of all its arrays, which Zarr has no checksum for
+        self.require_file(part, "zarr.json")  # the metadata of all its arrays, which Zarr has no checksum for
         sizes = {path: size for path, (size, _) in manifest.files.items()}
         return PartArrays(self.folder / manifest.payload, sizes=sizes, remedy=self._remedy(part))
 
@@ -229,17 +246,21 @@ class Dataset:
             DamagedPart: it is missing, unreadable, or not what was committed.
         """
         path = self.folder / self.manifest(part).payload
-        self._require_same(part, "")  # of 300 flipped bits in a Parquet file without checksums, 174 changed its text silently
+        self.require_file(part, "")  # of 300 flipped bits in a Parquet file without checksums, 174 changed its text silently
         try:
             return pl.read_parquet(path)
         except (OSError, pl.exceptions.PolarsError) as error:
             raise DamagedPart(f"{path} is named by its manifest but cannot be read ({error}). {self._remedy(part)}") from error
 
+    def manifest_path(self, part: int) -> Path:
+        """Where the manifest of a part is, or would be."""
+        return self._path(part, ".json")
+
     def _path(self, part: int, suffix: str) -> Path:
         return self.folder / f"part-{part:05d}{suffix}"
 
-    def _require_same(self, part: int, name: str) -> None:
-        """Raise DamagedPart unless a file of the payload has the size and checksum that the manifest says."""
+    def require_file(self, part: int, name: str) -> None:
+        """Raise DamagedPart unless a file of the payload (by its path in it) has the size and checksum that the manifest says."""
         manifest = self.manifest(part)
         path = self.folder / manifest.payload / name
         try:

@@ -157,8 +157,7 @@ class Tokenizer:
     @cached_property
     def digest(self) -> str:
         """SHA-256 (hex) of all that determines how text becomes ids."""
-        settings = json.dumps([self.roles, self.prepends_bos], sort_keys=True)
-        return hashlib.sha256(f"{settings}\n{self.definition}".encode()).hexdigest()
+        return tokenizer_digest(self.definition, roles=self.roles, prepends_bos=self.prepends_bos)
 
     @property
     def vocab_size(self) -> int:
@@ -274,6 +273,12 @@ class Tokenizer:
         """Read what `save` wrote."""
         settings = json.loads((folder / "settings.json").read_text(encoding="utf-8"))
         return cls((folder / "tokenizer.json").read_text(encoding="utf-8"), **settings)
+
+
+def tokenizer_digest(definition: str, *, roles: dict[str, int | None], prepends_bos: bool) -> str:
+    """SHA-256 (hex) of the text of a `tokenizer.json` and its settings; it names the tokenizer's folder."""
+    settings = json.dumps([roles, prepends_bos], sort_keys=True)
+    return hashlib.sha256(f"{settings}\n{definition}".encode()).hexdigest()
 
 
 def _require_unicode(texts: Sequence[str]) -> None:
