@@ -28,10 +28,10 @@ from .. import __version__
 from . import durable
 from .arrays import Arrays, Encoding, write_group
 from .errors import DamagedPart, FingerprintMismatch
-from .fingerprint import Identity, differences, fingerprint
+from .fingerprint import Identity, differences, fingerprint, require_seal, sealed
 from .part import PartArrays
 
-# Versions of manifests. 2: an array may be encoded in q8, which a reader of version 1 would take for numbers.
+# Versions of manifests. 2: it has a checksum; and an array may be encoded in q8, which a reader of version 1 would take for numbers.
 SCHEMA_VERSION = 2
 
 
@@ -55,7 +55,7 @@ class Manifest:
     counts: dict[str, int]
     files: dict[str, tuple[int, int]]  # path inside the payload ("" for a file) -> bytes, CRC-32
     producer: dict[str, Any]  # version, host, time of commit, seconds of computing
-    schema_version: int = 1
+    schema_version: int = SCHEMA_VERSION
 
     @property
     def n_bytes(self) -> int:
@@ -83,7 +83,7 @@ class Dataset:
             folder.mkdir(parents=True, exist_ok=True)
             record = {"fingerprint": fingerprint(identity), "identity": identity, "description": dict(description or {})}
             with contextlib.suppress(FileExistsError):  # another process was quicker
-                durable.write_new_json(path, record)
+                durable.write_new_json(path, sealed(record))
         stored = cls.open(folder)
         stored.require(identity)
         return stored
@@ -97,8 +97,9 @@ class Dataset:
         """
         try:
             record = json.loads((folder / "dataset.json").read_text(encoding="utf-8"))
+            require_seal(record)
             dataset, stored = cls(folder, record["identity"], record["description"]), record["fingerprint"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise DamagedPart(
                 f"{folder} is not a dataset of a workspace: dataset.json cannot be read ({error}). "
                 "Remove that file and run the recipe again: it is written anew, and the parts stay if they are of the same inputs."
@@ -149,6 +150,7 @@ class Dataset:
         path = self._path(part, ".json")
         try:
             record = json.loads(path.read_text(encoding="utf-8"))
+            require_seal(record)
             files = {name: (size, crc) for name, (size, crc) in record.pop("files").items()}
             if record["schema_version"] > SCHEMA_VERSION:
                 raise DamagedPart(f"{path} was written by a newer fuseline ({record['producer']['fuseline']}). Use that one.")
@@ -185,10 +187,9 @@ class Dataset:
             counts=dict(content.counts),
             files=files,
             producer={"fuseline": __version__, "host": platform.node(), "committed_at": time.time(), "seconds": round(seconds, 3)},
-            schema_version=2 if "q8" in (content.encodings or {}).values() else 1,
         )
         try:
-            durable.write_new_json(path, {name: getattr(manifest, name) for name in Manifest.__slots__})
+            durable.write_new_json(path, sealed({name: getattr(manifest, name) for name in Manifest.__slots__}))
         except FileExistsError:
             return self.manifest(part)
         return manifest

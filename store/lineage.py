@@ -1,9 +1,10 @@
 """Whether the datasets of a workspace fit together: each was made from others, whose fingerprints its identity holds."""
 
-import json
 from collections.abc import Iterator, Sequence
 
+from .corpus_plan import read_plan
 from .dataset import Dataset
+from .errors import DamagedPart
 
 
 def check_inputs(datasets: Sequence[Dataset], *, tokenizers: set[str]) -> Iterator[tuple[Dataset, str, str]]:
@@ -89,8 +90,8 @@ def _positions_of(dataset: Dataset) -> str | None:
 
 
 def _planned_documents(corpus: Dataset) -> dict[int, int]:
-    path = corpus.folder / "plan.json"
     try:
-        return {part: facts["documents"] for part, facts in enumerate(json.loads(path.read_text(encoding="utf-8"))["parts"])}
-    except (OSError, ValueError, KeyError, TypeError):  # found when the plan itself is checked
+        summary = read_plan(corpus.folder)
+    except DamagedPart:  # found when the plan itself is checked
         return {}
+    return {part: facts["documents"] for part, facts in enumerate(summary["parts"])} if summary else {}

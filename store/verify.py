@@ -4,7 +4,6 @@ It reads only, without the coordinator's lock, also while a run is going on: a p
 looked at. The catalog is read before the parts, so that what it knows must be there.
 """
 
-import hashlib
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from typing import Literal
 
 from . import catalog
 from .content import check_content, check_tokenizer_table
+from .corpus_plan import read_documents, read_plan
 from .dataset import Dataset, Manifest
 from .errors import DamagedPart, FuselineError, WorkspaceBusy
 from .lineage import check_counts, check_inputs
@@ -57,7 +57,7 @@ def verify(workspace: Workspace, *, full: bool = False) -> Verification:
         full: also read everything: checksums of all files, contents of all arrays, texts. Otherwise manifests, sizes, metadata, and that
             datasets fit together.
     """
-    findings = list(_check_catalog(workspace))
+    findings = list(_check_catalog(workspace, full=full))
     known = set() if findings else _known_parts(workspace)
     datasets, parts, n_bytes = [], 0, 0
     for folder in _dataset_folders(workspace):
@@ -101,14 +101,16 @@ def _tokenizer_folders(workspace: Workspace) -> list[Path]:
     return sorted((workspace.root / "tokenizers").glob("[!.]*/"))
 
 
-def _check_catalog(workspace: Workspace) -> Iterator[Finding]:
+def _check_catalog(workspace: Workspace, *, full: bool) -> Iterator[Finding]:
     if not workspace.catalog_path.exists():
         if any(_dataset_folders(workspace)):
             remedy = "It is only an index: make it anew with `fuseline store rebuild`."
             yield Finding(path=workspace.catalog_path, problem="is missing", remedy=remedy, mend="remove")
         return
     try:
-        _known_parts(workspace)
+        catalog.read_all(workspace) if full else catalog.known_parts(workspace)
+    except WorkspaceBusy:
+        return
     except FuselineError as error:
         yield _finding(workspace.catalog_path, error, mend="remove")
 
@@ -122,35 +124,29 @@ def _known_parts(workspace: Workspace) -> set[PartName]:
 
 
 def _check_plan(dataset: Dataset) -> Iterator[Finding]:
-    path, table = dataset.folder / "plan.json", dataset.folder / "documents.parquet"
-    if not path.exists():
-        if dataset.parts():
-            yield Finding(path=path, problem="is missing, but there are parts", remedy=_REMAKE, mend="remove")
-        return
+    path = dataset.folder / "plan.json"
     try:
-        plan = json.loads(path.read_text(encoding="utf-8"))
-        sha256, parts = plan["sha256"], plan["parts"]
-        documents = [part["documents"] for part in parts]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        yield Finding(path=path, problem=f"cannot be read ({error})", remedy=_REMAKE, mend="remove")
+        summary = read_plan(dataset.folder)
+        if summary is not None:
+            read_documents(dataset.folder, summary=summary)
+        elif dataset.parts():
+            raise DamagedPart("is missing, but there are parts")
+    except DamagedPart as error:
+        yield Finding(path=path, problem=str(error), remedy=_REMAKE, mend="remove")
         return
-    if not table.exists() or _sha256(table) != sha256:
-        yield Finding(path=table, problem="is missing, or is not what plan.json says", remedy=_REMAKE, mend="remove")
+    n_parts = len(summary["parts"]) if summary else 0
     for part in dataset.parts():
-        if part >= len(documents):
-            remedy = f"Remove {dataset.manifest_path(part)}."
-            yield Finding(path=dataset.manifest_path(part), problem=f"is not of the plan, which has {len(documents)} parts", remedy=remedy)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        if part >= n_parts:
+            manifest = dataset.manifest_path(part)
+            yield Finding(path=manifest, problem=f"is not of the plan, which has {n_parts} parts", remedy=f"Remove {manifest}.")
 
 
 def _check_part(dataset: Dataset, part: int, *, full: bool) -> Iterator[Finding]:
     """At most one finding: it makes no difference to a part how much of it is damaged."""
     try:
         manifest = dataset.manifest(part)
+        if manifest.part != part:
+            raise DamagedPart(f"{dataset.manifest_path(part)} is the manifest of part {manifest.part}.")
         _check_files(dataset, part, manifest=manifest, full=full)
         if full:
             check_content(dataset, part)
