@@ -39,8 +39,8 @@ def repair(pipeline: Pipeline, *, full: bool) -> Repair:
     """
     workspace, done = pipeline.workspace, Repair()
     found = verify(workspace, full=full)
-    _remove_what_is_made_anew(pipeline, found.findings)
     stages = list(pipeline.stages())
+    _mend_what_is_no_part(pipeline, found.findings)
     mine = {(stage.dataset.kind, stage.dataset.name) for _, stage in stages} | pipeline.trained_evaluations
     lost = {part: _checksums(workspace, part) for part in found.lost_parts if part[:2] in mine} | _interrupted(workspace)
     _remember(workspace, lost)
@@ -65,16 +65,19 @@ def repair(pipeline: Pipeline, *, full: bool) -> Repair:
     return done
 
 
-def _remove_what_is_made_anew(pipeline: Pipeline, findings: list[Finding]) -> None:
-    """The catalog, a corpus's plan, a tokenizer: none is a part, each is written again where it is missing."""
-    workspace = pipeline.workspace
-    own = {workspace.catalog_path, *(workspace.folder("tokenizers", model.tokenizer.digest) for model in pipeline.models.values())}
-    corpus = workspace.folder("corpus", pipeline.recipe.corpus.name)
-    for finding in findings:
-        if finding.mend == "remove" and finding.path in own:
-            durable.remove(finding.path)
-        elif finding.mend == "remove" and finding.path.parent == corpus:
-            durable.remove(corpus / "plan.json")
+def _mend_what_is_no_part(pipeline: Pipeline, findings: list[Finding]) -> None:
+    """The catalog, the corpus's plan, a tokenizer: each is written again where it is missing."""
+    workspace, corpus = pipeline.workspace, pipeline.corpus
+    tokenizers = {workspace.folder("tokenizers", model.tokenizer.digest): model.tokenizer for model in pipeline.models.values()}
+    for path in (finding.path for finding in findings if finding.mend == "remove"):
+        if path == workspace.catalog_path:
+            durable.remove(path)
+        elif path == corpus.dataset.folder / "plan.json":
+            durable.remove(path)
+            corpus.parts()  # plans it
+        elif path in tokenizers:
+            durable.remove(path)
+            tokenizers[path].save(path)
 
 
 def _checksums(workspace: Workspace, part: PartName) -> _Checksums:

@@ -272,9 +272,7 @@ class Dataset:
             raise DamagedPart(f"{path} is not what was committed: its checksum differs from the manifest's. {self._remedy(part)}")
 
     def _remedy(self, part: int) -> str:
-        return (
-            f"Remove {self._path(part, '.json')} and run the stage again: only this part is made anew. `fuseline store repair` does both."
-        )
+        return f"Remove {self._path(part, '.json')} and run the stage again, or run `fuseline store repair`: only this part is made anew."
 
 
 def _adopt(payload: Path, *, files: dict[str, tuple[int, int]]) -> bool:
