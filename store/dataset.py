@@ -15,7 +15,6 @@ import json
 import os
 import platform
 import time
-import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +26,7 @@ from numpy.typing import NDArray
 from .. import __version__
 from . import durable
 from .arrays import Arrays, Encoding, write_group
+from .checksums import checksums, size_and_crc
 from .errors import DamagedPart, FingerprintMismatch
 from .fingerprint import Identity, differences, fingerprint, require_seal, sealed
 from .part import PartArrays
@@ -176,7 +176,7 @@ class Dataset:
                 temporary.write_bytes(durable.parquet_bytes(content.data))
             else:
                 write_group(temporary, arrays=content.data, attributes=content.attributes or {}, encodings=content.encodings)
-            files = _checksums(temporary)
+            files = checksums(temporary)
             if path.exists():
                 return self.manifest(part)
             payload = self._publish(temporary, part=part, suffix=suffix, files=files)
@@ -265,7 +265,7 @@ class Dataset:
         manifest = self.manifest(part)
         path = self.folder / manifest.payload / name
         try:
-            is_same = _size_and_crc(path) == manifest.files[name]
+            is_same = size_and_crc(path) == manifest.files[name]
         except (OSError, KeyError) as error:
             raise DamagedPart(f"{path} is named by its manifest but cannot be read ({error}). {self._remedy(part)}") from error
         if not is_same:
@@ -279,26 +279,6 @@ def _adopt(payload: Path, *, files: dict[str, tuple[int, int]]) -> bool:
     """Whether a payload that no manifest names yet holds exactly these files; it then stays safe from `store gc` for another hour."""
     try:
         os.utime(payload)
-        return _checksums(payload) == files
+        return checksums(payload) == files
     except OSError:  # half of it is gone
         return False
-
-
-def _checksums(payload: Path) -> dict[str, tuple[int, int]]:
-    if payload.is_file():
-        return {"": _size_and_crc(payload)}
-    found = {}
-    for folder, _, names in os.walk(payload):
-        for name in names:
-            path = Path(folder, name)
-            found[path.relative_to(payload).as_posix()] = _size_and_crc(path)
-    return dict(sorted(found.items()))
-
-
-def _size_and_crc(path: Path) -> tuple[int, int]:
-    crc = size = 0
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            crc = zlib.crc32(block, crc)
-            size += len(block)
-    return size, crc

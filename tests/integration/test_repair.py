@@ -132,6 +132,10 @@ def test_a_part_that_comes_out_other_than_it_was_is_told_and_the_catalog_has_the
     assert code == 0, output
     assert "targets/fused part 0: made again, but not as it was: lost_mass_S/c/0" in output
     assert targets.read(0, "lost_mass_S")[0].tolist() == data["lost_mass_S"].tolist()
+    with catalog.reading(Workspace.open(workspace)) as connection:
+        query = "SELECT epoch_us(committed_at) FROM parts WHERE (kind, name, part) = ('targets', 'fused', 0)"
+        moments = [moment for (moment,) in connection.execute(query).fetchall()]
+    assert moments == [pytest.approx(targets.manifest(0).producer["committed_at"] * 1e6, abs=2)], "the catalog must know the new one alone"
 
 
 def test_the_plan_the_catalog_and_a_tokenizer_are_made_anew(project, models_dir, workspace, fused):
