@@ -10,7 +10,16 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from . import __version__
-from .console import show_plan, show_query_stats, show_report, show_status
+from .console import (
+    show_findings,
+    show_leftovers,
+    show_plan,
+    show_query_stats,
+    show_repair,
+    show_report,
+    show_status,
+    show_usage,
+)
 from .store.errors import FuselineError, UsageError
 
 if TYPE_CHECKING:  # what a command needs is imported when it runs, so that --help is quick
@@ -86,8 +95,8 @@ _workspace_option = click.option(
 
 
 @contextmanager
-def _pipeline(recipe: Path, workspace: Path | None, models_dir: Path) -> "Iterator[Pipeline]":
-    """Check the recipe, become the workspace's coordinator, and hand out the pipeline."""
+def _pipeline(recipe: Path, workspace: Path | None, models_dir: Path, *, fold: bool = True) -> "Iterator[Pipeline]":
+    """Check the recipe, become the workspace's coordinator, bring its catalog up to date, and hand out the pipeline."""
     from .recipe import load_recipe
 
     checked = load_recipe(recipe)
@@ -101,7 +110,8 @@ def _pipeline(recipe: Path, workspace: Path | None, models_dir: Path) -> "Iterat
     with opened.coordinator():
         durable.write_bytes(opened.root / "recipe.toml", recipe.read_bytes())
         pipeline = Pipeline(checked, base=recipe.parent, workspace=opened, models_dir=models_dir, progress=Progress())
-        pipeline.fold()
+        if fold:
+            pipeline.fold()
         yield pipeline
 
 
@@ -349,3 +359,85 @@ def rebuild(workspace: Path | None) -> None:
         durable.remove(opened.catalog_path)
         catalog.fold(opened)
     click.echo(f"{opened.catalog_path} is made anew.")
+
+
+@store.command()
+@_workspace_option
+@click.option("--full", is_flag=True, help="Read everything: checksums of all files, contents of all arrays, texts.")
+@click.option("--json", "as_json", is_flag=True, help="For scripts.")
+def verify(workspace: Path | None, full: bool, as_json: bool) -> None:
+    """List what is damaged, missing or does not fit together, with what to do.
+
+    Changes nothing and works while a run is going on. The exit code is 1 if anything is wrong.
+
+    Example:  fuseline store verify --full -w workspaces/demo
+    """
+    from .store.verify import verify
+
+    found = verify(_open_workspace(workspace), full=full)
+    show_findings(found, as_json=as_json)
+    if found.findings:
+        raise click.exceptions.Exit(1)
+
+
+@store.command()
+@_recipe_options
+@click.option("--full", is_flag=True, help="Look also for damage that only reading everything shows.")
+@click.option("--dry-run", is_flag=True, help="Only say what would be made again.")
+def repair(recipe: Path, workspace: Path | None, models_dir: Path, full: bool, dry_run: bool) -> None:
+    """Make again, with the stages of RECIPE, exactly the parts that are damaged or gone.
+
+    What never was made is left to `fuseline run`. A part that comes out other than it was is reported.
+
+    Example:  fuseline store repair recipes/demo.toml --full
+    """
+    from .store.workspace import Workspace
+
+    opened = Workspace.open(workspace or Path("workspaces") / recipe.stem)
+    if dry_run:
+        from .store.verify import verify
+
+        show_findings(verify(opened, full=full), as_json=False)
+        return
+    from .cluster.repair import repair
+
+    with _pipeline(recipe, opened.root, models_dir, fold=False) as pipeline:
+        done = repair(pipeline, full=full)
+    show_repair(done)
+    if done.left:
+        raise click.exceptions.Exit(1)
+
+
+@store.command()
+@_workspace_option
+@click.option("--delete", is_flag=True, help="Remove what is listed.")
+def gc(workspace: Path | None, delete: bool) -> None:
+    """List what nothing refers to: payloads without a manifest, what dead writers left, tokenizers without a dataset.
+
+    Removes nothing without --delete. What was touched within the last hour is never listed.
+
+    Example:  fuseline store gc --delete -w workspaces/demo
+    """
+    from .store import upkeep
+
+    opened = _open_workspace(workspace)
+    if not delete:
+        show_leftovers(upkeep.leftovers(opened), deleted=False)
+        return
+    found = upkeep.leftovers(opened)
+    with opened.coordinator():
+        upkeep.delete(opened, found)
+    show_leftovers(found, deleted=True)
+
+
+@store.command()
+@_workspace_option
+@click.option("--json", "as_json", is_flag=True, help="For scripts.")
+def du(workspace: Path | None, as_json: bool) -> None:
+    """Show what each dataset and each of its arrays takes up, in all and per token.
+
+    Example:  fuseline store du -w workspaces/demo
+    """
+    from .store.upkeep import usage
+
+    show_usage(usage(_open_workspace(workspace)), as_json=as_json)

@@ -1,5 +1,7 @@
 """What the command line shows: tables, reports, plans; on a terminal with lines, in a pipe plain."""
 
+import dataclasses
+import json
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -9,8 +11,11 @@ import click
 from .store.errors import UsageError
 
 if TYPE_CHECKING:  # what a command needs is imported when it runs, so that --help is quick
+    from .cluster.repair import Repair
     from .store.database import QueryStats
     from .store.status import DatasetStatus, TrainingStatus
+    from .store.upkeep import Leftover, Usage
+    from .store.verify import Verification
     from .store.workspace import Workspace
 
 
@@ -101,6 +106,61 @@ def show_report(workspace: "Workspace") -> None:
             show_table(["model", *columns], [[name, *(f"{value:.4f}" for value in values)] for name, values in rows])
     for folder in sorted((workspace.root / "exports").glob("*/config.json")):
         click.echo(f"model {folder.parent.name}: {folder.parent}")
+
+
+def show_findings(found: "Verification", *, as_json: bool) -> None:
+    """What is wrong in a workspace, and how much of it was looked at."""
+    from .cluster.progress import size
+
+    if as_json:
+        click.echo(json.dumps(dataclasses.asdict(found), indent=1, default=str))
+        return
+    for finding in found.findings:
+        click.echo(f"{finding.path}: {finding.problem.removeprefix(f'{finding.path} ')} {finding.remedy}".rstrip())
+    what = f"{len(found.findings)} problem{'s' * (len(found.findings) != 1)}" if found.findings else "nothing wrong"
+    click.echo(f"{found.datasets} datasets, {found.parts} parts, {size(found.n_bytes)} checked: {what}")
+
+
+def show_repair(done: "Repair") -> None:
+    """What a repair made again, and what it could not mend."""
+    for kind, name, part in done.made:
+        changed = done.different.get((kind, name, part))
+        how = f"made again, but not as it was: {', '.join(changed)} differ" if changed else "made again"
+        click.echo(f"{kind}/{name} part {part}: {how}")
+    for finding in done.left:
+        click.echo(f"not mended: {finding.path}: {finding.problem.removeprefix(f'{finding.path} ')} {finding.remedy}".rstrip())
+    if not done.made and not done.left:
+        click.echo("Nothing to repair.")
+
+
+def show_leftovers(found: "list[Leftover]", *, deleted: bool) -> None:
+    """What nothing refers to."""
+    from .cluster.progress import size
+
+    for leftover in found:
+        click.echo(f"{leftover.path} ({size(leftover.n_bytes)}): {leftover.why}")
+    total = size(sum(leftover.n_bytes for leftover in found))
+    if deleted:
+        click.echo(f"{len(found)} removed, {total}")
+    else:
+        click.echo(f"{len(found)} to remove, {total}. " + ("Nothing was changed; to remove it: --delete" if found else "Nothing to do."))
+
+
+def show_usage(found: "list[Usage]", *, as_json: bool) -> None:
+    """What each dataset and each of its arrays takes up."""
+    from .cluster.progress import size
+
+    total = sum(item.n_bytes for item in found)
+    if as_json:
+        click.echo(json.dumps({"datasets": [dataclasses.asdict(item) for item in found], "n_bytes": total}, indent=1))
+        return
+    rows = []
+    for item in found:
+        for name, n_bytes in [("", item.n_bytes), *sorted(item.arrays.items(), key=lambda entry: -entry[1])]:
+            per_token = f"{n_bytes / item.tokens:.2f}" if item.tokens else ""
+            head = f"  {name}" if name else f"{item.kind}/{item.name}"
+            rows.append([head, "" if name else str(item.parts), size(n_bytes), per_token])
+    show_table(["dataset", "parts", "on disk", "B/token"], [*rows, ["total", "", size(total), ""]])
 
 
 def show_table(columns: list[str], rows: list[list[str]]) -> None:

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ..store.arrays import Encoding
 from ..store.dataset import Dataset, PartContent
 from .config import AlignmentConfig, FusionConfig
 from .positions import match_segments
@@ -38,7 +39,9 @@ class FusionSource:
     vocabulary_map: Dataset | None = None
 
 
-def fusion_identity(sources: list[FusionSource], *, alignment: AlignmentConfig, fusion: FusionConfig, top_k: int) -> dict[str, Any]:
+def fusion_identity(
+    sources: list[FusionSource], *, alignment: AlignmentConfig, fusion: FusionConfig, top_k: int, codec: Encoding = "f16"
+) -> dict[str, Any]:
     """What determines fused targets. The order of the sources does, since it breaks ties; their names do not."""
     return {
         "stage": "targets/1",
@@ -49,6 +52,7 @@ def fusion_identity(sources: list[FusionSource], *, alignment: AlignmentConfig, 
         "gold_anchor": alignment.gold_anchor,
         **fusion.model_dump(include={"method", "unit", "metric"}),
         "top_k": top_k,
+        **({} if codec == "f16" else {"codec": codec}),  # targets from before there was a choice have no such key
     }
 
 
@@ -79,11 +83,19 @@ class FusionStage:
     """Fuses the parts of several sources. Pickles as its arguments."""
 
     def __init__(
-        self, dataset: Dataset, *, sources: list[FusionSource], alignment: AlignmentConfig, fusion: FusionConfig, top_k: int
+        self,
+        dataset: Dataset,
+        *,
+        sources: list[FusionSource],
+        alignment: AlignmentConfig,
+        fusion: FusionConfig,
+        top_k: int,
+        codec: Encoding = "f16",
     ) -> None:
         """`sources[0]` is the target's own start, whose tokens and positions the result has."""
         assert sources[0].alignment is None
-        self.dataset, self.sources, self.alignment, self.fusion, self.top_k = dataset, sources, alignment, fusion, top_k
+        self.dataset, self.sources, self.alignment, self.fusion = dataset, sources, alignment, fusion
+        self.top_k, self.codec = top_k, codec
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name != "_target_ids"}
@@ -122,8 +134,8 @@ class FusionStage:
                 "doc_id_S": doc_id_S,
                 "segment_S": segment_S,
                 "topk_ids_TK": ids_TK.astype(parts[0].topk_ids_UK.dtype),
-                "topk_logprobs_TK": np.log(probs_TK).astype(np.float16),
-                "tail_logprob_T": np.log(np.maximum(1 - probs_TK.sum(axis=1), 0)).astype(np.float16),
+                "topk_logprobs_TK": np.log(probs_TK),
+                "tail_logprob_T": np.log(np.maximum(1 - probs_TK.sum(axis=1), 0)),
                 "source_T": source_T,
                 "source_S": (weights_NS.argmax(axis=0) if self.fusion.method == "mince" else np.full(len(lengths_S), SEVERAL)).astype(
                     np.uint8
@@ -132,7 +144,12 @@ class FusionStage:
             }
         counts = {"segments": len(lengths_S), "tokens": len(token_ids_T)}
         counts |= {f"from_{source.name}": int((source_T == index).sum()) for index, source in enumerate(self.sources)}
-        return PartContent(data=arrays, counts=counts, attributes={"sources": [source.name for source in self.sources]})
+        return PartContent(
+            data=arrays,
+            counts=counts,
+            attributes={"sources": [source.name for source in self.sources]},
+            encodings={"topk_logprobs_TK": self.codec, "tail_logprob_T": self.codec},
+        )
 
     def _costs(self, part: int, *, doc_id_S: NDArray[Any], segment_S: NDArray[Any]) -> NDArray[np.float64]:
         costs_NS = np.full((len(self.sources), len(doc_id_S)), np.inf)

@@ -17,7 +17,8 @@ from pathlib import Path
 import duckdb
 import numpy as np
 import polars as pl
-from fuseline.store import catalog, durable
+from fuseline.store import catalog
+from fuseline.store.corpus_plan import write_plan
 from fuseline.store.dataset import Dataset, PartContent
 from fuseline.store.workspace import Workspace
 
@@ -113,9 +114,9 @@ def _write_corpus(workspace: Workspace, *, lengths: list[np.ndarray], rng: np.ra
          "doc_id": range(n), "part": part_D},
     )  # fmt: skip
     dataset = Dataset.create(workspace.folder("corpus", "corpus"), identity={}, description={})
-    durable.write_parquet(dataset.folder / "documents.parquet", documents)
-    summary = {"documents": n, "duplicates": 0, "empty": 0, "text_bytes": 4000 * n, "parts": [{"split": "train"}] * len(lengths)}
-    durable.write_json(dataset.folder / "plan.json", summary)
+    parts = [{"split": "train", "documents": len(of_part)} for of_part in lengths]
+    summary = {"documents": n, "duplicates": 0, "empty": 0, "text_bytes": 4000 * n, "parts": parts}
+    write_plan(dataset.folder, documents=documents, summary=summary)
     return documents
 
 

@@ -1,7 +1,7 @@
 """The pipeline of a recipe: which datasets it needs, in which order, and what of them is missing."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -175,7 +175,8 @@ class Pipeline:
             "vocab_size": model.vocab_size,
             "parameters": model.n_parameters,
         }
-        identity = distributions_identity(model, corpus=self.corpus.dataset, split=split, dtype=dtype, top_k=top_k)
+        codec = "f16" if is_evaluation else recipe.distributions.codec  # no distribution is stored of an evaluation
+        identity = distributions_identity(model, corpus=self.corpus.dataset, split=split, dtype=dtype, top_k=top_k, codec=codec)
         return DistributionsStage(
             self.workspace.dataset(kind, name, identity=identity, description=description),
             corpus=self.corpus.dataset,
@@ -184,6 +185,7 @@ class Pipeline:
             dtype=dtype,
             trust_remote_code=model.config.trust_remote_code,
             top_k=top_k,
+            codec=codec,
         )
 
     # ---- alignment and fusion ----------------------------------------------------------------------------------------------------------
@@ -249,9 +251,10 @@ class Pipeline:
             )
             for source in recipe.sources
         ]
-        identity = fusion_identity(sources, alignment=recipe.alignment, fusion=recipe.fusion, top_k=recipe.top_k)
+        codec = recipe.distributions.codec
+        identity = fusion_identity(sources, alignment=recipe.alignment, fusion=recipe.fusion, top_k=recipe.top_k, codec=codec)
         dataset = self.workspace.dataset("targets", recipe.fusion.name, identity=identity, description=self._of_corpus)
-        return FusionStage(dataset, sources=sources, alignment=recipe.alignment, fusion=recipe.fusion, top_k=recipe.top_k)
+        return FusionStage(dataset, sources=sources, alignment=recipe.alignment, fusion=recipe.fusion, top_k=recipe.top_k, codec=codec)
 
     # ---- training and evaluation -------------------------------------------------------------------------------------------------------
 
@@ -348,6 +351,40 @@ class Pipeline:
             config = self.recipe.target.model_copy(update={"name": training.name, "model": str(folder), "revision": None})
             found.append(ModelFolder(config, folder).check())
         return found
+
+    # ---- repair ------------------------------------------------------------------------------------------------------------------------
+
+    def stages(self) -> Iterator[tuple[str, Stage]]:
+        """The stages that make parts and need no trained model, in order, with their titles; all of their datasets are opened."""
+        yield "corpus", self.corpus
+        for model in self.models.values():
+            yield f"distributions {model.config.name}", self._forward_stage(model)
+        for source in self.recipe.sources:
+            yield f"vocabulary map {self._pair(source)}", self._vocabulary_stage(source)
+            yield f"alignment {self._pair(source)}", self._alignment_stage(source)
+        yield f"targets {self.recipe.fusion.name}", self._fusion_stage
+        for model in self.models.values():
+            yield f"evaluation {model.config.name}", self._forward_stage(model, kind="evaluations")
+
+    @property
+    def trained_evaluations(self) -> set[tuple[str, str]]:
+        """Kind and name of the evaluations of the trained models, once all are."""
+        is_trained = all(self._is_trained(training) for training in self.recipe.trainings)
+        return (
+            set()
+            if not is_trained
+            else {("evaluations", f"{training.name}--{self.recipe.evaluation.split}") for training in self.recipe.trainings}
+        )
+
+    def trained_stages(self) -> Iterator[tuple[str, Stage]]:
+        """The evaluations of the trained models, once all are."""
+        if all(map(self._is_trained, self.recipe.trainings)):
+            for model in self._trained_models():
+                yield f"evaluation {model.config.name}", self._forward_stage(model, kind="evaluations")
+
+    def remake(self, title: str, stage: Stage, *, parts: list[int]) -> None:
+        """Make these parts of a stage, which are not there any more."""
+        self._make(title, stage, parts=parts)
 
     # ---- common ------------------------------------------------------------------------------------------------------------------------
 

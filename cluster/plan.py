@@ -16,8 +16,9 @@ BYTES_PER_TOKEN = 4.2  # English text, vocabularies of 32,000 to 50,000
 GPU_FLOPS = 989e12  # one H100 in bfloat16
 UTILISATION = 0.4  # share of it that a good forward pass or training step reaches
 
-# Bytes per token on disk (benchmarks/store.py): scalars, and each of the k entries with ids of two or four bytes.
-_SCALAR_BYTES, _ENTRY_BYTES_U16, _ENTRY_BYTES_U32 = 6.6, 2.7, 3.0
+# Bytes per token on disk (benchmarks/store.py): scalars; and of each of the k entries its id, of two or four bytes, and its value.
+_SCALAR_BYTES, _ID_BYTES_U16, _ID_BYTES_U32 = 6.4, 1.35, 1.44
+_VALUE_BYTES = {"f16": 1.12, "q8": 0.74}
 _SMALL_VOCABULARY = 65_536
 
 
@@ -56,7 +57,7 @@ def plan(recipe: Recipe, *, base: Path, models_dir: Path, workspace: Workspace) 
     train, held_out = _splits(recipe, base=base, workspace=workspace)
     tokens = train.text_bytes / BYTES_PER_TOKEN
     models = [_model(config, base=base, models_dir=models_dir) for config in recipe.models]
-    target, k = models[0], recipe.distributions.top_k
+    target, k, codec = models[0], recipe.distributions.top_k, recipe.distributions.codec
 
     def planned(stage: str, folder: str, *, parts: int, tokens: float = tokens, stored: float, flops: float = 0) -> PlannedStage:
         done = len(list((workspace.root / folder).glob("part-*.json")))
@@ -66,7 +67,7 @@ def plan(recipe: Recipe, *, base: Path, models_dir: Path, workspace: Workspace) 
     stored = 0.45 * (train.text_bytes + held_out.text_bytes) + 60 * (train.documents + held_out.documents)
     stages = [planned("corpus", f"corpus/{recipe.corpus.name}", parts=train.parts + held_out.parts, stored=stored)]
     for model in models:
-        stored = tokens * (_SCALAR_BYTES + k * _entry_bytes(model))
+        stored = tokens * (_SCALAR_BYTES + k * _entry_bytes(model, codec))
         flops = 2 * model.parameters * tokens
         stages.append(planned(f"distributions {model.name}", f"distributions/{model.name}", parts=train.parts, stored=stored, flops=flops))
     for model in models[1:]:
@@ -74,7 +75,7 @@ def plan(recipe: Recipe, *, base: Path, models_dir: Path, workspace: Workspace) 
         map_name = f"{pair}--{recipe.alignment.vocabulary}"
         stages.append(planned(f"vocabulary map {pair}", f"vocab_maps/{map_name}", parts=1, tokens=0, stored=14 * model.vocab_size))
         stages.append(planned(f"alignment {pair}", f"alignments/{pair}", parts=train.parts, stored=1.5 * tokens))
-    stored = tokens * (3.5 + recipe.top_k * _entry_bytes(target))
+    stored = tokens * (3.5 + recipe.top_k * _entry_bytes(target, codec))
     stages.append(planned(f"targets {recipe.fusion.name}", f"targets/{recipe.fusion.name}", parts=train.parts, stored=stored))
     stages += [_training(training, target=target, tokens=tokens, workspace=workspace) for training in recipe.trainings]
     trained = [_Model(name=training.name, parameters=target.parameters, vocab_size=target.vocab_size) for training in recipe.trainings]
@@ -104,8 +105,8 @@ def _training(training: TrainingConfig, *, target: _Model, tokens: float, worksp
     )
 
 
-def _entry_bytes(model: _Model) -> float:
-    return _ENTRY_BYTES_U16 if model.vocab_size <= _SMALL_VOCABULARY else _ENTRY_BYTES_U32
+def _entry_bytes(model: _Model, codec: str) -> float:
+    return (_ID_BYTES_U16 if model.vocab_size <= _SMALL_VOCABULARY else _ID_BYTES_U32) + _VALUE_BYTES[codec]
 
 
 def _splits(recipe: Recipe, *, base: Path, workspace: Workspace) -> tuple[_Split, _Split]:

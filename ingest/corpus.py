@@ -9,7 +9,6 @@ A part holds documents of one split only.
 """
 
 import hashlib
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -20,9 +19,9 @@ import numpy as np
 import polars as pl
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from ..store import durable
+from ..store.corpus_plan import read_documents, read_plan, write_plan
 from ..store.dataset import Dataset, PartContent
-from ..store.errors import DamagedPart, DataError
+from ..store.errors import DataError
 from ..store.tokenizer import Tokenizer
 from .digests import file_digest
 from .segment import segment_documents
@@ -222,17 +221,12 @@ class CorpusPlan:
     @classmethod
     def load(cls, dataset: Dataset) -> "CorpusPlan | None":
         """The committed plan of a corpus, or None."""
-        path = dataset.folder / "plan.json"
-        if not path.exists():
-            return None
-        summary, table = json.loads(path.read_text(encoding="utf-8")), dataset.folder / "documents.parquet"
-        if not table.exists() or file_digest(table) != summary["sha256"]:
-            raise DamagedPart(f"{table} is missing or damaged. Remove {path}: the same plan is then made again.")
-        return cls(pl.read_parquet(table), summary)
+        summary = read_plan(dataset.folder)
+        return None if summary is None else cls(read_documents(dataset.folder, summary=summary), summary)
 
     @classmethod
     def commit(cls, dataset: Dataset, chosen: ChosenDocuments) -> "CorpusPlan":
-        """Write the plan: the table first, then the small file that makes it exist."""
+        """Write the plan."""
         documents = chosen.documents
         summary = {
             "documents": len(documents),
@@ -241,9 +235,7 @@ class CorpusPlan:
             "text_bytes": int(documents["n_bytes"].sum()),
             "parts": parts_of(documents),
         }
-        path = dataset.folder / "documents.parquet"
-        durable.write_parquet(path, documents)
-        durable.write_json(dataset.folder / "plan.json", summary | {"sha256": file_digest(path)})
+        write_plan(dataset.folder, documents=documents, summary=summary)
         return cls(documents, summary)
 
 

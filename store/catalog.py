@@ -15,6 +15,7 @@ import duckdb
 import numpy as np
 import polars as pl
 
+from .corpus_plan import read_documents, read_plan
 from .dataset import Dataset, Manifest
 from .errors import DataError, WorkspaceBusy
 from .migrations import migrate, require_current
@@ -52,6 +53,51 @@ def rows(connection: duckdb.DuckDBPyConnection, query: str) -> pl.DataFrame:
     """The result of a query; empty for a statement that has none."""
     relation = connection.sql(query)
     return pl.DataFrame() if relation is None else relation.pl()
+
+
+def known_parts(workspace: Workspace) -> set[tuple[str, str, int]]:
+    """Kind and name of the dataset, and index, of every part that the catalog knows.
+
+    Raises:
+        DataError: there is no catalog, or it cannot be read.
+        WorkspaceBusy: it stays locked.
+    """
+    with reading(workspace) as connection, _told(workspace):
+        return set(connection.execute("SELECT kind, name, part FROM parts").fetchall())
+
+
+def read_all(workspace: Workspace) -> None:
+    """Read every row of the catalog: DuckDB then checks its own checksums.
+
+    Raises:
+        DataError: there is no catalog, or it cannot be read.
+        WorkspaceBusy: it stays locked.
+    """
+    with reading(workspace) as connection, _told(workspace):
+        for (table,) in connection.execute("SELECT table_name FROM duckdb_tables()").fetchall():
+            connection.execute(f"SELECT bit_xor(hash({table})) FROM {table}").fetchall()
+
+
+@contextmanager
+def _told(workspace: Workspace) -> Iterator[None]:
+    try:
+        yield
+    except duckdb.Error as error:
+        raise DataError(
+            f"{workspace.catalog_path} cannot be read: {error}\nIt is only an index: make it anew with `fuseline store rebuild`."
+        ) from error
+
+
+def forget(workspace: Workspace, *, kind: str, name: str) -> None:
+    """Forget a dataset, so that the next fold reads it anew. Only the coordinator may."""
+    connection = _connect(workspace.catalog_path, read_only=False)
+    try:
+        migrate(connection)
+        connection.begin()
+        _forget(connection, kind, name)
+        connection.commit()
+    finally:
+        connection.close()
 
 
 def fold(workspace: Workspace) -> None:
@@ -217,13 +263,12 @@ def _frame(labels: dict[str, Any], arrays: dict[str, Any]) -> pl.DataFrame:
 
 
 def _fold_plan(connection: duckdb.DuckDBPyConnection, dataset: Dataset) -> None:
-    plan = dataset.folder / "plan.json"
-    if not plan.exists() or connection.execute("SELECT 1 FROM corpora WHERE corpus = ?", [dataset.name]).fetchone():
+    summary = read_plan(dataset.folder)
+    if summary is None or connection.execute("SELECT 1 FROM corpora WHERE corpus = ?", [dataset.name]).fetchone():
         return
-    summary = json.loads(plan.read_text(encoding="utf-8"))
     row = {"corpus": dataset.name} | summary | {"parts": len(summary["parts"])}
     _insert(connection, "corpora", pl.DataFrame([row]))
-    documents = pl.read_parquet(dataset.folder / "documents.parquet").rename({"row": "source_row"})
+    documents = read_documents(dataset.folder, summary=summary).rename({"row": "source_row"})
     _insert(connection, "documents", documents.with_columns(corpus=pl.lit(dataset.name)))
 
 

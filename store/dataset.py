@@ -2,17 +2,19 @@
 
     <dataset>/dataset.json             what the dataset is: its identity, hashed to its fingerprint
     <dataset>/part-00042.zarr          arrays (or part-00042.parquet, a table): immutable once the manifest is there
+                                       (part-00042.1.zarr where the first name was taken by what a dead worker left)
     <dataset>/part-00042.json          the manifest: fingerprint, counts, checksums, producer; its appearance is the commit
 
 Readers look only at parts with a manifest. A Zarr chunk that is missing reads back as zeros without an error, so nothing that no manifest
 names is ever read.
 """
 
+import contextlib
+import itertools
 import json
 import os
 import platform
 import time
-import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,12 +25,14 @@ from numpy.typing import NDArray
 
 from .. import __version__
 from . import durable
-from .arrays import Arrays, write_group
+from .arrays import Arrays, Encoding, write_group
+from .checksums import checksums, size_and_crc
 from .errors import DamagedPart, FingerprintMismatch
-from .fingerprint import Identity, differences, fingerprint
+from .fingerprint import Identity, differences, fingerprint, require_seal, sealed
 from .part import PartArrays, Reads
 
-SCHEMA_VERSION = 1
+# Versions of manifests. 2: it has a checksum; and an array may be encoded in q8, which a reader of version 1 would take for numbers.
+SCHEMA_VERSION = 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,6 +42,7 @@ class PartContent:
     data: Arrays | pl.DataFrame
     counts: Mapping[str, int]  # documents, segments, tokens, …: summed by `status`
     attributes: Mapping[str, Any] | None = None  # small facts stored beside the arrays
+    encodings: Mapping[str, Encoding] | None = None  # of arrays of log-probabilities; of others what is given is stored
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,15 +78,15 @@ class Dataset:
         Raises:
             FingerprintMismatch: the folder holds a dataset of another identity; the text shows both, key by key.
         """
-        dataset = cls(folder, identity, dict(description or {}))
-        if (folder / "dataset.json").exists():
-            stored = cls.open(folder)
-            stored.require(identity)
-            return stored
-        folder.mkdir(parents=True, exist_ok=True)
-        record = {"fingerprint": dataset.fingerprint, "identity": identity, "description": dataset.description}
-        durable.write_json(folder / "dataset.json", record)
-        return cls.open(folder)
+        path = folder / "dataset.json"
+        if not path.exists():
+            folder.mkdir(parents=True, exist_ok=True)
+            record = {"fingerprint": fingerprint(identity), "identity": identity, "description": dict(description or {})}
+            with contextlib.suppress(FileExistsError):  # another process was quicker
+                durable.write_new_json(path, sealed(record))
+        stored = cls.open(folder)
+        stored.require(identity)
+        return stored
 
     @classmethod
     def open(cls, folder: Path) -> Self:
@@ -92,11 +97,18 @@ class Dataset:
         """
         try:
             record = json.loads((folder / "dataset.json").read_text(encoding="utf-8"))
+            require_seal(record)
             dataset, stored = cls(folder, record["identity"], record["description"]), record["fingerprint"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise DamagedPart(f"{folder} is not a dataset of a workspace: dataset.json cannot be read ({error}).") from error
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise DamagedPart(
+                f"{folder} is not a dataset of a workspace: dataset.json cannot be read ({error}). "
+                "Remove that file and run the recipe again: it is written anew, and the parts stay if they are of the same inputs."
+            ) from error
         if dataset.fingerprint != stored:
-            raise DamagedPart(f"{folder / 'dataset.json'} was changed by hand: its identity does not hash to its fingerprint.")
+            raise DamagedPart(
+                f"{folder / 'dataset.json'} was changed by hand: its identity does not hash to its fingerprint. "
+                "Remove it and run the recipe again: it is written anew, and the parts stay if they are of the same inputs."
+            )
         return dataset
 
     @property
@@ -138,6 +150,7 @@ class Dataset:
         path = self._path(part, ".json")
         try:
             record = json.loads(path.read_text(encoding="utf-8"))
+            require_seal(record)
             files = {name: (size, crc) for name, (size, crc) in record.pop("files").items()}
             if record["schema_version"] > SCHEMA_VERSION:
                 raise DamagedPart(f"{path} was written by a newer fuseline ({record['producer']['fuseline']}). Use that one.")
@@ -151,18 +164,22 @@ class Dataset:
     def commit(self, part: int, *, content: PartContent, seconds: float) -> Manifest:
         """Write a part durably: payload to a temporary sibling, fsync, rename, then the manifest in the same way.
 
-        A part that is already committed stays as it is: parts are functions of their inputs, so both are the same.
+        A part that is already committed stays as it is: parts are functions of their inputs, so both are the same. Workers may commit the
+        same part at the same time: neither ever replaces or removes what the other has published, and the first manifest counts.
         """
-        if self._path(part, ".json").exists():
+        path, is_table = self._path(part, ".json"), isinstance(content.data, pl.DataFrame)
+        if path.exists():
             return self.manifest(part)
-        payload = self._path(part, ".parquet" if isinstance(content.data, pl.DataFrame) else ".zarr")
-        temporary = durable.temporary_sibling(payload)
-        if isinstance(content.data, pl.DataFrame):
-            durable.write_parquet(temporary, content.data)
-        else:
-            write_group(temporary, arrays=content.data, attributes=content.attributes or {})
-        files = _checksums(temporary)
-        durable.publish(temporary, to=payload)
+        suffix = ".parquet" if is_table else ".zarr"
+        with durable.temporary(self._path(part, suffix)) as temporary:
+            if isinstance(content.data, pl.DataFrame):
+                temporary.write_bytes(durable.parquet_bytes(content.data))
+            else:
+                write_group(temporary, arrays=content.data, attributes=content.attributes or {}, encodings=content.encodings)
+            files = checksums(temporary)
+            if path.exists():
+                return self.manifest(part)
+            payload = self._publish(temporary, part=part, suffix=suffix, files=files)
         manifest = Manifest(
             fingerprint=self.fingerprint,
             part=part,
@@ -171,9 +188,37 @@ class Dataset:
             files=files,
             producer={"fuseline": __version__, "host": platform.node(), "committed_at": time.time(), "seconds": round(seconds, 3)},
         )
-        record = {name: getattr(manifest, name) for name in Manifest.__slots__}
-        durable.write_json(self._path(part, ".json"), record)
+        try:
+            durable.write_new_json(path, sealed({name: getattr(manifest, name) for name in Manifest.__slots__}))
+        except FileExistsError:
+            return self.manifest(part)
         return manifest
+
+    def _publish(self, temporary: Path, *, part: int, suffix: str, files: dict[str, tuple[int, int]]) -> Path:
+        """Give a payload the first free name, or take one of the same content that is there already.
+
+        That is the rule after a crash between payload and manifest. Another one may be what another worker's manifest is about to name.
+        """
+        for attempt in itertools.count():
+            payload = self._path(part, f".{attempt}{suffix}" if attempt else suffix)
+            try:
+                durable.publish_new(temporary, to=payload)
+                break
+            except FileExistsError:
+                if _adopt(payload, files=files):
+                    break
+        return payload
+
+    def drop(self, part: int) -> None:
+        """Undo the commit of a part: its manifest goes first, then the payload that it names, if it can still be read."""
+        path = self.manifest_path(part)
+        try:
+            payload = json.loads(path.read_text(encoding="utf-8"))["payload"]
+        except (OSError, ValueError, KeyError, TypeError):
+            payload = None
+        durable.remove(path)
+        if isinstance(payload, str) and payload.startswith(path.stem) and (self.folder / payload).exists():
+            durable.remove(self.folder / payload)
 
     def arrays(self, part: int, *, reads: Reads | None = None) -> PartArrays:
         """The arrays of a committed part, to be read as a whole or by rows; `reads` counts what is read.
@@ -182,7 +227,7 @@ class Dataset:
             DamagedPart: the manifest or the folder it names is missing, or the metadata in it are not what was committed.
         """
         manifest = self.manifest(part)
-        self._require_same(part, "zarr.json")  # the metadata of all its arrays, which Zarr has no checksum for
+        self.require_file(part, "zarr.json")  # the metadata of all its arrays, which Zarr has no checksum for
         sizes = {path: size for path, (size, _) in manifest.files.items()}
         return PartArrays(self.folder / manifest.payload, sizes=sizes, remedy=self._remedy(part), reads=reads)
 
@@ -213,42 +258,35 @@ class Dataset:
         Raises:
             DamagedPart: it is missing, or not what was committed.
         """
-        self._require_same(part, "")  # of 300 flipped bits in a Parquet file without checksums, 174 changed its text silently
+        self.require_file(part, "")  # of 300 flipped bits in a Parquet file without checksums, 174 changed its text silently
         return self.folder / self.manifest(part).payload
+
+    def manifest_path(self, part: int) -> Path:
+        """Where the manifest of a part is, or would be."""
+        return self._path(part, ".json")
 
     def _path(self, part: int, suffix: str) -> Path:
         return self.folder / f"part-{part:05d}{suffix}"
 
-    def _require_same(self, part: int, name: str) -> None:
-        """Raise DamagedPart unless a file of the payload has the size and checksum that the manifest says."""
+    def require_file(self, part: int, name: str) -> None:
+        """Raise DamagedPart unless a file of the payload (by its path in it) has the size and checksum that the manifest says."""
         manifest = self.manifest(part)
         path = self.folder / manifest.payload / name
         try:
-            is_same = _size_and_crc(path) == manifest.files[name]
+            is_same = size_and_crc(path) == manifest.files[name]
         except (OSError, KeyError) as error:
             raise DamagedPart(f"{path} is named by its manifest but cannot be read ({error}). {self._remedy(part)}") from error
         if not is_same:
             raise DamagedPart(f"{path} is not what was committed: its checksum differs from the manifest's. {self._remedy(part)}")
 
     def _remedy(self, part: int) -> str:
-        return f"Remove {self._path(part, '.json')} and run the stage again: only this part is made anew."
+        return f"Remove {self._path(part, '.json')} and run the stage again, or run `fuseline store repair`: only this part is made anew."
 
 
-def _checksums(payload: Path) -> dict[str, tuple[int, int]]:
-    if payload.is_file():
-        return {"": _size_and_crc(payload)}
-    found = {}
-    for folder, _, names in os.walk(payload):
-        for name in names:
-            path = Path(folder, name)
-            found[path.relative_to(payload).as_posix()] = _size_and_crc(path)
-    return dict(sorted(found.items()))
-
-
-def _size_and_crc(path: Path) -> tuple[int, int]:
-    crc = size = 0
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            crc = zlib.crc32(block, crc)
-            size += len(block)
-    return size, crc
+def _adopt(payload: Path, *, files: dict[str, tuple[int, int]]) -> bool:
+    """Whether a payload that no manifest names yet holds exactly these files; it then stays safe from `store gc` for another hour."""
+    try:
+        os.utime(payload)
+        return checksums(payload) == files
+    except OSError:  # half of it is gone
+        return False

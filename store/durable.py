@@ -1,13 +1,21 @@
-"""Files that survive a crash: written beside their place, fsynced, renamed into it, and the folder fsynced too.
+"""Files that survive a crash, and workers beside each other: written under a name of their own, fsynced, renamed into place, and the folder
+fsynced too.
 
 `zarr-python` and `polars` write without fsync, so a power cut may leave a renamed file empty; these few functions are the only ones that
-put anything into a workspace for good.
+put anything into a workspace for good. The file system must have hard links, and renames that are one step.
 """
 
+import contextlib
+import errno
 import io
 import json
 import os
+import platform
+import re
+import secrets
 import shutil
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +23,9 @@ if TYPE_CHECKING:
     import polars as pl
 
 TEMPORARY = ".tmp-"  # prefix of every name that a crash may leave behind; nothing with it is ever read
+_WRITER = re.compile(re.escape(TEMPORARY) + r"(?P<pid>\d+)@(?P<host>[^@]+)@[0-9a-f]+@")
+_OTHER_HOSTS_SECONDS = 24 * 3600.0  # a writer on another host, which cannot be asked, is taken for dead after this
+_CLOCK_SECONDS = 600.0  # by which the clock of a file server may be ahead of this host's
 
 
 def fsync(path: Path) -> None:
@@ -27,62 +38,159 @@ def fsync(path: Path) -> None:
 
 
 def temporary_sibling(path: Path) -> Path:
-    """A name in the same folder (so that a rename is atomic) that readers ignore and `sweep` removes."""
-    return path.with_name(f"{TEMPORARY}{os.getpid()}-{path.name}")
+    """A name in the same folder (so that a rename is atomic) that no other writer uses and no reader reads; it says who writes it."""
+    return path.with_name(f"{TEMPORARY}{os.getpid()}@{_host()}@{secrets.token_hex(4)}@{path.name}")
+
+
+@contextlib.contextmanager
+def temporary(path: Path) -> Iterator[Path]:
+    """A `temporary_sibling` to write to and to publish; what still is under that name at the end is removed."""
+    name = temporary_sibling(path)
+    try:
+        yield name
+    finally:
+        with contextlib.suppress(OSError):  # a thread of Zarr's may still write into it: `sweep` then does it, later
+            discard(name)
 
 
 def publish(temporary: Path, *, to: Path) -> None:
-    """Make a finished temporary file or folder appear under its name, in one step and for good.
-
-    A folder left under that name by a crash between this step and its manifest is replaced.
-    """
-    if temporary.is_dir():
-        for folder, _, names in os.walk(temporary, topdown=False):
-            for name in names:
-                fsync(Path(folder, name))
-            fsync(Path(folder))
-        if to.exists():
-            remove(to)
-    else:
-        fsync(temporary)
+    """Make a finished temporary file or folder appear under its name, in one step and for good, in place of what is there."""
+    _flush(temporary)
+    if temporary.is_dir() and to.exists():
+        remove(to)
     os.replace(temporary, to)
+    fsync(to.parent)
+
+
+def publish_new(temporary: Path, *, to: Path) -> None:
+    """Make a finished temporary file or folder appear under a name that is free, in one step and for good.
+
+    Raises:
+        FileExistsError: something has that name, perhaps since a moment ago; it and the temporary stay as they are.
+    """
+    _flush(temporary)
+    if temporary.is_dir():
+        try:
+            os.rename(temporary, to)
+        except OSError as error:
+            if error.errno in {errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR}:
+                raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(to)) from error
+            raise
+    else:
+        os.link(temporary, to)  # unlike a rename, never replaces
+        os.unlink(temporary)
     fsync(to.parent)
 
 
 def write_bytes(path: Path, data: bytes) -> None:
     """Write a small file atomically."""
-    temporary = temporary_sibling(path)
-    temporary.write_bytes(data)
-    publish(temporary, to=path)
+    with temporary(path) as name:
+        name.write_bytes(data)
+        publish(name, to=path)
 
 
 def write_parquet(path: Path, table: "pl.DataFrame") -> None:
-    """Write a table atomically. It goes through memory, because polars reports a full disk as an error of its own."""
+    """Write a table atomically."""
+    write_bytes(path, parquet_bytes(table))
+
+
+def parquet_bytes(table: "pl.DataFrame") -> bytes:
+    """A table as the content of a Parquet file. It is made in memory, because polars reports a full disk as an error of its own."""
     buffer = io.BytesIO()
     table.write_parquet(buffer, compression="zstd")
-    write_bytes(path, buffer.getvalue())
+    return buffer.getvalue()
 
 
 def write_json(path: Path, value: Any) -> None:
     """Write a small JSON file atomically."""
-    write_bytes(path, (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode())
+    write_bytes(path, _json_bytes(value))
+
+
+def write_new_json(path: Path, value: Any) -> None:
+    """Write a small JSON file atomically, unless there is one.
+
+    Raises:
+        FileExistsError: there is, perhaps since a moment ago; it stays.
+    """
+    with temporary(path) as name:
+        name.write_bytes(_json_bytes(value))
+        publish_new(name, to=path)
 
 
 def remove(path: Path) -> None:
     """Remove a file or a folder; a folder is renamed first, so that a crash cannot leave half of it under its name."""
     if path.is_dir():
-        doomed = temporary_sibling(path.with_name(f"old-{path.name}"))  # not the name of what may be about to replace it
-        shutil.rmtree(doomed, ignore_errors=True)
+        doomed = temporary_sibling(path)
         path.rename(doomed)
-        shutil.rmtree(doomed)
-    else:
-        path.unlink(missing_ok=True)
+        path = doomed
+    discard(path)
 
 
-def sweep(folder: Path) -> None:
-    """Remove what an interrupted writer left in a folder. Only the coordinator may call it, while no worker writes."""
-    for path in folder.glob(TEMPORARY + "*"):
+def discard(path: Path) -> None:
+    """Remove a file or a folder that nobody reads, if it is there."""
+    with contextlib.suppress(FileNotFoundError):  # somebody else is at it too
         if path.is_dir():
             shutil.rmtree(path)
         else:
             path.unlink()
+
+
+def sweep(folder: Path, *, alone: bool = False) -> None:
+    """Remove what dead writers left in a folder; also what a living one may be writing, if the caller knows that it is `alone`."""
+    for path in folder.glob(TEMPORARY + "*"):
+        with contextlib.suppress(FileNotFoundError):  # it was just published
+            if alone or is_abandoned(path):
+                discard(path)
+
+
+def is_abandoned(path: Path) -> bool:
+    """Whether the writer of a temporary file or folder is dead, as far as this host can know.
+
+    On this host its process is gone, or its number belongs to a process that started later. On another, nothing was touched for a day.
+
+    Raises:
+        FileNotFoundError: it is gone.
+    """
+    import psutil
+
+    touched = last_touched(path)
+    writer = _WRITER.match(path.name)
+    if writer is None or writer["host"] != _host():
+        return time.time() - touched > _OTHER_HOSTS_SECONDS
+    try:
+        return psutil.Process(int(writer["pid"])).create_time() > touched + _CLOCK_SECONDS
+    except psutil.NoSuchProcess:
+        return True
+
+
+def last_touched(path: Path) -> float:
+    """When a file, or the newest file or folder in a folder, was last changed (seconds since 1970).
+
+    Raises:
+        FileNotFoundError: there is nothing of that name.
+    """
+    newest = path.stat().st_mtime
+    for folder, _, names in os.walk(path):
+        for name in (".", *names):
+            with contextlib.suppress(FileNotFoundError):
+                newest = max(newest, Path(folder, name).stat().st_mtime)
+    return newest
+
+
+def _flush(path: Path) -> None:
+    for folder, _, names in os.walk(path, topdown=False):  # nothing for a file
+        for name in names:
+            fsync(Path(folder, name))
+        fsync(Path(folder))
+    if not path.is_dir():
+        fsync(path)
+
+
+def _host() -> str:
+    """This host; containers on one that count their processes apart are different ones."""
+    namespace = Path("/proc/self/ns/pid")
+    return platform.node() + (f"-{namespace.stat().st_ino}" if namespace.exists() else "")
+
+
+def _json_bytes(value: Any) -> bytes:
+    return (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode()

@@ -16,6 +16,22 @@ def fingerprint(identity: Identity) -> str:
     return hashlib.sha256(canonical.encode()).hexdigest()
 
 
+def sealed(record: Mapping[str, Any]) -> dict[str, Any]:
+    """A record with its own checksum, under `checksum`: a flipped bit in a small JSON file is then told."""
+    return {**record, "checksum": fingerprint(record)}
+
+
+def require_seal(record: dict[str, Any]) -> None:
+    """Take the checksum out of a record; one that was written before there were checksums has none.
+
+    Raises:
+        ValueError: it is not that of the rest.
+    """
+    checksum = record.pop("checksum", None)
+    if checksum is not None and checksum != fingerprint(record):
+        raise ValueError("its checksum is not that of its content: it was damaged, or changed by hand")
+
+
 def differences(stored: Identity, asked: Identity) -> list[str]:
     """A line for each key in which two identities differ, nested keys joined by dots: `top_k: stored 10, asked for 32`."""
     left, right = _flat(stored), _flat(asked)

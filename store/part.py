@@ -13,6 +13,7 @@ from zarr.abc.store import ByteRequest
 from zarr.core.buffer import Buffer, BufferPrototype
 from zarr.storage import LocalStore
 
+from .arrays import decoded
 from .errors import DamagedPart
 
 
@@ -60,6 +61,8 @@ class PartArrays:
     def read(self, name: str, start: int = 0, stop: int | None = None) -> NDArray[Any]:
         """Rows `start` to `stop` of an array (by default all), decoded; only the chunks that hold them are read, and checked.
 
+        Log-probabilities come as float16 or, where they are stored in eight bits (`arrays.encode_q8`), as float32: never as codes.
+
         Raises:
             DamagedPart: the array is missing, cut short, or does not match its checksum.
         """
@@ -68,7 +71,7 @@ class PartArrays:
             stop = array.shape[0] if stop is None else stop
             if stop > start:
                 self._reads.add(chunks=(stop - 1) // array.chunks[0] - start // array.chunks[0] + 1)
-            return np.asarray(array[start:stop])
+            return decoded(np.asarray(array[start:stop]), attributes=array.attrs)
         except (OSError, ValueError, RuntimeError, KeyError) as error:
             if isinstance(error, DamagedPart):
                 raise

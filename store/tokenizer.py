@@ -8,6 +8,7 @@ Text is data. Control tokens that appear literally in a document (`</s>`, `<|end
 Axes: V tokens of the vocabulary, T tokens of many segments, S segments.
 """
 
+import contextlib
 import hashlib
 import json
 import re
@@ -156,8 +157,7 @@ class Tokenizer:
     @cached_property
     def digest(self) -> str:
         """SHA-256 (hex) of all that determines how text becomes ids."""
-        settings = json.dumps([self.roles, self.prepends_bos], sort_keys=True)
-        return hashlib.sha256(f"{settings}\n{self.definition}".encode()).hexdigest()
+        return tokenizer_digest(self.definition, roles=self.roles, prepends_bos=self.prepends_bos)
 
     @property
     def vocab_size(self) -> int:
@@ -253,21 +253,32 @@ class Tokenizer:
         if folder.exists():
             return
         folder.parent.mkdir(parents=True, exist_ok=True)
-        temporary = durable.temporary_sibling(folder)
-        temporary.mkdir()
-        (temporary / "tokenizer.json").write_text(self.definition, encoding="utf-8")
-        settings = {"roles": self.roles, "prepends_bos": self.prepends_bos}
-        (temporary / "settings.json").write_text(json.dumps(settings), encoding="utf-8")
-        columns = {"token_id": range(self.vocab_size), "bytes": self.token_bytes.to_list(), "is_special": self.token_bytes.is_special_V}
-        schema = {"token_id": pl.UInt32, "bytes": pl.Binary, "is_special": pl.Boolean}
-        durable.write_parquet(temporary / "token_bytes.parquet", pl.DataFrame(columns, schema=schema))
-        durable.publish(temporary, to=folder)
+        with durable.temporary(folder) as temporary:
+            temporary.mkdir()
+            (temporary / "tokenizer.json").write_text(self.definition, encoding="utf-8")
+            settings = {"roles": self.roles, "prepends_bos": self.prepends_bos}
+            (temporary / "settings.json").write_text(json.dumps(settings), encoding="utf-8")
+            columns = {
+                "token_id": range(self.vocab_size),
+                "bytes": self.token_bytes.to_list(),
+                "is_special": self.token_bytes.is_special_V,
+            }
+            schema = {"token_id": pl.UInt32, "bytes": pl.Binary, "is_special": pl.Boolean}
+            durable.write_parquet(temporary / "token_bytes.parquet", pl.DataFrame(columns, schema=schema))
+            with contextlib.suppress(FileExistsError):  # another worker was quicker; the digest says it is the same
+                durable.publish_new(temporary, to=folder)
 
     @classmethod
     def load(cls, folder: Path) -> Self:
         """Read what `save` wrote."""
         settings = json.loads((folder / "settings.json").read_text(encoding="utf-8"))
         return cls((folder / "tokenizer.json").read_text(encoding="utf-8"), **settings)
+
+
+def tokenizer_digest(definition: str, *, roles: dict[str, int | None], prepends_bos: bool) -> str:
+    """SHA-256 (hex) of the text of a `tokenizer.json` and its settings; it names the tokenizer's folder."""
+    settings = json.dumps([roles, prepends_bos], sort_keys=True)
+    return hashlib.sha256(f"{settings}\n{definition}".encode()).hexdigest()
 
 
 def _added_tokens(definition: str) -> list[dict[str, Any]]:

@@ -102,7 +102,7 @@ class Workspace:
 
     @contextmanager
     def coordinator(self) -> Iterator[None]:
-        """Be the one process that runs stages and writes the catalog; sweeps what an interrupted one left behind.
+        """Be the one process that runs stages and writes the catalog; sweeps what dead writers left behind.
 
         Raises:
             WorkspaceBusy: another process is. The lock is the kernel's, so a killed coordinator holds nothing.
@@ -119,12 +119,17 @@ class Workspace:
             file.truncate(0)
             file.write(f"process {os.getpid()} on {platform.node()}")
             file.flush()
-            # Not what trainers write: one that was started by hand may be at work.
-            for folder in (self.root, self.root / "tokenizers", *(self.root / kind for kind in DATASET_KINDS)):
+            for folder in self.swept_folders():
                 durable.sweep(folder)
-            for dataset in self.datasets():
-                durable.sweep(dataset.folder)
             yield
+
+    def swept_folders(self) -> Iterator[Path]:
+        """The folders into which stages publish, and in which a dead one leaves temporaries. Trainers sweep theirs themselves."""
+        yield self.root
+        for folder in ("tokenizers", *DATASET_KINDS):
+            yield self.root / folder
+        for kind in DATASET_KINDS:
+            yield from sorted((self.root / kind).glob("[!.]*/"))
 
     @contextmanager
     def run(self, stage: str, *, name: str, parameters: Mapping[str, Any]) -> Iterator[dict[str, Any]]:

@@ -71,8 +71,8 @@ class Checkpoints:
             DamagedPart: it cannot be read.
         """
         if self._runtime.leads:
-            durable.sweep(self.run_folder)
-            durable.sweep(self.run_folder / "checkpoints")
+            durable.sweep(self.run_folder, alone=True)
+            durable.sweep(self.run_folder / "checkpoints", alone=True)
         dist.barrier()
         step = records.last_checkpoint(self.run_folder)
         if step is None:

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import numpy as np
 import polars as pl
-from fuseline.store import catalog, durable
+from fuseline.store import catalog
+from fuseline.store.corpus_plan import write_plan
 from fuseline.store.dataset import Dataset, PartContent
 from fuseline.store.workspace import Workspace
 
@@ -70,9 +71,9 @@ def _write_corpus(workspace: Workspace, name: str, *, rng: np.random.Generator, 
         }
     )
     dataset = Dataset.create(workspace.folder("corpus", name), identity={"corpus": name})
-    durable.write_parquet(dataset.folder / "documents.parquet", documents)
-    summary = {"documents": len(parts), "duplicates": 0, "empty": 0, "text_bytes": 100 * len(parts), "parts": [{}] * n_parts}
-    durable.write_json(dataset.folder / "plan.json", summary)
+    parts_of = [{"split": group["split"][0], "documents": len(group)} for _, group in documents.group_by("part", maintain_order=True)]
+    summary = {"documents": len(parts), "duplicates": 0, "empty": 0, "text_bytes": 100 * len(parts), "parts": parts_of}
+    write_plan(dataset.folder, documents=documents, summary=summary)
     for part in range(n_parts):
         of_part = documents.filter(part=part).select("doc_id", "domain", "split", "sha256")
         table = of_part.with_columns(segment=pl.lit(0, pl.UInt32), text=pl.format("text {}", "doc_id"))

@@ -1,13 +1,19 @@
 """Parts: what is committed comes back to the bit, and what is damaged is told, never read."""
 
 import json
+import os
 import random
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import polars as pl
 import pytest
-from fuseline.store.arrays import id_dtype
+import zarr
+from fuseline.store import durable
+from fuseline.store.arrays import decode_q8, encode_q8, id_dtype
 from fuseline.store.dataset import Dataset, PartContent
 from fuseline.store.errors import DamagedPart, FingerprintMismatch
 from fuseline.store.fingerprint import differences, fingerprint
@@ -52,6 +58,31 @@ def test_special_floats_come_back(dataset):
     assert dataset.read(0, "array_T")[0].tobytes() == array.tobytes()
 
 
+def test_log_probabilities_are_stored_as_asked_and_read_as_numbers(dataset):
+    logprobs_TK = -RNG.gamma(1.5, 2, (20_000, 3)).astype(np.float32)
+    logprobs_TK[5:9, 2] = -np.inf
+    arrays = {"exact_TK": logprobs_TK, "half_TK": logprobs_TK, "coarse_TK": logprobs_TK, "ids_T": ARRAYS["ids_T"]}
+    for part, encodings in enumerate([{"half_TK": "f16"}, {"half_TK": "f16", "coarse_TK": "q8"}]):
+        dataset.commit(part, content=PartContent(data=arrays, counts={}, encodings=encodings), seconds=0)
+    exact, half, coarse = dataset.read(1, "exact_TK", "half_TK", "coarse_TK")
+    assert exact.tobytes() == logprobs_TK.tobytes()
+    assert half.tobytes() == logprobs_TK.astype(np.float16).tobytes()
+    assert (coarse.dtype, coarse.shape) == (np.float32, logprobs_TK.shape)
+    assert coarse.tobytes() == decode_q8(encode_q8(logprobs_TK)).tobytes()
+    assert dataset.arrays(1).read("coarse_TK", 17_000, 17_010).tobytes() == coarse[17_000:17_010].tobytes()
+    assert dataset.manifest(1).schema_version == 2, "a fuseline from before q8 would take its codes for numbers, and must refuse"
+    stored = zarr.open_group(dataset.folder / "part-00001.zarr", mode="r")
+    assert stored["coarse_TK"].dtype == np.uint8
+    assert dict(stored["coarse_TK"].attrs) == {"encoding": "q8"}
+    assert dict(stored["half_TK"].attrs) == {}
+
+
+def test_metadata_of_a_part_are_small(dataset):
+    commit(dataset, **{f"array_{index}_T": ARRAYS["ids_T"] for index in range(13)})  # as many as distributions have
+    n_bytes = sum(path.stat().st_size for path in (dataset.folder / "part-00000.zarr").rglob("zarr.json"))
+    assert n_bytes < 25_000
+
+
 def test_attributes_and_the_manifest_say_what_was_committed(dataset):
     content = PartContent(
         data=ARRAYS, counts={"documents": 2, "tokens": 40_000}, attributes={"quarantined": [{"doc_id": 3, "reason": "ü"}]}
@@ -83,14 +114,28 @@ def test_parts_are_those_with_a_manifest(dataset):
         dataset.read(7, "ids_T")
 
 
-def test_a_payload_without_manifest_is_replaced(dataset):
+def test_a_payload_without_manifest_is_left_alone_and_never_read(dataset):
     left = dataset.folder / "part-00000.zarr"
     (left / "other_T" / "c").mkdir(parents=True)
-    (left / "other_T" / "c" / "0").write_bytes(b"half a shard")
+    (left / "other_T" / "c" / "0").write_bytes(b"half a shard, or what another worker is about to name")
     commit(dataset)
-    assert not (left / "other_T").exists()
+    assert dataset.manifest(0).payload == "part-00000.1.zarr"
+    assert (left / "other_T" / "c" / "0").exists()
     assert [array.tobytes() for array in dataset.read(0, *ARRAYS)] == [array.tobytes() for array in ARRAYS.values()]
     assert not list(dataset.folder.glob(".tmp-*"))
+
+
+@pytest.mark.parametrize("data", [ARRAYS, pl.DataFrame({"text": ["a", "b"]})], ids=["arrays", "table"])
+def test_a_payload_of_the_same_content_is_adopted(dataset, data):
+    content = PartContent(data=data, counts={})
+    payload = dataset.folder / dataset.commit(0, content=content, seconds=0).payload
+    (dataset.folder / "part-00000.json").unlink()
+    inode = payload.stat().st_ino
+    os.utime(payload, (0, 0))
+    assert dataset.commit(0, content=content, seconds=0).payload == payload.name
+    assert payload.stat().st_ino == inode
+    assert payload.stat().st_mtime > 0, "it counts as new, so that nobody collects it"
+    assert sorted(path.name for path in dataset.folder.iterdir()) == ["dataset.json", "part-00000.json", payload.name]
 
 
 def test_a_second_commit_leaves_the_first(dataset):
@@ -273,10 +318,24 @@ def test_a_coordinator_sweeps_what_was_interrupted_and_keeps_what_was_committed(
     workspace = Workspace.create(tmp_path / "workspace")
     dataset = workspace.dataset("distributions", "model", identity=IDENTITY)
     commit(dataset)
-    (dataset.folder / ".tmp-99-part-00001.zarr" / "ids_T").mkdir(parents=True)
-    (dataset.folder / ".tmp-99-part-00001.json").write_text("{")
-    (workspace.root / ".tmp-99-workspace.json").write_text("{")
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    process.wait()
+
+    def of_the_dead(path: Path) -> Path:
+        return path.with_name(durable.temporary_sibling(path).name.replace(str(os.getpid()), str(process.pid), 1))
+
+    (of_the_dead(dataset.folder / "part-00001.zarr") / "ids_T").mkdir(parents=True)
+    for path in (dataset.folder / "part-00001.json", workspace.root / "workspace.json", workspace.root / "tokenizers" / "digest"):
+        path.parent.mkdir(exist_ok=True)
+        of_the_dead(path).write_text("{")
+    of_the_living = durable.temporary_sibling(dataset.folder / "part-00002.json")
+    of_the_living.write_text("{")
+    (workspace.root / "corpus" / "broken").mkdir(parents=True)
+    (workspace.root / "corpus" / "broken" / "dataset.json").write_text("{")  # no reason not to become the coordinator
     with workspace.coordinator():
-        assert sorted(path.name for path in dataset.folder.iterdir()) == ["dataset.json", "part-00000.json", "part-00000.zarr"]
-        assert not list(workspace.root.glob(".tmp-*"))
+        assert sorted(path.name for path in dataset.folder.iterdir()) == [
+            of_the_living.name, "dataset.json", "part-00000.json", "part-00000.zarr"
+        ]  # fmt: skip
+        assert list(workspace.root.rglob(".tmp-*")) == [of_the_living]
+    shutil.rmtree(workspace.root / "corpus")
     assert [found.name for found in workspace.datasets()] == ["model"]

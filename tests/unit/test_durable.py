@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -15,20 +16,24 @@ class Recorder:
     def __init__(self, monkeypatch) -> None:
         self.flushed: set[int] = set()  # inodes
         self.renames: list[tuple[Path, set[int], set[int]]] = []  # (new name, inodes under it, inodes flushed until then)
-        fsync, replace = os.fsync, os.replace
+        fsync = os.fsync
 
         def noted_fsync(descriptor):
             fsync(descriptor)
             self.flushed.add(os.fstat(descriptor).st_ino)
 
-        def noted_replace(old, new):
-            inodes = {path.stat().st_ino for path in [Path(old), *Path(old).rglob("*")]}
-            self.renames.append((Path(new), inodes, set(self.flushed)))
-            self.flushed.discard(Path(new).parent.stat().st_ino)  # its entries change
-            replace(old, new)
+        def noted(function):
+            def wrapped(old, new):
+                inodes = {path.stat().st_ino for path in [Path(old), *Path(old).rglob("*")]}
+                self.renames.append((Path(new), inodes, set(self.flushed)))
+                self.flushed.discard(Path(new).parent.stat().st_ino)  # its entries change
+                function(old, new)
+
+            return wrapped
 
         monkeypatch.setattr(os, "fsync", noted_fsync)
-        monkeypatch.setattr(os, "replace", noted_replace)
+        for name in ("replace", "rename", "link"):
+            monkeypatch.setattr(os, name, noted(getattr(os, name)))
 
     def assert_durable(self) -> None:
         assert self.renames
@@ -62,7 +67,7 @@ def test_a_file_is_replaced_whole(tmp_path):
     assert (tmp_path / "x").read_bytes() == b"second"
 
 
-def test_a_folder_left_by_a_crash_is_replaced_whole(tmp_path):
+def test_a_folder_is_replaced_whole(tmp_path):
     left = tmp_path / "part.zarr"
     (left / "old").mkdir(parents=True)
     (left / "old" / "chunk").write_bytes(b"half")
@@ -73,22 +78,108 @@ def test_a_folder_left_by_a_crash_is_replaced_whole(tmp_path):
     assert [path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*")] == ["part.zarr", "part.zarr/new"]
 
 
+@pytest.mark.parametrize("kind", ["file", "folder", "other kind"])
+def test_what_is_new_takes_no_other_name(tmp_path, kind):
+    there, temporary = tmp_path / "part", durable.temporary_sibling(tmp_path / "part")
+    if kind == "folder":
+        there.mkdir()
+        (there / "old").write_bytes(b"old")
+    else:
+        there.write_bytes(b"old")
+    if kind == "file":
+        temporary.write_bytes(b"new")
+    else:
+        temporary.mkdir()
+        (temporary / "new").write_bytes(b"new")
+    with pytest.raises(FileExistsError):
+        durable.publish_new(temporary, to=there)
+    assert temporary.exists()
+    assert (there / "old" if kind == "folder" else there).read_bytes() == b"old"
+    durable.publish_new(temporary, to=tmp_path / "free")
+    assert not temporary.exists()
+    assert (tmp_path / "free" if kind == "file" else tmp_path / "free" / "new").read_bytes() == b"new"
+
+
+def test_what_is_new_is_flushed_before_its_name_appears_and_its_folder_after(tmp_path, monkeypatch):
+    recorder = Recorder(monkeypatch)
+    durable.write_new_json(tmp_path / "part.json", {})
+    temporary = durable.temporary_sibling(tmp_path / "part.zarr")
+    (temporary / "a").mkdir(parents=True)
+    (temporary / "a" / "0").write_bytes(b"0")
+    durable.publish_new(temporary, to=tmp_path / "part.zarr")
+    assert {new.name for new, _, _ in recorder.renames} == {"part.json", "part.zarr"}
+    recorder.assert_durable()
+
+
 def test_temporaries_lie_in_the_same_folder_and_are_nobody_elses(tmp_path):
-    temporary = durable.temporary_sibling(tmp_path / "part-00001.json")
-    assert temporary.parent == tmp_path
-    assert temporary.name.startswith(durable.TEMPORARY)
-    assert str(os.getpid()) in temporary.name
-    assert temporary != durable.temporary_sibling(tmp_path / "part-00002.json")
+    path = tmp_path / "part-00001.json"
+    names = {durable.temporary_sibling(path) for _ in range(50)}
+    assert len(names) == 50
+    for name in names:
+        assert name.parent == tmp_path
+        assert name.name.startswith(durable.TEMPORARY)
+        assert not durable.is_abandoned(_made(name)), "this process is alive"
 
 
-def test_sweep_removes_temporaries_and_nothing_else(tmp_path):
-    (tmp_path / f"{durable.TEMPORARY}1-part.zarr" / "a").mkdir(parents=True)
-    (tmp_path / f"{durable.TEMPORARY}1-part.zarr" / "a" / "0").write_bytes(b"0")
-    (tmp_path / f"{durable.TEMPORARY}2-part.json").write_bytes(b"{")
-    (tmp_path / "part.json").write_bytes(b"{}")
-    (tmp_path / "part.zarr").mkdir()
+def test_a_temporary_goes_with_its_block_unless_it_was_published(tmp_path):
+    with pytest.raises(ZeroDivisionError), durable.temporary(tmp_path / "x") as name:  # noqa: PT012
+        name.mkdir()
+        (name / "half").write_bytes(b"half")
+        raise ZeroDivisionError
+    with durable.temporary(tmp_path / "x") as name:
+        name.write_bytes(b"whole")
+        durable.publish(name, to=tmp_path / "x")
+    assert [path.name for path in tmp_path.iterdir()] == ["x"]
+
+
+def _made(path: Path, *, age: float = 0) -> Path:
+    path.write_bytes(b"{")
+    os.utime(path, (time.time() - age,) * 2)
+    return path
+
+
+@pytest.fixture
+def dead_pid() -> int:
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    process.wait()
+    return process.pid
+
+
+def test_sweep_removes_what_the_dead_left_and_nothing_else(tmp_path, dead_pid):
+    own = durable.temporary_sibling(tmp_path / "part.json").name
+    day = 24 * 3600
+
+    def named(name: str, *, age: float = 0) -> str:
+        return _made(tmp_path / name, age=age).name
+
+    kept = {
+        named(own),
+        named(own.replace("@", "-other@", 2).replace("-other@", "@", 1), age=day - 100),
+        named(".tmp-step-00000001"),
+        named("part.json", age=2 * day),
+    }
+    named(own.replace(str(os.getpid()), str(dead_pid), 1))
+    named(own.replace("@", "-other@", 2).replace("-other@", "@", 1) + "2", age=day + 100)
+    named(own + "3", age=10 * day)  # of another process that had this one's number
+    named(".tmp-step-00000002", age=2 * day)
+    folder = tmp_path / (own.replace(str(os.getpid()), str(dead_pid), 1) + ".zarr")
+    (folder / "a").mkdir(parents=True)
+    _made(folder / "a" / "0")
     durable.sweep(tmp_path)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["part.json", "part.zarr"]
+    assert {path.name for path in tmp_path.iterdir()} == kept
+    durable.sweep(tmp_path, alone=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["part.json"]
+
+
+def test_a_folder_of_another_host_stays_while_anything_in_it_is_touched(tmp_path):
+    folder = tmp_path / ".tmp-1@elsewhere@00@part.zarr"
+    (folder / "a").mkdir(parents=True)
+    _made(folder / "a" / "0")
+    os.utime(folder / "a", (0, 0))
+    os.utime(folder, (0, 0))
+    assert not durable.is_abandoned(folder)
+    os.utime(folder / "a" / "0", (0, 0))
+    assert durable.is_abandoned(folder)
 
 
 def test_removing_what_is_not_there_is_harmless_and_a_folder_goes_with_all_in_it(tmp_path):
@@ -96,103 +187,3 @@ def test_removing_what_is_not_there_is_harmless_and_a_folder_goes_with_all_in_it
     (tmp_path / "folder" / "deep").mkdir(parents=True)
     durable.remove(tmp_path / "folder")
     assert not list(tmp_path.iterdir())
-
-
-# A worker that is killed at its n-th step of committing a part. It forks for each n, so that importing is paid for once.
-CRASHES = """
-import json, os, shutil, signal, sys
-from pathlib import Path
-import numpy as np, polars as pl
-from fuseline.store import durable
-from fuseline.store.dataset import Dataset, PartContent
-
-root, kind, left = Path(sys.argv[1]), sys.argv[2], sys.argv[3] == "left"
-content = PartContent(
-    data=pl.DataFrame({"text": ["x", "y"] * 50}) if kind == "table" else {
-        "ids_T": np.arange(1, 5000, dtype=np.uint32), "zeros_T": np.zeros(7)},
-    counts={"tokens": 3}, attributes={"a": 1},
-)
-
-def child(work):
-    pid = os.fork()
-    if pid == 0:
-        try:
-            work()
-        except BaseException as error:
-            print(repr(error), flush=True)
-            os._exit(1)
-        os._exit(0)
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-
-def commit(folder):
-    Dataset.create(folder, identity={"x": 1}).commit(0, content=content, seconds=1)
-
-def killed_at(folder, n):
-    seen = 0
-    def step(function):
-        def wrapped(*args, **kwargs):
-            nonlocal seen
-            seen += 1
-            if seen == n:
-                os.kill(os.getpid(), signal.SIGKILL)
-            result = function(*args, **kwargs)
-            seen += 1
-            if seen == n:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return result
-        return wrapped
-    for name in ("fsync", "replace", "rename", "unlink", "rmdir"):
-        setattr(os, name, step(getattr(os, name)))
-    commit(folder)
-
-def check(folder, *, whole):
-    dataset = Dataset.open(folder)
-    assert dataset.parts() == [0] or (dataset.parts() == [] and not whole), dataset.parts()
-    if dataset.parts():
-        assert dataset.manifest(0).counts == {"tokens": 3}
-        if kind == "table":
-            assert dataset.table(0).equals(content.data)
-        else:
-            for name, array in zip(content.data, dataset.read(0, *content.data)):
-                assert array.dtype == content.data[name].dtype and np.array_equal(array, content.data[name]), name
-    if whole:
-        durable.sweep(folder)
-        assert sorted(path.name for path in folder.iterdir()) == ["dataset.json", dataset.manifest(0).payload[:10] + ".json",
-                                                                  dataset.manifest(0).payload]
-
-steps = absent = 0
-for n in range(1, 1000):
-    folder = root / f"{n}" / "kind" / "name"
-    Dataset.create(folder, identity={"x": 1})
-    if left:  # what a crash between payload and manifest leaves behind, of other content
-        if kind == "table":
-            (folder / "part-00000.parquet").write_bytes(b"half")
-        else:
-            (folder / "part-00000.zarr" / "ids_T").mkdir(parents=True)
-            (folder / "part-00000.zarr" / "ids_T" / "zarr.json").write_bytes(b"half")
-    code = child(lambda: killed_at(folder, n))
-    if code == 0:
-        break
-    assert code == -signal.SIGKILL, code
-    steps += 1
-    absent += not Dataset.open(folder).parts()
-    assert child(lambda: check(folder, whole=False)) == 0, n
-    assert child(lambda: commit(folder)) == 0, n
-    assert child(lambda: check(folder, whole=True)) == 0, n
-    shutil.rmtree(root / f"{n}")
-print(json.dumps([steps, absent]))
-"""
-
-
-@pytest.mark.parametrize("left", ["clean", "left"])
-@pytest.mark.parametrize("kind", ["arrays", "table"])
-def test_a_part_whose_worker_is_killed_at_any_step_is_absent_or_complete(tmp_path, kind, left):
-    script = tmp_path / "crashes.py"
-    script.write_text(CRASHES)
-    done = subprocess.run([sys.executable, script, tmp_path / "root", kind, left], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    steps, absent = map(int, done.stdout.strip().strip("[]").split(","))
-    # Two steps for every flush and rename: of each file and folder of the payload, of the manifest, and of the folder around them.
-    least = {"arrays": 2 * (4 + 4 + 2 + 3), "table": 2 * (3 + 3)}[kind]
-    assert steps >= least
-    assert 0 < steps - absent < steps, "the manifest must appear at a step in between"

@@ -1,0 +1,77 @@
+"""Whether what a part holds makes sense: lengths, offsets, ids and texts. Checksums say that it is what was written, this that it is right.
+
+Axes: T tokens of a part, S its segments, K entries of a distribution.
+"""
+
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+from numpy.typing import NDArray
+
+from .dataset import Dataset
+from .errors import DamagedPart
+from .tokenizer import Tokenizer
+
+
+def check_content(dataset: Dataset, part: int) -> None:
+    """Read all of a part.
+
+    Raises:
+        DamagedPart: an array or table cannot be read, or contradicts the manifest's counts, the others, or itself.
+    """
+    manifest = dataset.manifest(part)
+    where = dataset.folder / manifest.payload
+    if manifest.payload.endswith(".parquet"):
+        table = dataset.table(part)
+        problem = _problem_of_texts(table) if dataset.kind == "corpus" else None
+    else:
+        arrays = dataset.arrays(part)
+        found = {name: arrays.read(name) for name in arrays.names}
+        problem = _problem_of_arrays(found, counts=manifest.counts, vocab_size=dataset.description.get("vocab_size"))
+    if problem:
+        raise DamagedPart(f"{where}: {problem}.")
+
+
+def check_tokenizer_table(folder: Path) -> None:
+    """Compare the stored bytes of a tokenizer's tokens with those of its definition.
+
+    Raises:
+        DamagedPart: they differ.
+    """
+    try:
+        table = pl.read_parquet(folder / "token_bytes.parquet")
+    except pl.exceptions.PolarsError as error:
+        raise DamagedPart(f"token_bytes.parquet cannot be read: {error}") from error
+    expected = Tokenizer.load(folder).token_bytes
+    if table["bytes"].to_list() != expected.to_list() or table["is_special"].to_list() != expected.is_special_V.tolist():
+        raise DamagedPart("token_bytes.parquet does not have the bytes of the tokens of tokenizer.json")
+
+
+def _problem_of_arrays(arrays: Mapping[str, NDArray[Any]], *, counts: Mapping[str, int], vocab_size: int | None) -> str | None:
+    sizes = {"T": counts.get("tokens"), "TK": counts.get("tokens"), "S": counts.get("segments")}
+    for name, array in arrays.items():
+        expected = sizes.get(name.rpartition("_")[2])
+        if expected is not None and len(array) != expected:
+            return f"{name} has {len(array)} rows, and the manifest says {expected}"
+        if name in {"token_ids_T", "topk_ids_TK"} and vocab_size is not None and array.size and int(array.max()) >= vocab_size:
+            return f"{name} has the id {int(array.max())}, which must be below vocab_size ({vocab_size})"
+    offsets = arrays.get("segment_offsets")
+    return None if offsets is None else _problem_of_offsets(offsets, n_segments=counts["segments"], n_tokens=counts["tokens"])
+
+
+def _problem_of_offsets(offsets: NDArray[np.int64], *, n_segments: int, n_tokens: int) -> str | None:
+    if len(offsets) != n_segments + 1 or offsets[0] != 0 or offsets[-1] != n_tokens or (np.diff(offsets) < 0).any():
+        return f"segment_offsets must rise from 0 to {n_tokens} (tokens) in {n_segments} steps (segments)"
+    return None
+
+
+def _problem_of_texts(table: pl.DataFrame) -> str | None:
+    documents = table.group_by("doc_id", maintain_order=True).agg(pl.col("text").sort_by("segment"), pl.first("sha256"))
+    for doc_id, texts, sha256 in documents.iter_rows():
+        if hashlib.sha256("".join(texts).encode()).hexdigest() != sha256:
+            return f"the text of document {doc_id} does not hash to its sha256"
+    return None

@@ -1,0 +1,97 @@
+"""Whether the datasets of a workspace fit together: each was made from others, whose fingerprints its identity holds."""
+
+from collections.abc import Iterator, Sequence
+
+from .corpus_plan import read_plan
+from .dataset import Dataset
+from .errors import DamagedPart
+
+
+def check_inputs(datasets: Sequence[Dataset], *, tokenizers: set[str]) -> Iterator[tuple[Dataset, str, str]]:
+    """Datasets whose inputs are not in the workspace, each with the problem and what to do.
+
+    Args:
+        datasets: all datasets of the workspace that can be opened.
+        tokenizers: digests of the stored tokenizers.
+    """
+    by_fingerprint = {dataset.fingerprint: dataset for dataset in datasets}
+    corpora = {dataset.name: dataset for dataset in datasets if dataset.kind == "corpus"}
+    for dataset in datasets:
+        remedy = f"Run its recipe again, or remove {dataset.folder} if it is of no more use."
+        for fingerprint in input_fingerprints(dataset):
+            if fingerprint not in by_fingerprint:
+                yield dataset, f"was made from a dataset that is not here any more (fingerprint {fingerprint[:12]}…)", remedy
+        corpus = corpora.get(dataset.description.get("corpus", ""))
+        if "corpus" in dataset.identity and corpus is not None and corpus.fingerprint != dataset.identity["corpus"]:
+            yield dataset, f"was made from another corpus than corpus/{corpus.name} is now", remedy
+        for digest in sorted(tokenizer_digests(dataset) - tokenizers):
+            yield dataset, f"needs the tokenizer {digest[:12]}…, which is not in tokenizers/", remedy
+
+
+def check_counts(datasets: Sequence[Dataset]) -> Iterator[tuple[Dataset, int, str]]:
+    """Parts of alignments and targets that have other numbers of tokens or segments than the target model's part, with the problem.
+
+    All parts must have readable manifests.
+    """
+    by_fingerprint = {dataset.fingerprint: dataset for dataset in datasets}
+    plans = {dataset.fingerprint: _planned_documents(dataset) for dataset in datasets if dataset.kind == "corpus"}
+    for dataset in datasets:
+        own = by_fingerprint.get(_positions_of(dataset) or "")
+        own_parts = set() if own is None else set(own.parts())
+        for part in dataset.parts():
+            counts = dataset.manifest(part).counts
+            if own is not None and part in own_parts:
+                expected = own.manifest(part).counts
+                for what in ("tokens", "segments"):
+                    if counts[what] != expected[what]:
+                        yield dataset, part, f"has {counts[what]} {what}, and {own.kind}/{own.name} has {expected[what]} in this part"
+            planned = plans.get(dataset.fingerprint, {}).get(part)
+            if planned is not None and counts["documents"] != planned:
+                yield dataset, part, f"has {counts['documents']} documents, and plan.json says {planned}"
+
+
+def input_fingerprints(dataset: Dataset) -> list[str]:
+    """Fingerprints of the datasets that one was made from."""
+    identity = dataset.identity
+    match dataset.kind:
+        case "distributions" | "evaluations":
+            return [identity["corpus"]]
+        case "alignments":
+            return [identity["source"], identity["target"]]
+        case "targets":
+            return list(dict.fromkeys(fingerprint for source in identity["sources"] for fingerprint in source))
+        case _:
+            return []
+
+
+def tokenizer_digests(dataset: Dataset) -> set[str]:
+    """Digests of the tokenizers that a dataset was made with."""
+    identity = dataset.identity
+    match dataset.kind:
+        case "corpus":
+            return set(identity["segmented_for"])
+        case "distributions" | "evaluations":
+            return {identity["tokenizer"]}
+        case "vocab_maps":
+            return {identity["source"], identity["target"]}
+        case _:
+            return set()
+
+
+def _positions_of(dataset: Dataset) -> str | None:
+    """Fingerprint of the distributions whose positions a dataset has."""
+    match dataset.kind:
+        case "alignments":
+            return dataset.identity["target"]
+        case "targets":
+            return dataset.identity["sources"][0][0]
+        case _:
+            return None
+
+
+def _planned_documents(corpus: Dataset) -> dict[int, int]:
+    try:
+        summary = read_plan(corpus.folder)
+    except DamagedPart:  # found when the plan itself is checked
+        return {}
+    return {part: facts["documents"] for part, facts in enumerate(summary["parts"])} if summary else {}

@@ -1,0 +1,141 @@
+"""What the parts of a workspace take up, and what lies in it that nobody needs any more."""
+
+import contextlib
+import json
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from . import durable
+from .dataset import Dataset
+from .errors import FuselineError
+from .lineage import tokenizer_digests
+from .workspace import Workspace
+
+_YOUNG_SECONDS = 3600.0  # a worker may be about to name it
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Usage:
+    """What one dataset takes up."""
+
+    kind: str
+    name: str
+    parts: int
+    tokens: int
+    n_bytes: int
+    arrays: dict[str, int]  # bytes of each array over all parts; `metadata` and `table` are all that is not in an array
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Leftover:
+    """A file or folder that nothing refers to."""
+
+    path: Path
+    n_bytes: int
+    why: str
+
+
+def usage(workspace: Workspace) -> list[Usage]:
+    """What each dataset takes up, from the manifests alone.
+
+    Raises:
+        DamagedPart: one cannot be read.
+    """
+    found = []
+    for dataset in workspace.datasets():
+        manifests = [dataset.manifest(part) for part in dataset.parts()]
+        arrays: dict[str, int] = {}
+        for manifest in manifests:
+            for path, (size, _) in manifest.files.items():
+                name = "metadata" if path.endswith("zarr.json") else path.split("/")[0] or "table"
+                arrays[name] = arrays.get(name, 0) + size
+        found.append(
+            Usage(
+                kind=dataset.kind,
+                name=dataset.name,
+                parts=len(manifests),
+                tokens=sum(manifest.counts.get("tokens", 0) for manifest in manifests),
+                n_bytes=sum(arrays.values()),
+                arrays=arrays,
+            )
+        )
+    return found
+
+
+def leftovers(workspace: Workspace) -> list[Leftover]:
+    """What nothing refers to: of dead writers, payloads without a manifest, files that no manifest lists, tokenizers without a dataset.
+
+    What was touched within the last hour is left out: a worker may be between a payload and its manifest.
+    """
+    found = list(_temporaries(workspace))
+    datasets = list(workspace.datasets())
+    for dataset in datasets:
+        found += _unnamed(dataset)
+    needed = {digest for dataset in datasets for digest in tokenizer_digests(dataset)}
+    for folder in sorted((workspace.root / "tokenizers").glob("[!.]*/")):
+        if folder.name not in needed and _is_old(folder):
+            found.append(_leftover(folder, "no dataset was made with this tokenizer"))
+    return found
+
+
+def delete(workspace: Workspace, found: list[Leftover]) -> None:
+    """Remove leftovers that still are such. Only the coordinator may."""
+    still = {leftover.path for leftover in leftovers(workspace)}
+    for leftover in found:
+        if leftover.path in still:
+            durable.remove(leftover.path)
+
+
+def _temporaries(workspace: Workspace) -> Iterator[Leftover]:
+    for folder in workspace.swept_folders():
+        for path in sorted(folder.glob(durable.TEMPORARY + "*")):
+            with contextlib.suppress(FileNotFoundError):  # its writer published it just now
+                if durable.is_abandoned(path):
+                    yield _leftover(path, "its writer is dead")
+
+
+def _unnamed(dataset: Dataset) -> Iterator[Leftover]:
+    """Payloads of a dataset that no manifest names, and files in the others that no manifest lists."""
+    listed: dict[str, set[str]] = {}
+    unknown = set()  # parts whose manifest cannot be read: it may name any of the part's payloads
+    for part in dataset.parts():
+        try:
+            manifest = dataset.manifest(part)
+            listed[manifest.payload] = set(manifest.files)
+        except FuselineError:
+            unknown.add(dataset.manifest_path(part).stem)
+    for payload in sorted((*dataset.folder.glob("part-*.zarr"), *dataset.folder.glob("part-*.parquet"))):
+        if payload.name.split(".")[0] in unknown or not _is_old(payload):
+            continue
+        if payload.name not in listed:
+            if not _is_named(dataset, payload):
+                yield _leftover(payload, "no manifest names it")
+        elif payload.is_dir():
+            for path in sorted(path for path in payload.rglob("*") if path.is_file()):
+                if path.relative_to(payload).as_posix() not in listed[payload.name] and _is_old(path):
+                    yield _leftover(path, "the part's manifest does not list it")
+
+
+def _is_named(dataset: Dataset, payload: Path) -> bool:
+    """Whether a manifest has come to name it since the manifests were read."""
+    path = dataset.folder / f"{payload.name.split('.')[0]}.json"
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))["payload"] == payload.name
+    except FileNotFoundError:
+        return False
+    except (OSError, ValueError, KeyError, TypeError):
+        return True
+
+
+def _is_old(path: Path) -> bool:
+    try:
+        return time.time() - durable.last_touched(path) > _YOUNG_SECONDS
+    except FileNotFoundError:
+        return False
+
+
+def _leftover(path: Path, why: str) -> Leftover:
+    files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
+    return Leftover(path=path, n_bytes=sum(file.stat().st_size for file in files), why=why)

@@ -1,0 +1,201 @@
+"""What is wrong in a workspace: every damaged, missing or foreign file by its path, with what to do about it.
+
+It reads only, without the coordinator's lock, also while a run is going on: a part that is being committed has no manifest yet, and is not
+looked at. The catalog is read before the parts, so that what it knows must be there.
+"""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from . import catalog
+from .content import check_content, check_tokenizer_table
+from .corpus_plan import read_documents, read_plan
+from .dataset import Dataset, Manifest
+from .errors import DamagedPart, FuselineError, WorkspaceBusy
+from .lineage import check_counts, check_inputs
+from .tokenizer import tokenizer_digest
+from .workspace import DATASET_KINDS, Workspace
+
+PartName = tuple[str, str, int]  # kind and name of the dataset, index of the part
+_REMAKE = "Mend it with: fuseline store repair RECIPE."
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Finding:
+    """One thing that is wrong."""
+
+    path: Path
+    problem: str
+    remedy: str
+    part: PartName | None = None  # the part that has to be made again
+    mend: Literal["remake", "remove", "by hand"] = "by hand"  # `remove`: what is at the path is made anew when it is not there
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Verification:
+    """What was looked at and what is wrong."""
+
+    datasets: int
+    parts: int
+    n_bytes: int  # of the parts' payloads
+    findings: list[Finding]
+
+    @property
+    def lost_parts(self) -> set[PartName]:
+        """The parts that have to be made again."""
+        return {finding.part for finding in self.findings if finding.part is not None and finding.mend == "remake"}
+
+
+def verify(workspace: Workspace, *, full: bool = False) -> Verification:
+    """Check everything that stages have stored.
+
+    Args:
+        workspace: the workspace.
+        full: also read everything: checksums of all files, contents of all arrays, texts. Otherwise manifests, sizes, metadata, and that
+            datasets fit together.
+    """
+    findings = list(_check_catalog(workspace, full=full))
+    known = set() if findings else _known_parts(workspace)
+    datasets, parts, n_bytes = [], 0, 0
+    for folder in _dataset_folders(workspace):
+        try:
+            dataset = Dataset.open(folder)
+        except DamagedPart as error:
+            findings.append(_finding(folder / "dataset.json", error))
+            continue
+        datasets.append(dataset)
+        gone = {part for kind, name, part in known if (kind, name) == (dataset.kind, dataset.name)} - set(dataset.parts())
+        findings += [_gone(dataset, part) for part in sorted(gone)]
+        if dataset.kind == "corpus":
+            findings += _check_plan(dataset)
+        for part in dataset.parts():
+            found = list(_check_part(dataset, part, full=full))
+            if found and not dataset.manifest_path(part).exists():
+                continue  # it was dropped meanwhile, by a repair
+            findings += found
+            parts += 1
+            n_bytes += 0 if found else dataset.manifest(part).n_bytes
+    sound = [dataset for dataset in datasets if not any(finding.part and finding.part[:2] == _key(dataset) for finding in findings)]
+    findings += [
+        Finding(path=dataset.folder / "dataset.json", problem=problem, remedy=remedy)
+        for dataset, problem, remedy in check_inputs(datasets, tokenizers={folder.name for folder in _tokenizer_folders(workspace)})
+    ]
+    findings += [_damaged(dataset, part, problem) for dataset, part, problem in check_counts(sound)]
+    for folder in _tokenizer_folders(workspace):
+        findings += _check_tokenizer(folder, full=full)
+    findings.sort(key=lambda finding: finding.path)
+    return Verification(datasets=len(datasets), parts=parts, n_bytes=n_bytes, findings=findings)
+
+
+def _dataset_folders(workspace: Workspace) -> Iterator[Path]:
+    for kind in reversed(DATASET_KINDS):  # what something was made of is there before it, also while a run is going on
+        for folder in sorted((workspace.root / kind).glob("[!.]*/")):
+            if (folder / "dataset.json").exists() or any(folder.glob("part-*.json")):
+                yield folder
+
+
+def _tokenizer_folders(workspace: Workspace) -> list[Path]:
+    return sorted((workspace.root / "tokenizers").glob("[!.]*/"))
+
+
+def _check_catalog(workspace: Workspace, *, full: bool) -> Iterator[Finding]:
+    if not workspace.catalog_path.exists():
+        if any(_dataset_folders(workspace)):
+            remedy = "It is only an index: make it anew with `fuseline store rebuild`."
+            yield Finding(path=workspace.catalog_path, problem="is missing", remedy=remedy, mend="remove")
+        return
+    try:
+        catalog.read_all(workspace) if full else catalog.known_parts(workspace)
+    except WorkspaceBusy:
+        return
+    except FuselineError as error:
+        yield _finding(workspace.catalog_path, error, mend="remove")
+
+
+def _known_parts(workspace: Workspace) -> set[PartName]:
+    """The parts that the catalog knows; none while the coordinator writes it."""
+    try:
+        return catalog.known_parts(workspace) if workspace.catalog_path.exists() else set()
+    except WorkspaceBusy:
+        return set()
+
+
+def _check_plan(dataset: Dataset) -> Iterator[Finding]:
+    path = dataset.folder / "plan.json"
+    try:
+        summary = read_plan(dataset.folder)
+        if summary is not None:
+            read_documents(dataset.folder, summary=summary)
+        elif dataset.parts():
+            raise DamagedPart("is missing, but there are parts")
+    except DamagedPart as error:
+        yield Finding(path=path, problem=str(error), remedy=_REMAKE, mend="remove")
+        return
+    n_parts = len(summary["parts"]) if summary else 0
+    for part in dataset.parts():
+        if part >= n_parts:
+            manifest = dataset.manifest_path(part)
+            yield Finding(path=manifest, problem=f"is not of the plan, which has {n_parts} parts", remedy=f"Remove {manifest}.")
+
+
+def _check_part(dataset: Dataset, part: int, *, full: bool) -> Iterator[Finding]:
+    """At most one finding: it makes no difference to a part how much of it is damaged."""
+    try:
+        manifest = dataset.manifest(part)
+        if manifest.part != part:
+            raise DamagedPart(f"{dataset.manifest_path(part)} is the manifest of part {manifest.part}.")
+        _check_files(dataset, part, manifest=manifest, full=full)
+        if full:
+            check_content(dataset, part)
+    except FuselineError as error:
+        is_newer = "newer fuseline" in str(error)
+        yield _finding(dataset.manifest_path(part), error, part=(*_key(dataset), part), mend="by hand" if is_newer else "remake")
+
+
+def _check_files(dataset: Dataset, part: int, *, manifest: Manifest, full: bool) -> None:
+    for name, (size, _) in manifest.files.items():
+        path = dataset.folder / manifest.payload / name
+        if not path.is_file():
+            raise DamagedPart(f"{path} is missing.")
+        if path.stat().st_size != size:
+            raise DamagedPart(f"{path} has {path.stat().st_size} bytes, and had {size} when it was committed.")
+        if full or name.endswith("zarr.json"):
+            dataset.require_file(part, name)
+
+
+def _check_tokenizer(folder: Path, *, full: bool) -> Iterator[Finding]:
+    try:
+        settings = json.loads((folder / "settings.json").read_text(encoding="utf-8"))
+        definition = (folder / "tokenizer.json").read_text(encoding="utf-8")
+        digest = tokenizer_digest(definition, roles=settings["roles"], prepends_bos=settings["prepends_bos"])
+        if digest != folder.name:
+            raise DamagedPart(f"its content hashes to {digest[:12]}…, not to its name")
+        if full:
+            check_tokenizer_table(folder)
+        elif not (folder / "token_bytes.parquet").is_file():
+            raise DamagedPart("token_bytes.parquet is missing")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        yield Finding(path=folder, problem=f"is not the tokenizer that it was saved as ({error})", remedy=_REMAKE, mend="remove")
+
+
+def _key(dataset: Dataset) -> tuple[str, str]:
+    return dataset.kind, dataset.name
+
+
+def _gone(dataset: Dataset, part: int) -> Finding:
+    problem = "is gone: the catalog knows this part"
+    return Finding(path=dataset.manifest_path(part), problem=problem, remedy=_REMAKE, part=(*_key(dataset), part), mend="remake")
+
+
+def _damaged(dataset: Dataset, part: int, problem: str) -> Finding:
+    return Finding(path=dataset.manifest_path(part), problem=problem, remedy=_REMAKE, part=(*_key(dataset), part), mend="remake")
+
+
+def _finding(
+    path: Path, error: FuselineError, *, part: PartName | None = None, mend: Literal["remake", "remove", "by hand"] = "by hand"
+) -> Finding:
+    """An error's text says the problem and, after it, what to do."""
+    return Finding(path=path, problem=str(error), remedy=_REMAKE if mend == "remake" else "", part=part, mend=mend)
