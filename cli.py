@@ -84,22 +84,41 @@ _workspace_option = click.option(
 )
 
 
+def _executor_options(command: Command) -> Command:
+    for decorate in (
+        click.option("--workers", type=click.IntRange(min=1), help="Parts computed at the same time. Overrides the recipe."),
+        click.option(
+            "--executor",
+            type=click.Choice(["local", "slurm", "ray"]),
+            help="What runs the parts: processes here, a Slurm job array, or a Ray cluster. Overrides the recipe.",
+        ),
+    ):
+        command = decorate(command)
+    return command
+
+
 @contextmanager
-def _pipeline(recipe: Path, workspace: Path | None, models_dir: Path) -> "Iterator[Pipeline]":
+def _pipeline(
+    recipe: Path, workspace: Path | None, models_dir: Path, *, executor: str | None = None, workers: int | None = None
+) -> "Iterator[Pipeline]":
     """Check the recipe, become the workspace's coordinator, and hand out the pipeline."""
     from .recipe import load_recipe
 
     checked = load_recipe(recipe)
 
+    from .cluster.executor import open_executor
     from .cluster.pipeline import Pipeline
     from .cluster.progress import Progress
     from .store import durable
     from .store.workspace import Workspace
 
+    progress = Progress()
+    chosen = {name: value for name, value in (("kind", executor), ("workers", workers)) if value is not None}
+    engine = open_executor(checked.executor.model_copy(update=chosen), say=progress.say)
     opened = Workspace.create(workspace or Path("workspaces") / recipe.stem)
     with opened.coordinator():
         durable.write_bytes(opened.root / "recipe.toml", recipe.read_bytes())
-        pipeline = Pipeline(checked, base=recipe.parent, workspace=opened, models_dir=models_dir, progress=Progress())
+        pipeline = Pipeline(checked, base=recipe.parent, workspace=opened, models_dir=models_dir, progress=progress, executor=engine)
         pipeline.fold()
         yield pipeline
 
@@ -132,8 +151,9 @@ def main() -> None:
 
 @main.command()
 @_recipe_options
+@_executor_options
 @click.option("--dry-run", is_flag=True, help="Only say what would be done, and what it would take.")
-def run(recipe: Path, workspace: Path | None, models_dir: Path, dry_run: bool) -> None:
+def run(recipe: Path, workspace: Path | None, models_dir: Path, dry_run: bool, executor: str | None, workers: int | None) -> None:
     """Do everything of RECIPE that is missing, in order.
 
     Running it again resumes, or says that there is nothing to do.
@@ -143,7 +163,7 @@ def run(recipe: Path, workspace: Path | None, models_dir: Path, dry_run: bool) -
     if dry_run:
         show_plan(recipe, workspace, models_dir)
         return
-    with _pipeline(recipe, workspace, models_dir) as pipeline:
+    with _pipeline(recipe, workspace, models_dir, executor=executor, workers=workers) as pipeline:
         pipeline.run()
         show_report(pipeline.workspace)
 
@@ -175,45 +195,49 @@ def ingest() -> None:
 
 @ingest.command("corpus")
 @_recipe_options
-def ingest_corpus(recipe: Path, workspace: Path | None, models_dir: Path) -> None:
+@_executor_options
+def ingest_corpus(recipe: Path, workspace: Path | None, models_dir: Path, executor: str | None, workers: int | None) -> None:
     """Read, de-duplicate, shuffle and segment the corpus.
 
     Example:  fuseline ingest corpus recipes/demo.toml
     """
-    with _pipeline(recipe, workspace, models_dir) as pipeline:
+    with _pipeline(recipe, workspace, models_dir, executor=executor, workers=workers) as pipeline:
         pipeline.make_corpus()
 
 
 @ingest.command("distributions")
 @_recipe_options
-def ingest_distributions(recipe: Path, workspace: Path | None, models_dir: Path) -> None:
+@_executor_options
+def ingest_distributions(recipe: Path, workspace: Path | None, models_dir: Path, executor: str | None, workers: int | None) -> None:
     """Store every model's top-k next-token distributions on the train split.
 
     Example:  fuseline ingest distributions recipes/demo.toml
     """
-    with _pipeline(recipe, workspace, models_dir) as pipeline:
+    with _pipeline(recipe, workspace, models_dir, executor=executor, workers=workers) as pipeline:
         pipeline.make_distributions()
 
 
 @main.command()
 @_recipe_options
-def align(recipe: Path, workspace: Path | None, models_dir: Path) -> None:
+@_executor_options
+def align(recipe: Path, workspace: Path | None, models_dir: Path, executor: str | None, workers: int | None) -> None:
     """Map each source's positions and vocabulary to the target's.
 
     Example:  fuseline align recipes/demo.toml
     """
-    with _pipeline(recipe, workspace, models_dir) as pipeline:
+    with _pipeline(recipe, workspace, models_dir, executor=executor, workers=workers) as pipeline:
         pipeline.make_alignments()
 
 
 @main.command()
 @_recipe_options
-def fuse(recipe: Path, workspace: Path | None, models_dir: Path) -> None:
+@_executor_options
+def fuse(recipe: Path, workspace: Path | None, models_dir: Path, executor: str | None, workers: int | None) -> None:
     """Fuse the aligned distributions into one target distribution per position.
 
     Example:  fuseline fuse recipes/demo.toml
     """
-    with _pipeline(recipe, workspace, models_dir) as pipeline:
+    with _pipeline(recipe, workspace, models_dir, executor=executor, workers=workers) as pipeline:
         pipeline.make_targets()
 
 
@@ -239,12 +263,13 @@ def train(recipe: Path, workspace: Path | None, models_dir: Path, only: str | No
 
 @main.command("eval")
 @_recipe_options
-def evaluate(recipe: Path, workspace: Path | None, models_dir: Path) -> None:
+@_executor_options
+def evaluate(recipe: Path, workspace: Path | None, models_dir: Path, executor: str | None, workers: int | None) -> None:
     """Measure bits per byte and perplexity of all models on the held-out text.
 
     Example:  fuseline eval recipes/demo.toml
     """
-    with _pipeline(recipe, workspace, models_dir) as pipeline:
+    with _pipeline(recipe, workspace, models_dir, executor=executor, workers=workers) as pipeline:
         pipeline.evaluate()
         show_report(pipeline.workspace)
 
