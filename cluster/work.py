@@ -102,7 +102,7 @@ class Worker:
         try:
             manifest = pending.result()
         except Exception as error:
-            is_unwritable = isinstance(error, OSError) and not isinstance(error, FuselineError)
+            is_unwritable = isinstance(error, OSError) and not isinstance(error, FuselineError | FileNotFoundError)
             return [self._failed(part, error, kind="unwritable" if is_unwritable else _kind(error))]
         self._journal.committed(part)
         return [Committed(manifest=manifest)]
