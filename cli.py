@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from . import __version__
-from .console import show_plan, show_report, show_status, show_table, write_result
+from .console import show_plan, show_report, show_status, show_table, watch_status, write_result
 from .store.errors import FuselineError, UsageError
 
 if TYPE_CHECKING:  # what a command needs is imported when it runs, so that --help is quick
@@ -289,12 +289,13 @@ def report(workspace: Path | None) -> None:
 @main.command()
 @_workspace_option
 @click.option("--json", "as_json", is_flag=True, help="For scripts.")
-def status(workspace: Path | None, as_json: bool) -> None:
-    """Show what exists, what is missing, sizes, rates and the time left.
+@click.option("--watch", is_flag=True, help="Show it again and again, until Ctrl-C.")
+def status(workspace: Path | None, as_json: bool, watch: bool) -> None:
+    """Show what exists, what is missing, what runs or failed, sizes, rates and the time left.
 
-    Works while a run is going on.
+    Reads nothing but the workspace's files: it works while a run is going on, on any machine that sees them.
 
-    Example:  fuseline status -w workspaces/demo
+    Example:  fuseline status -w workspaces/demo --watch
     """
     import dataclasses
     import json
@@ -302,15 +303,18 @@ def status(workspace: Path | None, as_json: bool) -> None:
     from .store.status import dataset_statuses, training_statuses
 
     opened = _open_workspace(workspace)
-    datasets, trainings = dataset_statuses(opened), training_statuses(opened)
-    if as_json:
+    if watch:
+        if as_json:
+            raise UsageError("--json and --watch do not go together: call `fuseline status --json` again and again.")
+        watch_status(opened)
+    elif as_json:
         record = {
-            "datasets": [dataclasses.asdict(item) for item in datasets],
-            "trainings": [dataclasses.asdict(item) for item in trainings],
+            "datasets": [dataclasses.asdict(item) for item in dataset_statuses(opened)],
+            "trainings": [dataclasses.asdict(item) for item in training_statuses(opened)],
         }
         click.echo(json.dumps(record, indent=1))
-        return
-    show_status(datasets, trainings)
+    else:
+        show_status(opened)
 
 
 @main.command()

@@ -13,7 +13,7 @@ class Resources(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
-    gpus: int = Field(0, ge=0, description="GPUs")
+    gpus: int = Field(0, ge=0, description="GPUs; without one forward passes run on CPU cores")
     cpus: int = Field(1, ge=1, description="CPU cores")
     memory_gb: float | None = Field(None, gt=0, description="memory in GB; none leaves it to the cluster")
     minutes: int = Field(60, ge=5, description="slurm: time after which a task is requeued, to go on with the parts that it has left")

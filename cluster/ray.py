@@ -3,6 +3,7 @@
 Every machine of the cluster must see the workspace, and the models, under the same path, and have fuseline installed.
 """
 
+import logging
 import os
 import socket
 import sys
@@ -39,7 +40,7 @@ class RayExecutor:
         address = config.ray_address or os.environ.get("RAY_ADDRESS", "auto")
         try:
             _knock(address)
-            ray.init(address, log_to_driver=False, logging_level="ERROR")
+            ray.init(address, log_to_driver=False, logging_level=logging.ERROR)
         except (OSError, RuntimeError, ValueError) as error:
             raise UsageError(
                 f"The Ray cluster at {'this machine' if address == 'auto' else address} cannot be used: {journal.reason_of(error)}. "
@@ -78,7 +79,7 @@ class RayCrew:
     def hire(self, worker: str) -> None:
         """Start an actor; it answers when the cluster has found room for it."""
         # Not restarted by Ray, which would not know what it had at hand.
-        actor = ray.remote(_Actor).options(max_restarts=0, **self._asked_for).remote(self._assignment, worker)
+        actor: Any = ray.remote(_Actor).options(max_restarts=0, **self._asked_for).remote(self._assignment, worker)
         self._actors[worker], self._answers[worker] = actor, actor.is_ready.remote()
 
     def give(self, worker: str, part: int | None) -> None:

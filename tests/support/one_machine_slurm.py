@@ -76,7 +76,7 @@ def _munge() -> Iterator[None]:
         if not Path("/etc/munge/munge.key").exists():
             subprocess.run(["mungekey", "-c"], check=True)
         subprocess.run(["install", "-d", "-o", "munge", "-g", "munge", "/run/munge"], check=True)
-        daemon = subprocess.Popen(["runuser", "-u", "munge", "--", shutil.which("munged"), "--foreground"], stderr=subprocess.DEVNULL)
+        daemon = subprocess.Popen([shutil.which("munged"), "--foreground"], user="munge", group="munge", stderr=subprocess.DEVNULL)
         try:
             _until(lambda: bool(_output(["munge", "-n"])), what="munged")
             yield
