@@ -107,6 +107,7 @@ class WorkerState:
     worker: str
     refreshed_at: float  # seconds since the epoch, as are all times
     host: str = ""
+    pid: int = 0
     started_at: float = 0.0
     ended: bool = False
     begun: Counter[int] = field(default_factory=Counter)  # part -> how often it was begun
@@ -124,7 +125,7 @@ class WorkerState:
         part = record.get("part", -1)
         match record["event"]:
             case "started":
-                self.host, self.started_at, self.ended = record["host"], record["at"], False
+                self.host, self.pid, self.started_at, self.ended = record["host"], record["pid"], record["at"], False
                 self._let_go()
             case "begun":
                 self.begun[part] += 1

@@ -14,7 +14,7 @@ ClusterName=one
 SlurmctldHost={host}(127.0.0.1)
 AuthType=auth/munge
 AuthInfo=cred_expire=5  # also how long a requeued job waits, which is two minutes by default
-KillWait=2
+KillWait=1
 ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
 JobAcctGatherType=jobacct_gather/none
