@@ -16,6 +16,8 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
+from fuseline.cli import main
 from fuseline.cluster.config import ExecutorConfig
 from fuseline.cluster.executor import open_executor
 from fuseline.store import journal
@@ -46,12 +48,18 @@ def done(*arguments: object, environment: dict[str, str] | None = None) -> subpr
     return result
 
 
+def here(*arguments: object) -> None:
+    """In this process, which loads torch once for all."""
+    result = CliRunner().invoke(main, [str(argument) for argument in arguments])
+    assert result.exit_code == 0, result.output
+
+
 @pytest.fixture(scope="module")
 def ingested(project, models_dir, tmp_path_factory) -> Path:
     """Corpus and distributions, made in one process."""
     workspace = tmp_path_factory.mktemp("ingested") / "workspace"
     for stage in ("corpus", "distributions"):
-        done("ingest", stage, project, "-w", workspace, "--models", models_dir)
+        here("ingest", stage, project, "-w", workspace, "--models", models_dir)
     return workspace
 
 
@@ -60,7 +68,7 @@ def reference(project, models_dir, ingested, tmp_path_factory) -> Path:
     """The same with alignments and targets."""
     workspace = Path(shutil.copytree(ingested, tmp_path_factory.mktemp("reference") / "workspace"))
     for stage in ("align", "fuse"):
-        done(stage, project, "-w", workspace, "--models", models_dir)
+        here(stage, project, "-w", workspace, "--models", models_dir)
     return workspace
 
 
@@ -339,7 +347,9 @@ def test_slurm_with_a_requeued_task_makes_the_bits_of_one_process(project, model
     log = tmp_path / "log"
     process = start("fuse", project, *options, log=log)
     wait_for(lambda: any(state.at_hand for state in workers_of(workspace, "targets")), process=process)
-    task = next(state.worker for state in workers_of(workspace, "targets") if state.at_hand).removeprefix("slurm-")
+    running = next(state for state in workers_of(workspace, "targets") if state.at_hand)
+    os.kill(running.pid, signal.SIGSTOP)  # it must not get done in the time that Slurm leaves it
+    task = running.worker.removeprefix("slurm-")
     slurm_command(slurm, "scontrol", "requeue", task)
     assert process.wait() == 0, log.read_text()
     (path,) = (workspace / "runs").glob(f"*-targets-*/workers/slurm-{task}.jsonl")
@@ -355,8 +365,13 @@ def test_jobs_whose_coordinator_was_killed_go_on_and_are_followed(project, model
     arguments = ("align", project, "-w", workspace, "--models", models_dir, "--executor", "slurm", "--workers", 2)
     slurm_command(slurm, "scontrol", "update", f"nodename={node}", "state=drain", "reason=test")
     first = start(*arguments)
+
+    def is_queued() -> bool:
+        names = slurm_command(slurm, "squeue", "-h", "-o", "%j").split()
+        return any(path.stem in names for path in (workspace / "runs").glob("*/slurm/*.json"))
+
     try:
-        wait_for(lambda: "fuseline-" in slurm_command(slurm, "squeue", "-h", "-o", "%j"), process=first)
+        wait_for(is_queued, process=first)
     finally:
         kill_group(first)
     log = tmp_path / "log"
@@ -374,7 +389,8 @@ def test_slurm_reports_what_failed_and_makes_the_rest(troubled, slurm, monkeypat
     monkeypatch.setattr("fuseline.cluster.slurm._QUEUE_SECONDS", 1.0)
     with pytest.raises(FuselineError, match=r"2 parts failed") as raised:
         troubled(ExecutorConfig(kind="slurm", workers=2, retries=1), raising={4}, killing={5})
-    assert "part 4: ValueError: part 4 is not to my liking (2 times)" in str(raised.value)
+    assert "part 4: ValueError: part 4 is not to my liking" in str(raised.value)
+    assert Path(re.findall(r"log: (\S+)", str(raised.value))[0]).read_text().count("Traceback") == 2
     assert "part 5: its tasks ended without it" in str(raised.value)
     assert Dataset.open(troubled.dataset).parts() == [part for part in range(20) if part not in {4, 5}]
     troubled.trouble.unlink()
