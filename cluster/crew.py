@@ -85,8 +85,9 @@ def _take_in(answer: Answer, ledger: Ledger, worker: str, *, dataset: Dataset, o
 
 def _recover(ledger: Ledger, worker: str, *, reason: str, dataset: Dataset, on_commit: Follow) -> None:
     """What a dead worker had at hand is there, if it died after the commit, or is handed out again."""
-    for part in ledger.lost(worker, reason=reason):
+    parts = ledger.lost(worker, reason=reason)
+    for part in parts:
         if part in dataset.parts():
             on_commit(dataset.manifest(part))
         else:
-            ledger.give_back(part, reason=reason)
+            ledger.give_back(part, reason=reason, is_suspect=part == parts[-1])  # those before it were being written

@@ -66,11 +66,14 @@ class Ledger:
     def lost(self, worker: str, *, reason: str) -> list[int]:
         """A worker died: the parts it had, which must be looked for before they are handed out again with `give_back`."""
         self._say(f"{worker} died ({reason})")
-        self._setback()
+        self._setback(f"{worker} died ({reason})")
         return self._held.pop(worker, [])
 
-    def give_back(self, part: int, *, reason: str) -> None:
-        """A part whose worker died did not get committed."""
+    def give_back(self, part: int, *, reason: str, is_suspect: bool = True) -> None:
+        """A part whose worker died did not get committed. It is a suspect if it was being computed, not written."""
+        if not is_suspect:
+            self._waiting.appendleft(part)
+            return
         self._deaths[part] += 1
         self._again(part, f"its worker died ({reason})", is_last=self._deaths[part] >= MOST_DEATHS, times=self._deaths[part])
 
@@ -79,7 +82,7 @@ class Ledger:
             self.failed[outcome.part] = outcome.reason
             return
         self._errors[outcome.part] += 1
-        self._setback()
+        self._setback(outcome.reason)
         is_last = self._errors[outcome.part] > self._retries
         self._again(outcome.part, outcome.reason, is_last=is_last, times=self._errors[outcome.part])
 
@@ -95,10 +98,11 @@ class Ledger:
     def _gives_up(self) -> bool:
         return self._setbacks >= MOST_SETBACKS
 
-    def _setback(self) -> None:
+    def _setback(self, reason: str) -> None:
         self._setbacks += 1
         if self._gives_up:
-            self.failed |= {part: self._reasons.get(part, "not tried: nothing else was going well") for part in self._waiting}
+            untried = f"not tried, after {self._setbacks} setbacks one after another; the last: {reason}"
+            self.failed |= {part: self._reasons.get(part, untried) for part in self._waiting}
             self._waiting.clear()
 
     def _release(self, worker: str, part: int) -> None:

@@ -60,6 +60,18 @@ class TestLedger:
         assert ledger.is_done
         assert ledger.failed == {7: f"its worker died (SIGKILL) ({MOST_DEATHS} times)"}
 
+    def test_what_was_being_written_when_a_worker_died_is_no_suspect(self):
+        ledger = Ledger([0, 4], retries=0)
+        for number in range(MOST_DEATHS):
+            worker = f"w{number}"
+            held = [ledger.take(worker), ledger.take(worker)]
+            assert sorted(held) == [0, 4]
+            assert ledger.lost(worker, reason="SIGKILL") == held
+            ledger.give_back(0, reason="SIGKILL", is_suspect=False)
+            ledger.give_back(4, reason="SIGKILL")
+        assert ledger.failed.keys() == {4}
+        assert ledger.take("w") == 0
+
     def test_deaths_of_earlier_workers_count(self):
         ledger = Ledger([7], retries=0, deaths={7: MOST_DEATHS - 1})
         ledger.take("a")
