@@ -82,9 +82,10 @@ def main(kinds: list[str]) -> None:
         with tempfile.TemporaryDirectory(dir=Path.cwd()) as folder:
             found = measure(config, folder=Path(folder) / "workspace")
         base = base or found["per part"]
+        ratio = found["per part"] / base
         print(
-            f"{name:20} start-up {found['start-up']:6.2f} s   per part {found['per part'] * 1e3:6.1f} ms ({found['per part'] / base:.2f} of "
-            f"in-process)   parts in flight {found['in flight']:.0f}   memory of a worker {found['memory']:,.0f} MB"
+            f"{name:20} start-up {found['start-up']:6.2f} s   per part {found['per part'] * 1e3:6.1f} ms ({ratio:.2f} of in-process)   "
+            f"parts in flight {found['in flight']:.0f}   memory of a worker {found['memory']:,.0f} MB"
         )
 
 
