@@ -1,7 +1,7 @@
 """Who has which part: what waits, what is at a worker, what is done, and how often which part came to nothing. Only bookkeeping."""
 
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from ..store.dataset import Dataset
@@ -17,16 +17,19 @@ class Ledger:
     """Hands out each part to one worker at a time, until it is committed or has failed too often."""
 
     def __init__(
-        self, parts: Iterable[int], *, retries: int, deaths: Mapping[int, int] | None = None, say: Callable[[str], None] = lambda text: None
+        self, parts: Sequence[int], *, retries: int, deaths: Mapping[int, int] | None = None, say: Callable[[str], None] = lambda text: None
     ) -> None:
         """`deaths` says how many workers died before with a part at hand; `say` is told of each setback."""
-        self._waiting, self._retries, self._say = deque(parts), retries, say
+        self._retries, self._say = retries, say
         self._held: dict[str, list[int]] = {}
         self._errors: Counter[int] = Counter()
         self._deaths: Counter[int] = Counter(deaths or {})
         self._setbacks = 0
         self._reasons: dict[int, str] = {}  # part -> its last setback
-        self.failed: dict[int, str] = {}  # part -> why it is not tried again
+        self.failed = {  # part -> why it is not tried again
+            part: f"its worker died, or ran out of time ({n} times)" for part in parts if (n := self._deaths[part]) >= MOST_DEATHS
+        }
+        self._waiting = deque(part for part in parts if part not in self.failed)
         self.unwritable: str | None = None  # why nothing can be committed
 
     @property

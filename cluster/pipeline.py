@@ -17,7 +17,7 @@ from ..ingest.sources import find_source
 from ..recipe import Recipe
 from ..store import catalog, durable, journal
 from ..store.dataset import Dataset, Manifest
-from ..store.errors import UsageError, WorkspaceBusy
+from ..store.errors import FuselineError, UsageError, WorkspaceBusy
 from ..store.workspace import Workspace
 from ..train.config import TrainingConfig, TrainJob
 from ..train.launch import launch
@@ -385,7 +385,11 @@ class Pipeline:
                 run.metrics.update(parts=run.metrics.get("parts", 0) + 1, tokens=tokens, stored_bytes=stored, quarantined=quarantined)
 
             journal.prepare(run.folder)
-            self.executor.run(stage, missing, run_folder=run.folder, on_commit=follow)
+            try:
+                self.executor.run(stage, missing, run_folder=run.folder, on_commit=follow)
+            except FuselineError:
+                self.fold()  # the parts that did not fail are there
+                raise
         self.fold()
         if quarantined:
             self.progress.say(

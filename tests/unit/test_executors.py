@@ -78,6 +78,9 @@ class TestLedger:
         ledger.lost("a", reason="SIGKILL")
         ledger.give_back(7, reason="SIGKILL")
         assert ledger.is_done
+        ledger = Ledger([7, 8], retries=0, deaths={7: MOST_DEATHS})
+        assert ledger.take("a") == 8
+        assert ledger.failed.keys() == {7}
 
     def test_a_folder_that_cannot_be_written_stops_the_handing_out(self):
         ledger = Ledger(range(100), retries=2)
