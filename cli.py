@@ -19,6 +19,7 @@ from .console import (
     show_report,
     show_status,
     show_usage,
+    watch_status,
 )
 from .store.errors import FuselineError, UsageError
 
@@ -94,22 +95,47 @@ _workspace_option = click.option(
 )
 
 
+def _executor_options(command: Command) -> Command:
+    for decorate in (
+        click.option("--workers", type=click.IntRange(min=1), help="Parts computed at the same time. Overrides the recipe."),
+        click.option(
+            "--executor",
+            type=click.Choice(["local", "slurm", "ray"]),
+            help="What runs the parts: processes here, a Slurm job array, or a Ray cluster. Overrides the recipe.",
+        ),
+    ):
+        command = decorate(command)
+    return command
+
+
 @contextmanager
-def _pipeline(recipe: Path, workspace: Path | None, models_dir: Path, *, fold: bool = True) -> "Iterator[Pipeline]":
+def _pipeline(
+    recipe: Path,
+    workspace: Path | None,
+    models_dir: Path,
+    *,
+    executor: str | None = None,
+    workers: int | None = None,
+    fold: bool = True,
+) -> "Iterator[Pipeline]":
     """Check the recipe, become the workspace's coordinator, bring its catalog up to date, and hand out the pipeline."""
     from .recipe import load_recipe
 
     checked = load_recipe(recipe)
 
+    from .cluster.executor import open_executor
     from .cluster.pipeline import Pipeline
     from .cluster.progress import Progress
     from .store import durable
     from .store.workspace import Workspace
 
+    progress = Progress()
+    chosen = {name: value for name, value in (("kind", executor), ("workers", workers)) if value is not None}
+    engine = open_executor(checked.executor.model_copy(update=chosen), say=progress.say)
     opened = Workspace.create(workspace or Path("workspaces") / recipe.stem)
     with opened.coordinator():
         durable.write_bytes(opened.root / "recipe.toml", recipe.read_bytes())
-        pipeline = Pipeline(checked, base=recipe.parent, workspace=opened, models_dir=models_dir, progress=Progress())
+        pipeline = Pipeline(checked, base=recipe.parent, workspace=opened, models_dir=models_dir, progress=progress, executor=engine)
         if fold:
             pipeline.fold()
         yield pipeline
@@ -143,8 +169,9 @@ def main() -> None:
 
 @main.command()
 @_recipe_options
+@_executor_options
 @click.option("--dry-run", is_flag=True, help="Only say what would be done, and what it would take.")
-def run(recipe: Path, workspace: Path | None, models_dir: Path, dry_run: bool) -> None:
+def run(recipe: Path, workspace: Path | None, models_dir: Path, dry_run: bool, executor: str | None, workers: int | None) -> None:
     """Do everything of RECIPE that is missing, in order.
 
     Running it again resumes, or says that there is nothing to do.
@@ -154,7 +181,7 @@ def run(recipe: Path, workspace: Path | None, models_dir: Path, dry_run: bool) -
     if dry_run:
         show_plan(recipe, workspace, models_dir)
         return
-    with _pipeline(recipe, workspace, models_dir) as pipeline:
+    with _pipeline(recipe, workspace, models_dir, executor=executor, workers=workers) as pipeline:
         pipeline.run()
         show_report(pipeline.workspace)
 
@@ -186,45 +213,49 @@ def ingest() -> None:
 
 @ingest.command("corpus")
 @_recipe_options
-def ingest_corpus(recipe: Path, workspace: Path | None, models_dir: Path) -> None:
+@_executor_options
+def ingest_corpus(recipe: Path, workspace: Path | None, models_dir: Path, executor: str | None, workers: int | None) -> None:
     """Read, de-duplicate, shuffle and segment the corpus.
 
     Example:  fuseline ingest corpus recipes/demo.toml
     """
-    with _pipeline(recipe, workspace, models_dir) as pipeline:
+    with _pipeline(recipe, workspace, models_dir, executor=executor, workers=workers) as pipeline:
         pipeline.make_corpus()
 
 
 @ingest.command("distributions")
 @_recipe_options
-def ingest_distributions(recipe: Path, workspace: Path | None, models_dir: Path) -> None:
+@_executor_options
+def ingest_distributions(recipe: Path, workspace: Path | None, models_dir: Path, executor: str | None, workers: int | None) -> None:
     """Store every model's top-k next-token distributions on the train split.
 
     Example:  fuseline ingest distributions recipes/demo.toml
     """
-    with _pipeline(recipe, workspace, models_dir) as pipeline:
+    with _pipeline(recipe, workspace, models_dir, executor=executor, workers=workers) as pipeline:
         pipeline.make_distributions()
 
 
 @main.command()
 @_recipe_options
-def align(recipe: Path, workspace: Path | None, models_dir: Path) -> None:
+@_executor_options
+def align(recipe: Path, workspace: Path | None, models_dir: Path, executor: str | None, workers: int | None) -> None:
     """Map each source's positions and vocabulary to the target's.
 
     Example:  fuseline align recipes/demo.toml
     """
-    with _pipeline(recipe, workspace, models_dir) as pipeline:
+    with _pipeline(recipe, workspace, models_dir, executor=executor, workers=workers) as pipeline:
         pipeline.make_alignments()
 
 
 @main.command()
 @_recipe_options
-def fuse(recipe: Path, workspace: Path | None, models_dir: Path) -> None:
+@_executor_options
+def fuse(recipe: Path, workspace: Path | None, models_dir: Path, executor: str | None, workers: int | None) -> None:
     """Fuse the aligned distributions into one target distribution per position.
 
     Example:  fuseline fuse recipes/demo.toml
     """
-    with _pipeline(recipe, workspace, models_dir) as pipeline:
+    with _pipeline(recipe, workspace, models_dir, executor=executor, workers=workers) as pipeline:
         pipeline.make_targets()
 
 
@@ -250,12 +281,13 @@ def train(recipe: Path, workspace: Path | None, models_dir: Path, only: str | No
 
 @main.command("eval")
 @_recipe_options
-def evaluate(recipe: Path, workspace: Path | None, models_dir: Path) -> None:
+@_executor_options
+def evaluate(recipe: Path, workspace: Path | None, models_dir: Path, executor: str | None, workers: int | None) -> None:
     """Measure bits per byte and perplexity of all models on the held-out text.
 
     Example:  fuseline eval recipes/demo.toml
     """
-    with _pipeline(recipe, workspace, models_dir) as pipeline:
+    with _pipeline(recipe, workspace, models_dir, executor=executor, workers=workers) as pipeline:
         pipeline.evaluate()
         show_report(pipeline.workspace)
 
@@ -275,12 +307,13 @@ def report(workspace: Path | None) -> None:
 @main.command()
 @_workspace_option
 @click.option("--json", "as_json", is_flag=True, help="For scripts.")
-def status(workspace: Path | None, as_json: bool) -> None:
-    """Show what exists, what is missing, sizes, rates and the time left.
+@click.option("--watch", is_flag=True, help="Show it again and again, until Ctrl-C.")
+def status(workspace: Path | None, as_json: bool, watch: bool) -> None:
+    """Show what exists, what is missing, what runs or failed, sizes, rates and the time left.
 
-    Works while a run is going on.
+    Reads nothing but the workspace's files: it works while a run is going on, on any machine that sees them.
 
-    Example:  fuseline status -w workspaces/demo
+    Example:  fuseline status -w workspaces/demo --watch
     """
     import dataclasses
     import json
@@ -288,15 +321,18 @@ def status(workspace: Path | None, as_json: bool) -> None:
     from .store.status import dataset_statuses, training_statuses
 
     opened = _open_workspace(workspace)
-    datasets, trainings = dataset_statuses(opened), training_statuses(opened)
-    if as_json:
+    if watch:
+        if as_json:
+            raise UsageError("--json and --watch do not go together: call `fuseline status --json` again and again.")
+        watch_status(opened)
+    elif as_json:
         record = {
-            "datasets": [dataclasses.asdict(item) for item in datasets],
-            "trainings": [dataclasses.asdict(item) for item in trainings],
+            "datasets": [dataclasses.asdict(item) for item in dataset_statuses(opened)],
+            "trainings": [dataclasses.asdict(item) for item in training_statuses(opened)],
         }
         click.echo(json.dumps(record, indent=1))
-        return
-    show_status(datasets, trainings)
+    else:
+        show_status(opened)
 
 
 @main.command()
@@ -382,9 +418,12 @@ def verify(workspace: Path | None, full: bool, as_json: bool) -> None:
 
 @store.command()
 @_recipe_options
+@_executor_options
 @click.option("--full", is_flag=True, help="Look also for damage that only reading everything shows.")
 @click.option("--dry-run", is_flag=True, help="Only say what would be made again.")
-def repair(recipe: Path, workspace: Path | None, models_dir: Path, full: bool, dry_run: bool) -> None:
+def repair(
+    recipe: Path, workspace: Path | None, models_dir: Path, executor: str | None, workers: int | None, full: bool, dry_run: bool
+) -> None:
     """Make again, with the stages of RECIPE, exactly the parts that are damaged or gone.
 
     What never was made is left to `fuseline run`. A part that comes out other than it was is reported.
@@ -401,7 +440,7 @@ def repair(recipe: Path, workspace: Path | None, models_dir: Path, full: bool, d
         return
     from .cluster.repair import repair
 
-    with _pipeline(recipe, opened.root, models_dir, fold=False) as pipeline:
+    with _pipeline(recipe, opened.root, models_dir, executor=executor, workers=workers, fold=False) as pipeline:
         done = repair(pipeline, full=full)
     show_repair(done)
     if done.left:

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import sys
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,38 +12,92 @@ import click
 from .store.errors import UsageError
 
 if TYPE_CHECKING:  # what a command needs is imported when it runs, so that --help is quick
+    import rich.console
+    import rich.table
+
     from .cluster.repair import Repair
     from .store.database import QueryStats
-    from .store.status import DatasetStatus, TrainingStatus
+    from .store.status import TrainingStatus
     from .store.upkeep import Leftover, Usage
     from .store.verify import Verification
     from .store.workspace import Workspace
 
 
-def show_status(datasets: "list[DatasetStatus]", trainings: "list[TrainingStatus]") -> None:
+_WATCH_SECONDS = 2.0  # between two looks at the files, on a terminal
+_PLAIN_SECONDS = 10.0  # in a pipe
+
+
+def show_status(workspace: "Workspace") -> None:
     """How far each dataset and each training is."""
+    _console().print(_status(workspace))
+
+
+def watch_status(workspace: "Workspace") -> None:
+    """The same, again and again: a table that changes in place on a terminal, lines with the time in a pipe. Ends with Ctrl-C."""
+    import rich.live
+
+    try:
+        if not sys.stdout.isatty():
+            while True:
+                click.echo("\n".join(f"{time.strftime('%H:%M:%S')} {line}" for line in _status_lines(workspace)))
+                time.sleep(_PLAIN_SECONDS)
+        with rich.live.Live(_status(workspace), console=_console(), auto_refresh=False) as live:
+            while True:
+                time.sleep(_WATCH_SECONDS)
+                live.update(_status(workspace), refresh=True)
+    except KeyboardInterrupt:
+        return
+
+
+def _status(workspace: "Workspace") -> "rich.console.Group":
+    import rich.console
+
     from .cluster.progress import duration, size
+    from .store.status import dataset_statuses, training_statuses
 
     rows = []
-    for item in datasets:
+    for item in dataset_statuses(workspace):
         total = "?" if item.expected_parts is None else item.expected_parts
         rate = f"{item.tokens_per_second:,.0f}" if item.tokens_per_second else ""
         left = duration(item.seconds_left) if item.seconds_left else ""
         tokens = f"{item.tokens:,}" if item.tokens else ""
-        rows.append(
-            [f"{item.kind}/{item.name}", f"{item.parts}/{total}", tokens, size(item.stored_bytes), rate, left, str(item.left_out or "")]
-        )
-    show_table(["dataset", "parts", "tokens", "on disk", "tokens/s", "time left", "left out"], rows)
-    for training in trainings:
-        loss = "" if training.loss is None else f", loss {training.loss:.4f}"
-        if training.done:
-            state = "done"
-        elif training.running:
-            state = "running" + ("" if training.seconds_left is None else f", {duration(training.seconds_left)} left")
-        else:
-            saved = "no checkpoint" if training.last_checkpoint is None else f"the last checkpoint is of step {training.last_checkpoint}"
-            state = f"not running, {saved}"
-        click.echo(f"training {training.name}: step {training.step}/{training.steps or '?'}{loss}, {state}")
+        parts = [f"{item.parts}/{total}", str(len(item.running_parts) or ""), str(len(item.failed_parts) or "")]
+        rows.append([f"{item.kind}/{item.name}", *parts, tokens, size(item.stored_bytes), rate, left, str(item.left_out or "")])
+    columns = ["dataset", "parts", "running", "failed", "tokens", "on disk", "tokens/s", "time left", "left out"]
+    return rich.console.Group(_table(columns, rows), *map(_training_line, training_statuses(workspace)))
+
+
+def _status_lines(workspace: "Workspace") -> list[str]:
+    """A line for each dataset that is not complete and each training that is not done."""
+    from .cluster.progress import duration
+    from .store.status import dataset_statuses, training_statuses
+
+    lines = []
+    for item in dataset_statuses(workspace):
+        if item.parts == item.expected_parts:
+            continue
+        figures = [f"{item.parts}/{'?' if item.expected_parts is None else item.expected_parts} parts"]
+        figures += [f"{len(item.running_parts)} running by {item.workers} workers"] if item.workers else []
+        figures += [f"{len(item.failed_parts)} failed"] if item.failed_parts else []
+        figures += [f"{item.tokens_per_second:,.0f} tokens/s"] if item.tokens_per_second else []
+        figures += [f"{duration(item.seconds_left)} left"] if item.seconds_left else []
+        lines.append(f"{item.kind}/{item.name}: {', '.join(figures)}")
+    lines += [_training_line(training) for training in training_statuses(workspace) if not training.done]
+    return lines or ["nothing is missing"]
+
+
+def _training_line(training: "TrainingStatus") -> str:
+    from .cluster.progress import duration
+
+    loss = "" if training.loss is None else f", loss {training.loss:.4f}"
+    if training.done:
+        state = "done"
+    elif training.running:
+        state = "running" + ("" if training.seconds_left is None else f", {duration(training.seconds_left)} left")
+    else:
+        saved = "no checkpoint" if training.last_checkpoint is None else f"the last checkpoint is of step {training.last_checkpoint}"
+        state = f"not running, {saved}"
+    return f"training {training.name}: step {training.step}/{training.steps or '?'}{loss}, {state}"
 
 
 def show_query_stats(stats: "QueryStats") -> None:
@@ -165,8 +220,11 @@ def show_usage(found: "list[Usage]", *, as_json: bool) -> None:
 
 def show_table(columns: list[str], rows: list[list[str]]) -> None:
     """A table; the first column is aligned left, the others right."""
+    _console().print(_table(columns, rows))
+
+
+def _table(columns: list[str], rows: list[list[str]]) -> "rich.table.Table":
     import rich.box
-    import rich.console
     import rich.table
 
     table = rich.table.Table(box=rich.box.SIMPLE_HEAD if sys.stdout.isatty() else rich.box.ASCII2, highlight=False)
@@ -174,5 +232,10 @@ def show_table(columns: list[str], rows: list[list[str]]) -> None:
         table.add_column(column, justify="left" if index == 0 else "right", overflow="fold")
     for row in rows:
         table.add_row(*row)
-    console = rich.console.Console(file=sys.stdout, width=None if sys.stdout.isatty() else 200, markup=False, highlight=False)
-    console.print(table)
+    return table
+
+
+def _console() -> "rich.console.Console":
+    import rich.console
+
+    return rich.console.Console(file=sys.stdout, width=None if sys.stdout.isatty() else 200, markup=False, highlight=False)

@@ -8,11 +8,12 @@ import tomllib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from .align.config import AlignmentConfig, FusionConfig
+from .cluster.config import ExecutorConfig
 from .ingest.corpus import CorpusConfig
 from .ingest.distributions import DistributionsConfig
 from .ingest.models import ModelConfig
@@ -46,6 +47,7 @@ class Recipe(BaseModel):
     fusion: FusionConfig = FusionConfig()
     training: TrainingConfig = TrainingConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
+    executor: ExecutorConfig = ExecutorConfig()
 
     @property
     def models(self) -> list[ModelConfig]:
@@ -175,7 +177,8 @@ def _fields_at(path: KeyPath) -> Mapping[str, Any]:
     for key in path:
         if isinstance(key, str):
             annotation = model.model_fields[key].annotation
-            model = annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else ModelConfig
+            choices = (annotation, *get_args(annotation))  # a section, a list of them, or one that may be left out
+            model = next(choice for choice in choices if isinstance(choice, type) and issubclass(choice, BaseModel))
     return model.model_fields
 
 

@@ -15,23 +15,27 @@ from ..ingest.distributions import DistributionsStage, distributions_identity
 from ..ingest.models import ModelConfig, ModelFolder, find_model
 from ..ingest.sources import find_source
 from ..recipe import Recipe
-from ..store import catalog, durable
+from ..store import catalog, durable, journal
 from ..store.dataset import Dataset, Manifest
-from ..store.errors import UsageError, WorkspaceBusy
+from ..store.errors import FuselineError, UsageError, WorkspaceBusy
 from ..store.workspace import Workspace
 from ..train.config import TrainingConfig, TrainJob
 from ..train.launch import launch
 from ..train.records import read_done, require_identity
-from .local import Stage, run_parts
+from .executor import Executor
 from .progress import Progress, size
+from .work import Stage
 
 
 class Pipeline:
     """Runs the stages of a recipe in a workspace. Each method makes what is missing of its stage and says so if that is nothing."""
 
-    def __init__(self, recipe: Recipe, *, base: Path, workspace: Workspace, models_dir: Path, progress: Progress) -> None:
+    def __init__(
+        self, recipe: Recipe, *, base: Path, workspace: Workspace, models_dir: Path, progress: Progress, executor: Executor
+    ) -> None:
         """`base` is the recipe's folder, to which its paths are relative; `models_dir` holds models by the last part of their hub id."""
         self.recipe, self.base, self.workspace, self.models_dir, self.progress = recipe, base, workspace, models_dir, progress
+        self.executor = executor
 
     def run(self) -> None:
         """Everything that is missing, in order."""
@@ -284,7 +288,7 @@ class Pipeline:
             self.progress.say(f"training {training.name}: nothing to do")
             return
         with (
-            self.workspace.run("train", name=training.name, parameters=training.model_dump()) as metrics,
+            self.workspace.run("train", name=training.name, parameters=training.model_dump()) as run,
             self.progress.stage(f"training {training.name}", total=1.0) as tracker,
         ):
             is_first = True
@@ -295,7 +299,7 @@ class Pipeline:
                 earlier = (record["step"] - 1) / record["steps"] if is_first else 0.0
                 tracker(1 / record["steps"], figures, earlier=earlier)
                 is_first = False
-                metrics.update(step=record["step"], loss=record["loss"])
+                run.metrics.update(step=record["step"], loss=record["loss"])
 
             launch(job, on_metrics=follow)
         self.fold()
@@ -404,7 +408,7 @@ class Pipeline:
             return
         started, tokens, stored, quarantined = time.monotonic(), 0, 0, 0
         with (
-            self.workspace.run(stage.dataset.kind, name=stage.dataset.name, parameters={"parts": missing}) as metrics,
+            self.workspace.run(stage.dataset.kind, name=stage.dataset.name, parameters={"parts": missing}) as run,
             self.progress.stage(title, total=len(missing)) as tracker,
         ):
 
@@ -415,9 +419,14 @@ class Pipeline:
                 quarantined += manifest.counts.get("quarantined", 0)
                 rate = f", {tokens / (time.monotonic() - started):,.0f} tokens/s" if tokens else ""
                 tracker(1, f"part {manifest.part}{rate}, {size(stored)} written")
-                metrics.update(parts=metrics.get("parts", 0) + 1, tokens=tokens, stored_bytes=stored, quarantined=quarantined)
+                run.metrics.update(parts=run.metrics.get("parts", 0) + 1, tokens=tokens, stored_bytes=stored, quarantined=quarantined)
 
-            run_parts(stage, missing, on_commit=follow)
+            journal.prepare(run.folder)
+            try:
+                self.executor.run(stage, missing, run_folder=run.folder, on_commit=follow)
+            except FuselineError:
+                self.fold()  # the parts that did not fail are there
+                raise
         self.fold()
         if quarantined:
             self.progress.say(

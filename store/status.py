@@ -2,12 +2,18 @@
 
 import fcntl
 import json
+import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
+from .dataset import Manifest
+from .journal import WorkerState, read_journals
 from .trainings import checkpoint_steps, read_metrics, training_folders
 from .workspace import Workspace
+
+_RECENT_SECONDS = 1800.0  # over which the rate of workers is measured
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -18,10 +24,13 @@ class DatasetStatus:
     name: str
     parts: int
     expected_parts: int | None  # None where nobody has planned it yet
+    workers: int  # that are at work on it, on whichever machine
+    running_parts: list[int]  # that are computed or written now
+    failed_parts: list[int]  # whose last attempt failed
     tokens: int
     stored_bytes: int
-    tokens_per_second: float | None  # of computing, over all parts
-    seconds_left: float | None  # at that rate, in one process
+    tokens_per_second: float | None  # of all workers together, lately; where none is at work, of computing in one process
+    seconds_left: float | None  # at that rate
     left_out: int  # documents in quarantine
 
 
@@ -46,6 +55,7 @@ def dataset_statuses(workspace: Workspace) -> list[DatasetStatus]:
         for dataset in workspace.datasets()
         if (dataset.folder / "plan.json").exists()
     }
+    states_of = _worker_states(workspace)
     statuses = []
     for dataset in workspace.datasets():
         manifests = [dataset.manifest(part) for part in dataset.parts()]
@@ -58,23 +68,61 @@ def dataset_statuses(workspace: Workspace) -> list[DatasetStatus]:
             case _:
                 facts = dataset.description
                 expected = splits_of.get(facts["corpus"], []).count(facts.get("split", "train"))
-        tokens = sum(manifest.counts.get("tokens", 0) for manifest in manifests)
-        seconds = sum(manifest.producer["seconds"] for manifest in manifests)
-        left = None if expected is None or not manifests else (expected - len(manifests)) * seconds / len(manifests)
+        there = {manifest.part for manifest in manifests}
+        states = states_of.get((dataset.kind, dataset.name), [])
+        alive = [state for state in states if state.is_alive]
+        running = {part for state in alive for part in state.at_hand} - there
+        rates = _rates(manifests, alive=alive)
         statuses.append(
             DatasetStatus(
                 kind=dataset.kind,
                 name=dataset.name,
                 parts=len(manifests),
                 expected_parts=expected,
-                tokens=tokens,
+                workers=len(alive),
+                running_parts=sorted(running),
+                failed_parts=sorted({part for state in states for part in state.failed} - there - running),
+                tokens=sum(manifest.counts.get("tokens", 0) for manifest in manifests),
                 stored_bytes=sum(manifest.n_bytes for manifest in manifests),
-                tokens_per_second=tokens / seconds if tokens and seconds else None,
-                seconds_left=left,
+                tokens_per_second=rates.tokens_per_second or None if rates else None,
+                seconds_left=None if expected is None or rates is None else (expected - len(manifests)) / rates.parts_per_second,
                 left_out=sum(manifest.counts.get("quarantined", 0) for manifest in manifests),
             )
         )
     return statuses
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Rates:
+    parts_per_second: float
+    tokens_per_second: float
+
+
+def _rates(manifests: Sequence[Manifest], *, alive: Sequence[WorkerState]) -> _Rates | None:
+    """How fast parts appear: what the workers have committed since they started, or else what they can be expected to."""
+    if alive:
+        now = time.time()
+        since = max(min(state.started_at for state in alive), now - _RECENT_SECONDS)
+        recent = [manifest for manifest in manifests if manifest.producer["committed_at"] >= since]
+        if recent:
+            return _over(recent, seconds=now - since)
+    return _over(manifests, seconds=sum(manifest.producer["seconds"] for manifest in manifests) / max(len(alive), 1))
+
+
+def _over(manifests: Sequence[Manifest], *, seconds: float) -> _Rates | None:
+    if not manifests or seconds <= 0:
+        return None
+    tokens = sum(manifest.counts.get("tokens", 0) for manifest in manifests)
+    return _Rates(parts_per_second=len(manifests) / seconds, tokens_per_second=tokens / seconds)
+
+
+def _worker_states(workspace: Workspace) -> dict[tuple[str, str], list[WorkerState]]:
+    """What the workers wrote of themselves, by kind and name of their dataset; of a run that is done there is nothing left to say."""
+    found: dict[tuple[str, str], list[WorkerState]] = {}
+    for run in workspace.runs():
+        if run["status"] != "done":
+            found.setdefault((run["stage"], run["dataset"]), []).extend(read_journals(workspace.folder("runs", run["run"])))
+    return found
 
 
 def training_statuses(workspace: Workspace) -> list[TrainingStatus]:

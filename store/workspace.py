@@ -16,6 +16,7 @@ import platform
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,6 +34,14 @@ if TYPE_CHECKING:
 
 # In the order of the pipeline, which is also the order in which the catalog folds them.
 DATASET_KINDS = ("corpus", "distributions", "vocab_maps", "alignments", "targets", "evaluations")
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """One execution of a stage that is going on."""
+
+    folder: Path
+    metrics: dict[str, Any]  # what is put in here is recorded
 
 
 class Workspace:
@@ -132,8 +141,8 @@ class Workspace:
             yield from sorted((self.root / kind).glob("[!.]*/"))
 
     @contextmanager
-    def run(self, stage: str, *, name: str, parameters: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-        """Record one execution of a stage as `runs/<run>/run.json`; what the caller puts into the yielded dict becomes its metrics."""
+    def run(self, stage: str, *, name: str, parameters: Mapping[str, Any]) -> Iterator["Run"]:
+        """Record one execution of a stage as `runs/<run>/run.json`."""
         started = time.time()
         moment = time.strftime("%Y%m%d-%H%M%S", time.gmtime(started))
         folder = self.folder("runs", f"{moment}-{started % 1 * 1e6:06.0f}-{stage}-{name}")
@@ -154,7 +163,7 @@ class Workspace:
         durable.write_json(folder / "run.json", record)
         status = "failed"
         try:
-            yield record["metrics"]
+            yield Run(folder, record["metrics"])
             status = "done"
         except KeyboardInterrupt:
             status = "interrupted"

@@ -26,17 +26,22 @@ SECTIONS = {
     "fusion": "[fusion]",
     "training": "[training]",
     "evaluation": "[evaluation]",
+    "executor": "[executor]",
+    "executor.resources": "[executor.resources]",
+    "executor.resources.distributions": "[executor.resources.<kind>]",
 }
 
 
 def recipe_page() -> str:
     page = [INTRODUCTION]
     for name, title in SECTIONS.items():
-        section: Any = Recipe.model_fields[name].annotation
+        section: Any = Recipe
+        for key in name.split("."):
+            section = section.model_fields[key].annotation
         assert issubclass(section, BaseModel)
         page += [f"\n## `{title}`\n\n{section.__doc__}\n\n| key | type | default | what it says |\n|---|---|---|---|\n"]
         for key, field in section.model_fields.items():
-            default = "" if field.is_required() else f"`{_toml(field.default)}`"
+            default = "" if field.is_required() or isinstance(field.default, BaseModel) else f"`{_toml(field.default)}`"
             page.append(f"| `{key}` | {_type(field.annotation)} | {default} | {field.description} |\n")
     return "".join(page)
 
@@ -50,6 +55,10 @@ def _type(annotation: Any) -> str:
         return ", ".join(f"`{choice}`" for choice in get_args(annotation))
     if get_origin(annotation) in {Union, type(int | None)}:
         return " or ".join(_type(choice) for choice in get_args(annotation) if choice is not type(None))
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return "table"
+    if get_origin(annotation) is dict:
+        return f"table of {_type(get_args(annotation)[1])}"
     return {str: "text", int: "integer", float: "number", bool: "true or false"}[
         get_args(annotation)[0] if get_args(annotation) else annotation
     ]

@@ -1,0 +1,65 @@
+"""The `[executor]` of a recipe: what runs the parts of a stage. It changes nothing of what is stored, so it is part of no fingerprint."""
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+# What the executor itself says to sbatch, to find its jobs and their logs again.
+_OWN_OPTIONS = ("array", "error", "job-name", "open-mode", "output", "requeue", "signal")
+
+
+class Resources(BaseModel):
+    """`[executor.resources.<kind>]`: what Slurm or Ray is asked for, for each worker of a stage. Processes of `local` share the machine."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    gpus: int = Field(0, ge=0, description="GPUs; without one forward passes run on CPU cores")
+    cpus: int = Field(1, ge=1, description="CPU cores")
+    memory_gb: float | None = Field(None, gt=0, description="memory in GB; none leaves it to the cluster")
+    minutes: int = Field(60, ge=5, description="slurm: time after which a task is requeued, to go on with the parts that it has left")
+
+
+class StageResources(BaseModel):
+    """`[executor.resources]`: a table of resources for each kind of stage; what is left out is one core."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    corpus: Resources = Field(Resources(), description="cutting documents into segments")
+    distributions: Resources = Field(Resources(), description="forward passes")
+    vocab_maps: Resources = Field(Resources(), description="vocabulary maps")
+    alignments: Resources = Field(Resources(), description="position maps")
+    targets: Resources = Field(Resources(), description="fusion")
+    evaluations: Resources | None = Field(None, description="forward passes on the held-out text; none asks for what `distributions` does")
+
+    def of(self, kind: str) -> Resources:
+        """What a worker of a kind of stage is given."""
+        return getattr(self, kind) or self.distributions
+
+
+class ExecutorConfig(BaseModel):
+    """The `[executor]` of a recipe: what runs the parts of a stage. The parts and their bits are the same, whichever does."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    kind: Literal["local", "slurm", "ray"] = Field(
+        "local", description="processes on this machine, a Slurm job array, or actors on a Ray cluster"
+    )
+    workers: int | None = Field(
+        None, ge=1, description="parts computed at the same time; none is one per GPU or else one (local), or 4 (slurm, ray)"
+    )
+    retries: int = Field(2, ge=0, description="how often a part that failed is tried again before it is reported")
+    resources: StageResources = Field(StageResources(), description="what each worker is given (slurm, ray)")
+    slurm: dict[str, str | int | bool] = Field(
+        {}, description='further options of sbatch by their long names: `partition = "gpu"`, `exclusive = true`'
+    )
+    ray_address: str | None = Field(None, description="address of the Ray cluster; none is RAY_ADDRESS, or the one on this machine")
+
+    @field_validator("slurm", mode="before")
+    @classmethod
+    def _are_options(cls, value: Any) -> Any:
+        for name, option in value.items() if isinstance(value, dict) else ():
+            if name.replace("_", "-") in _OWN_OPTIONS:
+                raise ValueError(f"{name} is set by fuseline: remove it")
+            if option is False or not isinstance(option, str | int):
+                raise ValueError(f"{name} ({option!r}) must be text, a number, or true; leave out what is not wanted")
+        return value

@@ -1,0 +1,167 @@
+"""The journal that each worker keeps in its run's folder: by it anyone who sees the workspace can follow, whoever started the worker.
+
+    runs/<run>/workers/<worker>.jsonl       a line when the worker starts, begins a part, has committed it, failed at it, or ends
+    runs/<run>/failures/part-00042.log      of a part that failed: the traceback of each attempt
+    runs/<run>/logs/                        what the workers print
+
+A journal has one writer, so that nothing is locked. The writer touches the file every few seconds: one that is neither ended nor touched
+for a minute belongs to a worker that died.
+"""
+
+import contextlib
+import json
+import os
+import platform
+import threading
+import time
+import traceback
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Self
+
+from .errors import FuselineError
+
+BEAT_SECONDS = 5.0
+DEAD_SECONDS = 60.0
+_FOLDERS = ("workers", "failures", "logs")
+
+
+def prepare(run_folder: Path) -> None:
+    """Make the folders that workers write to. They make none: a machine that does not see the workspace must not begin a second one."""
+    for name in _FOLDERS:
+        (run_folder / name).mkdir(exist_ok=True)
+
+
+def failure_log(run_folder: Path, part: int) -> Path:
+    """Where the tracebacks of a part's attempts are."""
+    return run_folder / "failures" / f"part-{part:05d}.log"
+
+
+def reason_of(error: BaseException) -> str:
+    """One line that says what happened; a user's mistake in its own words, anything else with its type."""
+    text = str(error) if isinstance(error, FuselineError) else f"{type(error).__name__}: {error}"
+    return next(iter(text.splitlines()), "")
+
+
+class Journal:
+    """Writes one worker's journal, and shows that the worker lives for as long as it is open."""
+
+    def __init__(self, run_folder: Path, *, worker: str) -> None:
+        """Begin, or go on with, a journal; `prepare` must have made its folder.
+
+        Raises:
+            FileNotFoundError: this machine does not see the run's folder.
+        """
+        self.run_folder, self._path, self._closed = run_folder, _journal_path(run_folder, worker), threading.Event()
+        if not self._path.parent.is_dir():
+            raise FileNotFoundError(f"{platform.node()} does not see {self._path.parent}: the workspace must be on storage that all share.")
+        self._write("started", host=platform.node(), pid=os.getpid())
+        threading.Thread(target=self._beat, name="heartbeat", daemon=True).start()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._closed.set()
+        self._write("ended")
+
+    def begun(self, part: int) -> None:
+        """The worker computes a part."""
+        self._write("begun", part=part)
+
+    def committed(self, part: int) -> None:
+        """The part's manifest is there."""
+        self._write("committed", part=part)
+
+    def failed(self, part: int, error: BaseException) -> None:
+        """An attempt at a part failed: its traceback goes into the part's log. A user's mistake has none, only its text."""
+        is_mistake = isinstance(error, FuselineError)
+        text = f"{error}\n" if is_mistake else "".join(traceback.format_exception(error))
+        heading = f"---- {time.strftime('%Y-%m-%d %H:%M:%S')} {platform.node()} {self._path.stem}\n"
+        with contextlib.suppress(OSError), failure_log(self.run_folder, part).open("a", encoding="utf-8") as log:
+            log.write(heading + text)
+        self._write("failed", part=part, reason=reason_of(error))
+
+    def _write(self, event: str, **details: Any) -> None:
+        with contextlib.suppress(OSError):  # on a full disk the work fails where it commits, and says so there
+            _append(self._path, event, **details)
+
+    def _beat(self) -> None:
+        while not self._closed.wait(BEAT_SECONDS):
+            with contextlib.suppress(OSError):
+                os.utime(self._path)
+
+
+def end_of(run_folder: Path, *, worker: str) -> None:
+    """End the journal of a worker that is known to be gone, for it."""
+    if _journal_path(run_folder, worker).exists():
+        _append(_journal_path(run_folder, worker), "ended")
+
+
+@dataclass(slots=True, kw_only=True)
+class WorkerState:
+    """What a journal says of its worker."""
+
+    worker: str
+    refreshed_at: float  # seconds since the epoch, as are all times
+    host: str = ""
+    pid: int = 0
+    started_at: float = 0.0
+    ended: bool = False
+    begun: Counter[int] = field(default_factory=Counter)  # part -> how often it was begun
+    at_hand: list[int] = field(default_factory=list)  # parts that are computed or written now, or were when the worker died
+    interrupted: Counter[int] = field(default_factory=Counter)  # part -> how often the worker died, or was requeued, with it at hand
+    failed: dict[int, str] = field(default_factory=dict)  # part -> why its last attempt failed
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether the worker has shown a sign of life within a minute, and has not ended."""
+        return not self.ended and time.time() - self.refreshed_at < DEAD_SECONDS
+
+    def add(self, record: dict[str, Any]) -> None:
+        """Take one line into account."""
+        part = record.get("part", -1)
+        match record["event"]:
+            case "started":
+                self.host, self.pid, self.started_at, self.ended = record["host"], record["pid"], record["at"], False
+                self._let_go()
+            case "begun":
+                self.begun[part] += 1
+                self.at_hand.append(part)
+                self.failed.pop(part, None)
+            case "committed" | "failed":
+                self.at_hand = [other for other in self.at_hand if other != part]
+                if record["event"] == "failed":
+                    self.failed[part] = record["reason"]
+            case "ended":
+                self.ended = True
+                self._let_go()
+
+    def _let_go(self) -> None:
+        self.interrupted.update(self.at_hand)
+        self.at_hand = []
+
+
+def read_journals(run_folder: Path) -> Iterator[WorkerState]:
+    """What every worker of a run wrote of itself, by name. A last line that a crash cut short is left out."""
+    for path in sorted((run_folder / "workers").glob("*.jsonl")):
+        state = WorkerState(worker=path.stem, refreshed_at=path.stat().st_mtime)
+        for line in path.read_bytes().splitlines(keepends=True):
+            if line.endswith(b"\n"):
+                try:
+                    state.add(json.loads(line))
+                except ValueError:  # the line after one that was cut short continues it
+                    continue
+        yield state
+
+
+def _journal_path(run_folder: Path, worker: str) -> Path:
+    return run_folder / "workers" / f"{worker}.jsonl"
+
+
+def _append(path: Path, event: str, **details: Any) -> None:
+    line = json.dumps({"event": event, "at": time.time(), **details}, ensure_ascii=False)
+    with path.open("ab", buffering=0) as file:
+        file.write(f"{line}\n".encode())
