@@ -19,7 +19,7 @@ if TYPE_CHECKING:  # what a command needs is imported when it runs, so that --he
     from .store.database import QueryStats
     from .store.status import TrainingStatus
     from .store.upkeep import Leftover, Usage
-    from .store.verify import Verification
+    from .store.verify import Finding, Verification
     from .store.workspace import Workspace
 
 
@@ -171,9 +171,13 @@ def show_findings(found: "Verification", *, as_json: bool) -> None:
         click.echo(json.dumps(dataclasses.asdict(found), indent=1, default=str))
         return
     for finding in found.findings:
-        click.echo(f"{finding.path}: {finding.problem.removeprefix(f'{finding.path} ')} {finding.remedy}".rstrip())
+        click.echo(_finding_line(finding))
     what = f"{len(found.findings)} problem{'s' * (len(found.findings) != 1)}" if found.findings else "nothing wrong"
     click.echo(f"{found.datasets} datasets, {found.parts} parts, {size(found.n_bytes)} checked: {what}")
+
+
+def _finding_line(finding: "Finding") -> str:
+    return f"{finding.path}: {finding.problem.removeprefix(f'{finding.path} ')}. {finding.remedy}".rstrip()
 
 
 def show_repair(done: "Repair") -> None:
@@ -183,7 +187,7 @@ def show_repair(done: "Repair") -> None:
         how = f"made again, but not as it was: {', '.join(changed)} differ" if changed else "made again"
         click.echo(f"{kind}/{name} part {part}: {how}")
     for finding in done.left:
-        click.echo(f"not mended: {finding.path}: {finding.problem.removeprefix(f'{finding.path} ')} {finding.remedy}".rstrip())
+        click.echo(f"not mended: {_finding_line(finding)}")
     if not done.made and not done.left:
         click.echo("Nothing to repair.")
 

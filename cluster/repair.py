@@ -9,7 +9,7 @@ from itertools import chain
 from typing import Any
 
 from ..store import catalog, durable
-from ..store.dataset import Dataset
+from ..store.dataset import SCHEMA_VERSION, Dataset
 from ..store.errors import FuselineError
 from ..store.verify import Finding, PartName, verify
 from ..store.workspace import Workspace
@@ -81,11 +81,12 @@ def _mend_what_is_no_part(pipeline: Pipeline, findings: list[Finding]) -> None:
 
 
 def _checksums(workspace: Workspace, part: PartName) -> _Checksums:
-    """What a part's manifest says of its files; nothing where it cannot be read."""
+    """What a part's manifest says of its files; nothing to compare with where it cannot be read, or an earlier version encoded them."""
     try:
-        return Dataset.open(workspace.folder(part[0], part[1])).manifest(part[2]).files
+        manifest = Dataset.open(workspace.folder(part[0], part[1])).manifest(part[2])
     except FuselineError:
         return {}
+    return manifest.files if manifest.schema_version == SCHEMA_VERSION else {}
 
 
 def _set_aside(workspace: Workspace, part: PartName) -> None:

@@ -21,6 +21,7 @@ from .workspace import DATASET_KINDS, Workspace
 
 PartName = tuple[str, str, int]  # kind and name of the dataset, index of the part
 _REMAKE = "Mend it with: fuseline store repair RECIPE."
+_REBUILD = "It is only an index: make it anew with `fuseline store rebuild`."
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -104,15 +105,14 @@ def _tokenizer_folders(workspace: Workspace) -> list[Path]:
 def _check_catalog(workspace: Workspace, *, full: bool) -> Iterator[Finding]:
     if not workspace.catalog_path.exists():
         if any(_dataset_folders(workspace)):
-            remedy = "It is only an index: make it anew with `fuseline store rebuild`."
-            yield Finding(path=workspace.catalog_path, problem="is missing", remedy=remedy, mend="remove")
+            yield Finding(path=workspace.catalog_path, problem="is missing", remedy=_REBUILD, mend="remove")
         return
     try:
         catalog.read_all(workspace) if full else catalog.known_parts(workspace)
     except WorkspaceBusy:
         return
     except FuselineError as error:
-        yield _finding(workspace.catalog_path, error, mend="remove")
+        yield Finding(path=workspace.catalog_path, problem=str(error).split("\n")[0], remedy=_REBUILD, mend="remove")
 
 
 def _known_parts(workspace: Workspace) -> set[PartName]:
@@ -132,7 +132,7 @@ def _check_plan(dataset: Dataset) -> Iterator[Finding]:
         elif dataset.parts():
             raise DamagedPart("is missing, but there are parts")
     except DamagedPart as error:
-        yield Finding(path=path, problem=str(error), remedy=_REMAKE, mend="remove")
+        yield _finding(path, error, mend="remove")
         return
     n_parts = len(summary["parts"]) if summary else 0
     for part in dataset.parts():
@@ -197,5 +197,7 @@ def _damaged(dataset: Dataset, part: int, problem: str) -> Finding:
 def _finding(
     path: Path, error: FuselineError, *, part: PartName | None = None, mend: Literal["remake", "remove", "by hand"] = "by hand"
 ) -> Finding:
-    """An error's text says the problem and, after it, what to do."""
-    return Finding(path=path, problem=str(error), remedy=_REMAKE if mend == "remake" else "", part=part, mend=mend)
+    """Of an error's text what is wrong, and what to do unless `repair` can do it."""
+    problem, _, rest = str(error).partition(" Remove ")
+    remedy = _REMAKE if mend != "by hand" else f"Remove {rest}" if rest else ""
+    return Finding(path=path, problem=problem.rstrip("."), remedy=remedy, part=part, mend=mend)
