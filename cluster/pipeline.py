@@ -130,7 +130,7 @@ class Pipeline:
             f"corpus {self.recipe.corpus.name}: {summary['documents']:,} documents, {size(summary['text_bytes'])} of text, "
             f"{len(summary['parts'])} parts" + (f" (left out: {', '.join(left_out)})" if left_out else "")
         )
-        self._make("corpus", stage, parts=stage.parts())
+        self.make("corpus", stage, parts=stage.parts())
 
     def _parts_of(self, split: str) -> list[int]:
         """The corpus's parts of one split.
@@ -155,7 +155,7 @@ class Pipeline:
         """Every model's distributions on the train split."""
         parts = self._parts_of("train")
         for model in self.models.values():
-            self._make(f"distributions {model.config.name}", self._forward_stage(model), parts=parts)
+            self.make(f"distributions {model.config.name}", self._forward_stage(model), parts=parts)
 
     @cached_property
     def distributions(self) -> dict[str, Dataset]:
@@ -200,8 +200,8 @@ class Pipeline:
         for dataset in self.distributions.values():
             self._require(dataset, parts=parts, command="ingest distributions")
         for source in self.recipe.sources:
-            self._make(f"vocabulary map {self._pair(source)}", self._vocabulary_stage(source), parts=[0])
-            self._make(f"alignment {self._pair(source)}", self._alignment_stage(source), parts=parts)
+            self.make(f"vocabulary map {self._pair(source)}", self._vocabulary_stage(source), parts=[0])
+            self.make(f"alignment {self._pair(source)}", self._alignment_stage(source), parts=parts)
 
     def make_targets(self) -> None:
         """The fused targets."""
@@ -215,7 +215,7 @@ class Pipeline:
             ):
                 if dataset is not None:
                     self._require(dataset, parts=needed, command=command)
-        self._make(f"targets {self.recipe.fusion.name}", stage, parts=parts)
+        self.make(f"targets {self.recipe.fusion.name}", stage, parts=parts)
 
     @property
     def _of_corpus(self) -> dict[str, str]:
@@ -341,7 +341,7 @@ class Pipeline:
         parts = self._parts_of(self.recipe.evaluation.split)
         for model in [*self.models.values(), *self._trained_models()]:
             stage = self._forward_stage(model, kind="evaluations")
-            self._make(f"evaluation {model.config.name}", stage, parts=parts)
+            self.make(f"evaluation {model.config.name}", stage, parts=parts)
 
     def _trained_models(self) -> list[ModelFolder]:
         found = []
@@ -373,22 +373,15 @@ class Pipeline:
     @property
     def trained_evaluations(self) -> set[tuple[str, str]]:
         """Kind and name of the evaluations of the trained models, once all are."""
-        is_trained = all(self._is_trained(training) for training in self.recipe.trainings)
-        return (
-            set()
-            if not is_trained
-            else {("evaluations", f"{training.name}--{self.recipe.evaluation.split}") for training in self.recipe.trainings}
-        )
+        if not all(map(self._is_trained, self.recipe.trainings)):
+            return set()
+        return {("evaluations", f"{training.name}--{self.recipe.evaluation.split}") for training in self.recipe.trainings}
 
     def trained_stages(self) -> Iterator[tuple[str, Stage]]:
         """The evaluations of the trained models, once all are."""
         if all(map(self._is_trained, self.recipe.trainings)):
             for model in self._trained_models():
                 yield f"evaluation {model.config.name}", self._forward_stage(model, kind="evaluations")
-
-    def remake(self, title: str, stage: Stage, *, parts: list[int]) -> None:
-        """Make these parts of a stage, which are not there any more."""
-        self._make(title, stage, parts=parts)
 
     # ---- common ------------------------------------------------------------------------------------------------------------------------
 
@@ -400,7 +393,7 @@ class Pipeline:
                 f"{dataset.kind}/{dataset.name} lacks {len(missing)} of {len(parts)} parts ({listed}). First: fuseline {command} RECIPE."
             )
 
-    def _make(self, title: str, stage: Stage, *, parts: list[int]) -> None:
+    def make(self, title: str, stage: Stage, *, parts: list[int]) -> None:
         """Make the parts that are missing, and fold them into the catalog."""
         missing = sorted(set(parts) - set(stage.dataset.parts()))
         if not missing:

@@ -52,7 +52,7 @@ def repair(pipeline: Pipeline, *, full: bool) -> Repair:
         key = (stage.dataset.kind, stage.dataset.name)
         parts = sorted(part for *names, part in lost if tuple(names) == key)
         if parts:
-            pipeline.remake(title, stage, parts=parts)
+            pipeline.make(title, stage, parts=parts)
             done.made.extend((*key, part) for part in parts)
     for part in done.made:
         before, after = lost[part], _checksums(workspace, part)

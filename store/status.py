@@ -1,13 +1,13 @@
 """What a workspace holds and lacks, read from the files themselves: true also while a stage runs and the catalog lags behind."""
 
 import fcntl
-import json
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
+from .corpus_plan import read_plan
 from .dataset import Manifest
 from .journal import WorkerState, read_journals
 from .trainings import checkpoint_steps, read_metrics, training_folders
@@ -50,11 +50,8 @@ class TrainingStatus:
 
 def dataset_statuses(workspace: Workspace) -> list[DatasetStatus]:
     """Every dataset of the workspace, in the order of the pipeline."""
-    splits_of = {
-        dataset.name: [part["split"] for part in json.loads((dataset.folder / "plan.json").read_text(encoding="utf-8"))["parts"]]
-        for dataset in workspace.datasets()
-        if (dataset.folder / "plan.json").exists()
-    }
+    plans = {dataset.name: read_plan(dataset.folder) for dataset in workspace.datasets() if dataset.kind == "corpus"}
+    splits_of = {name: [part["split"] for part in plan["parts"]] for name, plan in plans.items() if plan}
     states_of = _worker_states(workspace)
     statuses = []
     for dataset in workspace.datasets():

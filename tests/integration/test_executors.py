@@ -373,12 +373,13 @@ def test_jobs_whose_coordinator_was_killed_go_on_and_are_followed(project, model
     slurm_command(slurm, "scontrol", "update", f"nodename={node}", "state=drain", "reason=test")
     first = start(*arguments)
 
-    def is_queued() -> bool:
+    def is_submitted() -> bool:
         names = slurm_command(slurm, "squeue", "-h", "-o", "%j").split()
-        return any(path.stem in names for path in (workspace / "runs").glob("*/slurm/*.json"))
+        is_queued = any(path.stem in names for path in (workspace / "runs").glob("*/slurm/*.json"))
+        return is_queued and any((workspace / "runs").glob("*/logs/*/*_submitted.pkl"))  # what submitit writes last
 
     try:
-        wait_for(is_queued, process=first)
+        wait_for(is_submitted, process=first)
     finally:
         kill_group(first)
     log = tmp_path / "log"
