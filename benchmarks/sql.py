@@ -63,9 +63,10 @@ def measure(
 
 
 def ask_store(root: Path, query: str, doc_ids: list[int]) -> tuple[list[float], str]:
-    """Seconds of the query in the workspace, for several documents where it is of one; after a first one that is not counted."""
+    """Seconds of the query over an open connection, for several documents at random where it is of one; the first one is not counted."""
     workspace = Workspace.open(root)
-    seconds = _repeat(lambda text: workspace.sql(text), query, doc_ids)
+    with workspace.database.connect():
+        seconds = _repeat(workspace.sql, query, doc_ids)
     stats = workspace.database.stats
     return seconds, f"{stats.chunks} chunks, {stats.stored_bytes / 1e6:.2f} MB"
 

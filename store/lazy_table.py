@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from .arrays import CHUNK_ROWS
 
-_READ_BYTES = 16 << 20  # decoded at once, about: zarr-python spends 1.5 ms on each read, and _AHEAD of them lie in memory
+_READ_BYTES = 16 << 20  # decoded at once, about; _AHEAD as many may lie in memory
 _THREADS = 2
 _AHEAD = 4  # reads that may lie finished and unasked for
 LABEL = pa.dictionary(pa.int32(), pa.string())  # a text that many rows share

@@ -1,20 +1,16 @@
 """Reading the arrays of a committed part: whole or by rows, checked against the manifest, with what was read counted."""
 
+import json
 from collections.abc import Mapping
-from functools import cached_property
 from pathlib import Path
 from threading import Lock
-from typing import Any, cast
+from typing import Any
 
-import numpy as np
-import zarr
 from numpy.typing import NDArray
-from zarr.abc.store import ByteRequest
-from zarr.core.buffer import Buffer, BufferPrototype
-from zarr.storage import LocalStore
 
 from .arrays import decoded
 from .errors import DamagedPart
+from .shard import Shard
 
 
 class Reads:
@@ -38,25 +34,22 @@ class PartArrays:
         """`sizes` are bytes of each file in the folder, by path, as the manifest says; `remedy` is what to do about damage; `reads` counts.
 
         Raises:
-            DamagedPart: the folder is missing or not a Zarr group.
+            DamagedPart: the folder is missing or holds no Zarr group.
         """
         self.folder, self._reads = folder, reads or Reads()
         self._sizes, self._remedy = sizes, remedy
-        self._arrays: dict[str, zarr.Array[Any]] = {}
+        self._shards: dict[str, Shard] = {}
         try:
-            self._group = zarr.open_consolidated(_CountingStore(folder, reads=self._reads), mode="r")
-        except (OSError, ValueError, KeyError) as error:
+            group = json.loads((folder / "zarr.json").read_text(encoding="utf-8"))
+            self.attributes: Mapping[str, Any] = group["attributes"]  # the small facts that are stored beside the arrays
+            self._metadata: Mapping[str, Any] = group["consolidated_metadata"]["metadata"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
             raise DamagedPart(f"{folder} is named by its manifest but cannot be opened ({error}). {remedy}") from error
 
-    @cached_property
+    @property
     def names(self) -> list[str]:
         """Names of the arrays, sorted."""
-        return sorted(self._group.array_keys())
-
-    @property
-    def attributes(self) -> Mapping[str, Any]:
-        """The small facts that are stored beside the arrays."""
-        return self._group.attrs.asdict()
+        return sorted(self._metadata)
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> NDArray[Any]:
         """Rows `start` to `stop` of an array (by default all), decoded; only the chunks that hold them are read, and checked.
@@ -67,38 +60,25 @@ class PartArrays:
             DamagedPart: the array is missing, cut short, or does not match its checksum.
         """
         try:
-            array = self._arrays[name] if name in self._arrays else self._open(name)
-            stop = array.shape[0] if stop is None else stop
-            if stop > start:
-                self._reads.add(chunks=(stop - 1) // array.chunks[0] - start // array.chunks[0] + 1)
-            return decoded(np.asarray(array[start:stop]), attributes=array.attrs)
-        except (OSError, ValueError, RuntimeError, KeyError) as error:
+            shard = self._shards.get(name) or self._open(name)
+            stop = shard.shape[0] if stop is None else stop
+            rows, n_bytes = shard.read(start, stop)
+        except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
             if isinstance(error, DamagedPart):
                 raise
             raise DamagedPart(f"{self.folder}: the array {name} cannot be read ({error}). {self._remedy}") from error
+        if stop > start:
+            self._reads.add(chunks=(stop - 1) // shard.chunk_rows - start // shard.chunk_rows + 1, stored_bytes=n_bytes)
+        return decoded(rows, attributes=self._metadata[name]["attributes"])
 
-    def _open(self, name: str) -> "zarr.Array[Any]":
-        # Zarr would read a missing or empty shard as zeros; what one of the right size holds it checks itself.
-        for path, size in self._sizes.items():
-            if path.startswith(f"{name}/") and not _has_size(self.folder / path, size):
-                raise DamagedPart(f"{self.folder / path} of the array {name} is missing or cut short. {self._remedy}")
-        self._arrays[name] = cast("zarr.Array[Any]", self._group[name])
-        return self._arrays[name]
+    def _open(self, name: str) -> Shard:
+        files = {self.folder / path: size for path, size in self._sizes.items() if path.startswith(f"{name}/c/")}
+        for path, size in files.items():
+            if not _has_size(path, size):
+                raise DamagedPart(f"{path} of the array {name} is missing or cut short. {self._remedy}")
+        shard = self._shards[name] = Shard(next(iter(files), None), self._metadata[name])
+        return shard
 
 
 def _has_size(path: Path, size: int) -> bool:
     return path.is_file() and path.stat().st_size == size
-
-
-class _CountingStore(LocalStore):
-    """A read-only folder that counts the bytes which are read of it."""
-
-    def __init__(self, root: Path, *, reads: Reads) -> None:
-        super().__init__(root, read_only=True)
-        self._reads = reads
-
-    async def get(self, key: str, prototype: BufferPrototype | None = None, byte_range: ByteRequest | None = None) -> Buffer | None:
-        found = await super().get(key, prototype, byte_range)
-        if found is not None and not key.endswith("zarr.json"):
-            self._reads.add(stored_bytes=len(found))
-        return found
