@@ -338,11 +338,16 @@ def status(workspace: Path | None, as_json: bool, watch: bool) -> None:
 @main.command()
 @click.argument("query", required=False)
 @_workspace_option
-@click.option("--format", "style", type=click.Choice(["table", "csv", "json", "parquet"]), default="table", show_default=True)
+@click.option(
+    "--format",
+    "style",
+    type=click.Choice(["table", "csv", "json", "parquet"]),
+    help="By default what the name of the file says; on the standard output a table.",
+)
 @click.option("--output", "-o", type=click.Path(dir_okay=False, path_type=Path), help="File to write to; needed for parquet.")
 @click.option("--stats", is_flag=True, help="Say, on the error stream, how many chunks and bytes of stored arrays were read.")
 @click.option("--external-access", is_flag=True, help="Let queries read and write files outside the workspace.")
-def sql(query: str | None, workspace: Path | None, style: str, output: Path | None, stats: bool, external_access: bool) -> None:
+def sql(query: str | None, workspace: Path | None, style: str | None, output: Path | None, stats: bool, external_access: bool) -> None:
     """Ask everything that is stored with SQL (DuckDB's).
 
     Without QUERY it is read from the standard input, or, on a terminal, asked for again and again. Nothing in the workspace can be changed.
@@ -355,23 +360,22 @@ def sql(query: str | None, workspace: Path | None, style: str, output: Path | No
     \b
     Example:  fuseline sql "SELECT model, domain, avg(entropy) FROM positions GROUP BY ALL ORDER BY ALL"
     """
-    from .results import write_result
+    from .results import style_for, write_result
     from .store.database import Database
 
-    if style == "parquet" and output is None:
-        raise UsageError("--format parquet needs --output FILE.")
+    chosen = style_for(style, output=output)
     database = Database(_open_workspace(workspace), external_access=external_access)
 
     def show(text: str) -> None:
         with database.stream(text) as batches:
-            write_result(batches, style=style, output=output)
+            write_result(batches, style=chosen, output=output)
 
     if query is None and sys.stdin.isatty() and output is None:
         from .prompt import ask_repeatedly
 
         ask_repeatedly(database, show=show, show_stats=lambda: show_query_stats(database.stats), stats=stats)
         return
-    show(sys.stdin.read() if query is None else query)
+    show(sys.stdin.buffer.read().decode(errors="surrogateescape") if query is None else query)
     if stats:
         show_query_stats(database.stats)
 
@@ -388,12 +392,11 @@ def rebuild(workspace: Path | None) -> None:
 
     Example:  fuseline store rebuild -w workspaces/demo
     """
-    from .store import catalog, durable
+    from .store import catalog
 
     opened = _open_workspace(workspace)
     with opened.coordinator():
-        durable.remove(opened.catalog_path)
-        catalog.fold(opened)
+        catalog.rebuild(opened)
     click.echo(f"{opened.catalog_path} is made anew.")
 
 

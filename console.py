@@ -4,6 +4,7 @@ import dataclasses
 import json
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -222,18 +223,19 @@ def show_usage(found: "list[Usage]", *, as_json: bool) -> None:
     show_table(["dataset", "parts", "on disk", "B/token"], [*rows, ["total", "", size(total), ""]])
 
 
-def show_table(columns: list[str], rows: list[list[str]]) -> None:
-    """A table; the first column is aligned left, the others right."""
-    _console().print(_table(columns, rows))
+def show_table(columns: list[str], rows: list[list[str]], *, right: Sequence[bool] | None = None) -> None:
+    """A table; `right` says which columns are aligned right, by default all but the first."""
+    _console().print(_table(columns, rows, right=right))
 
 
-def _table(columns: list[str], rows: list[list[str]]) -> "rich.table.Table":
+def _table(columns: list[str], rows: list[list[str]], *, right: Sequence[bool] | None = None) -> "rich.table.Table":
     import rich.box
     import rich.table
 
     table = rich.table.Table(box=rich.box.SIMPLE_HEAD if sys.stdout.isatty() else rich.box.ASCII2, highlight=False)
     for index, column in enumerate(columns):
-        table.add_column(column, justify="left" if index == 0 else "right", overflow="fold")
+        is_right = index > 0 if right is None else right[index]
+        table.add_column(column, justify="right" if is_right else "left", overflow="fold")
     for row in rows:
         table.add_row(*row)
     return table
@@ -242,4 +244,4 @@ def _table(columns: list[str], rows: list[list[str]]) -> "rich.table.Table":
 def _console() -> "rich.console.Console":
     import rich.console
 
-    return rich.console.Console(file=sys.stdout, width=None if sys.stdout.isatty() else 200, markup=False, highlight=False)
+    return rich.console.Console(file=sys.stdout, width=None if sys.stdout.isatty() else 200, markup=False, emoji=False, highlight=False)

@@ -71,8 +71,10 @@ def ask_repeatedly(database: Database, *, show: Callable[[str], None], show_stat
                     click.echo(f"{table}({', '.join(columns)})")
             case [".stats", "on" | "off" as wanted]:
                 stats = wanted == "on"
-            case [first, *_] if first.startswith("."):
+            case [".help"]:
                 click.echo(_HELP)
+            case [first, *_] if first.startswith("."):
+                click.echo(f"{text} is no command of the prompt.\n{_HELP}", err=True)
             case _:
                 try:
                     show(text)

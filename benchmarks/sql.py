@@ -114,7 +114,7 @@ def _write_corpus(workspace: Workspace, *, lengths: list[np.ndarray], rng: np.ra
         {"source_split": "train", "row": range(n), "split": "train", "domain": rng.choice(DOMAINS, n), "sha256": "", "n_bytes": 4000,
          "doc_id": range(n), "part": part_D},
     )  # fmt: skip
-    dataset = Dataset.create(workspace.folder("corpus", "corpus"), identity={}, description={})
+    dataset = Dataset.create(workspace.folder("corpus", "corpus"), identity={"segmented_for": []}, description={})
     parts = [{"split": "train", "documents": len(of_part)} for of_part in lengths]
     summary = {"documents": n, "duplicates": 0, "empty": 0, "text_bytes": 4000 * n, "parts": parts}
     write_plan(dataset.folder, documents=documents, summary=summary)

@@ -6,8 +6,6 @@ from typing import NamedTuple
 
 import duckdb
 
-from ..store.catalog import rows
-
 # Only documents that every model could read: the others' difficulty would count for some models alone.
 _SUMS = """
     WITH held_out AS (
@@ -64,10 +62,10 @@ class Evaluation:
 
 def evaluations(connection: duckdb.DuckDBPyConnection) -> list[Evaluation]:
     """Every evaluation that the catalog knows of, by corpus and split."""
-    left_out = {(corpus, split): number for corpus, split, number in rows(connection, _LEFT_OUT).iter_rows()}
+    left_out = {(corpus, split): number for corpus, split, number in connection.execute(_LEFT_OUT).fetchall()}
     found: dict[tuple[str, str], dict[str, dict[str, Sums]]] = {}
     documents: dict[tuple[str, str], dict[str, int]] = {}
-    for corpus, split, domain, model, nll, n_scored, scored_bytes, n_documents in rows(connection, _SUMS).iter_rows():
+    for corpus, split, domain, model, nll, n_scored, scored_bytes, n_documents in connection.execute(_SUMS).fetchall():
         found.setdefault((corpus, split), {}).setdefault(model, {})[domain] = Sums(nll, int(n_scored), int(scored_bytes))
         documents.setdefault((corpus, split), {})[domain] = n_documents
     return [

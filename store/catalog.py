@@ -7,7 +7,7 @@ read-only, with patience.
 import json
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +15,19 @@ import duckdb
 import numpy as np
 import polars as pl
 
+from . import durable
 from .corpus_plan import read_documents, read_plan
 from .dataset import Dataset, Manifest
-from .errors import DataError, WorkspaceBusy
+from .errors import DamagedPart, DataError, WorkspaceBusy
+from .lineage import tokenizer_digests
 from .migrations import migrate, require_current
 from .trainings import checkpoint_steps, read_metrics, training_folders
 from .workspace import Workspace
 
 # So that DuckDB 1.5 can open what a later version wrote.
-_STORAGE: dict[str, str | bool | int | float | list[str]] = {"storage_compatibility_version": "v1.5.0"}
+_Config = dict[str, str | bool | int | float | list[str]]
+_STORAGE: _Config = {"storage_compatibility_version": "v1.5.0"}
+_READING: _Config = {"python_enable_replacements": False}  # a caller's variables are no tables
 _PATIENCE_SECONDS = 10.0
 
 
@@ -37,22 +41,15 @@ def reading(workspace: Workspace, *, external_access: bool = False) -> Iterator[
     """
     if not workspace.catalog_path.exists():
         raise DataError(f"{workspace.root} has no catalog yet. It appears when the first stage has run: fuseline run RECIPE.")
-    connection = _connect(workspace.catalog_path, read_only=True)
+    connection = _connect(workspace.catalog_path, read_only=True, config=_READING | {"enable_external_access": external_access})
     try:
-        connection.execute("SET enable_progress_bar = false")
-        connection.execute("SET python_enable_replacements = false")  # a caller's variables are no tables
-        if not external_access:
-            connection.execute("SET enable_external_access = false")
+        with suppress(duckdb.InvalidInputException):  # this process has it open already, and has locked it
+            connection.execute("SET enable_progress_bar = false")
+            connection.execute("SET lock_configuration = true")
         require_current(connection, path=workspace.catalog_path)
         yield connection
     finally:
         connection.close()
-
-
-def rows(connection: duckdb.DuckDBPyConnection, query: str) -> pl.DataFrame:
-    """The result of a query; empty for a statement that has none."""
-    relation = connection.sql(query)
-    return pl.DataFrame() if relation is None else relation.pl()
 
 
 def known_parts(workspace: Workspace) -> set[tuple[str, str, int]]:
@@ -90,7 +87,7 @@ def _told(workspace: Workspace) -> Iterator[None]:
 
 def forget(workspace: Workspace, *, kind: str, name: str) -> None:
     """Forget a dataset, so that the next fold reads it anew. Only the coordinator may."""
-    connection = _connect(workspace.catalog_path, read_only=False)
+    connection = _connect(workspace.catalog_path, read_only=False, config=_STORAGE)
     try:
         migrate(connection)
         connection.begin()
@@ -105,7 +102,22 @@ def fold(workspace: Workspace) -> None:
 
     Parts are immutable, so those that the catalog knows are not read again.
     """
-    connection = _connect(workspace.catalog_path, read_only=False)
+    if workspace.catalog_path.exists():
+        _fold_into(workspace.catalog_path, workspace)
+    else:
+        rebuild(workspace)
+
+
+def rebuild(workspace: Workspace) -> None:
+    """Make the catalog anew, in place of the one that may be there, when all of it is read. Only the coordinator may."""
+    with durable.temporary(workspace.catalog_path) as path:
+        _fold_into(path, workspace)
+        durable.discard(Path(f"{workspace.catalog_path}.wal"))  # what a crash left of the one before
+        durable.publish(path, to=workspace.catalog_path)
+
+
+def _fold_into(path: Path, workspace: Workspace) -> None:
+    connection = _connect(path, read_only=False, config=_STORAGE)
     try:
         migrate(connection)
         connection.begin()
@@ -117,7 +129,7 @@ def fold(workspace: Workspace) -> None:
                 _forget(connection, kind, name)
         for dataset in present.values():
             _fold_dataset(connection, dataset)
-        _fold_tokenizers(connection, workspace)
+        _fold_tokenizers(connection, workspace, needed={digest for dataset in present.values() for digest in tokenizer_digests(dataset)})
         _fold_runs(connection, workspace)
         connection.commit()
     except duckdb.Error as error:
@@ -129,11 +141,13 @@ def fold(workspace: Workspace) -> None:
         connection.close()
 
 
-def _connect(path: Path, *, read_only: bool) -> duckdb.DuckDBPyConnection:
+def _connect(path: Path, *, read_only: bool, config: _Config) -> duckdb.DuckDBPyConnection:
     deadline = time.monotonic() + _PATIENCE_SECONDS
     while True:
         try:
-            return duckdb.connect(str(path), read_only=read_only, config={} if read_only else _STORAGE)
+            return duckdb.connect(str(path), read_only=read_only, config=config)
+        except duckdb.ConnectionException as error:
+            raise WorkspaceBusy(f"{path} is open in this process already, for another purpose. Close that first.") from error
         except duckdb.IOException as error:
             if "lock" not in str(error).lower():
                 raise DataError(
@@ -272,12 +286,15 @@ def _fold_plan(connection: duckdb.DuckDBPyConnection, dataset: Dataset) -> None:
     _insert(connection, "documents", documents.with_columns(corpus=pl.lit(dataset.name)))
 
 
-def _fold_tokenizers(connection: duckdb.DuckDBPyConnection, workspace: Workspace) -> None:
+def _fold_tokenizers(connection: duckdb.DuckDBPyConnection, workspace: Workspace, *, needed: set[str]) -> None:
     connection.execute("DELETE FROM tokenizers")
-    for folder in sorted((workspace.root / "tokenizers").glob("*/")):
-        settings = json.loads((folder / "settings.json").read_text(encoding="utf-8"))
-        vocab_size = pl.scan_parquet(folder / "token_bytes.parquet").select(pl.len()).collect().item()
-        row = [folder.name, vocab_size, settings["roles"]["bos"], settings["roles"]["eos"], settings["prepends_bos"]]
+    for folder in (workspace.folder("tokenizers", digest) for digest in sorted(needed)):
+        try:
+            settings = json.loads((folder / "settings.json").read_text(encoding="utf-8"))
+            vocab_size = pl.scan_parquet(folder / "token_bytes.parquet").select(pl.len()).collect().item()
+            row = [folder.name, vocab_size, settings["roles"]["bos"], settings["roles"]["eos"], settings["prepends_bos"]]
+        except (OSError, ValueError, KeyError, TypeError, pl.exceptions.PolarsError) as error:
+            raise DamagedPart(f"The tokenizer {folder} cannot be read ({error}). Mend it with: fuseline store repair RECIPE.") from error
         connection.execute("INSERT INTO tokenizers VALUES (?, ?, ?, ?, ?)", row)
 
 

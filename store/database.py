@@ -10,8 +10,8 @@ unless it is asked for by name.
 import re
 import time
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from threading import Lock
 from typing import TYPE_CHECKING, Any
@@ -22,8 +22,9 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from . import catalog
+from .answer import Answer, Query
 from .dataset import Dataset
-from .errors import FuselineError, UsageError
+from .errors import UsageError
 from .lazy_table import LABEL, LazyTable, ScanStats
 from .parquet_tables import PARQUET_TABLES
 from .part import PartArrays, Reads
@@ -141,10 +142,11 @@ class Database:
         """With `external_access` queries may read and write files that are not the workspace's."""
         self.workspace, self._external_access = workspace, external_access
         self.stats = QueryStats()  # of the last query
-        self._connection: duckdb.DuckDBPyConnection | None = None
         self._store: Store | None = None
         self._version: tuple[int, ...] | None = None
-        self._errors: list[BaseException] = []
+        self._users = 0  # of the connection that `_held` is about
+        self._held = ExitStack()
+        self._lock = Lock()
 
     def sql(self, query: str, parameters: Parameters = None) -> pl.DataFrame:
         """The result of a query as a table; empty for a statement that has none.
@@ -154,8 +156,8 @@ class Database:
             DataError: there is no catalog yet.
             DamagedPart: what it needs is damaged.
         """
-        with self.stream(query, parameters) as reader:
-            return pl.DataFrame() if reader is None else pl.DataFrame(pl.from_arrow(reader.read_all()))
+        with self.stream(query, parameters) as answer:
+            return pl.DataFrame() if answer is None else pl.DataFrame(pl.from_arrow(answer.table()))
 
     def tables(self) -> dict[str, list[str]]:
         """All tables and their columns."""
@@ -163,68 +165,57 @@ class Database:
         return dict(sorted(row for row in self.sql(query).iter_rows() if row[0] != "migrations"))
 
     @contextmanager
-    def stream(self, query: str, parameters: Parameters = None) -> Iterator[pa.RecordBatchReader | None]:
+    def stream(self, query: str, parameters: Parameters = None) -> Iterator[Answer | None]:
         """The result of a query batch by batch; None for a statement that has none. See `sql` for the errors."""
-        with self.connect() as connection, self._asked():
-            relation = connection.sql(_one_statement(query), params=parameters)
-            if relation is None:
-                yield None
-                return
-            reader = relation.to_arrow_reader(_BATCH_ROWS)
-            del relation
-            try:
-                yield _readable(reader)
-            finally:
-                reader.close()  # what is not read to its end would keep the catalog open
+        statement = _one_statement(query)
+        stats, causes = QueryStats(), []  # type: ignore[var-annotated]
+        with self._connected(on_scan=stats.scans.append, on_error=causes.append) as (connection, store):
+            self.stats = stats
+            before, started = (store.reads.chunks, store.reads.stored_bytes), time.perf_counter()
+            with closing(Query(connection, causes=causes)) as running:
+                try:
+                    reader = running.run(lambda: _begun(connection, statement, parameters))
+                    with nullcontext() if reader is None else closing(reader):  # what is not read to its end would keep the catalog open
+                        yield None if reader is None else Answer(reader, query=running)
+                finally:
+                    stats.seconds = time.perf_counter() - started
+                    stats.chunks, stats.stored_bytes = store.reads.chunks - before[0], store.reads.stored_bytes - before[1]
 
     @contextmanager
     def connect(self) -> Iterator[duckdb.DuckDBPyConnection]:
-        """A connection that has all tables, kept for the queries in the `with` block: opening one takes DuckDB longer than a small query.
+        """A connection that has all tables, for many queries: opening one takes DuckDB longer than a small query.
 
-        While it is open, no run can bring the catalog up to date.
+        In the `with` block `sql` and `stream` use it too. While it is open, no run can bring the catalog up to date.
         """
-        if self._connection is not None:
-            yield self._connection
-            return
-        with catalog.reading(self.workspace, external_access=self._external_access) as connection:
-            store = self._store_of(connection)
-            for source in store.sources:
-                connection.register(source.name, LazyTable(source, on_scan=self._note, on_error=self._errors.append))
-            for table in PARQUET_TABLES:
-                connection.register(table.name, table(store, on_scan=self._note, on_error=self._errors.append))
-            connection.execute("SET lock_configuration = true")
-            self._connection = connection
-            try:
-                yield connection
-            finally:
-                self._connection = None
+        with self._connected(on_scan=lambda scan: None, on_error=lambda error: None) as (connection, _):
+            yield connection
 
     @contextmanager
-    def _asked(self) -> Iterator[None]:
-        """Measure one query, and say what went wrong in words of the store's where it was the store."""
-        self._errors.clear()
-        self.stats = QueryStats()
-        assert self._store is not None
-        before, started = (self._store.reads.chunks, self._store.reads.stored_bytes), time.perf_counter()
+    def _connected(
+        self, *, on_scan: Callable[[ScanStats], None], on_error: Callable[[BaseException], None]
+    ) -> Iterator[tuple[duckdb.DuckDBPyConnection, Store]]:
+        """The one connection, or a cursor of it where it is in use, with tables that tell of this query alone."""
+        with self._lock:
+            is_first = not self._users
+            store = self._open() if is_first else self._store
+            assert store is not None
+            self._users += 1
         try:
-            yield
-        except (duckdb.Error, pa.ArrowException, OSError) as error:
-            for cause in self._errors:
-                if isinstance(cause, FuselineError):
-                    raise cause from None
-            if isinstance(error, FuselineError):
-                raise
-            raise UsageError(f"The query failed: {error}") from error
+            with nullcontext(store.connection) if is_first else store.connection.cursor() as connection:
+                for source in store.sources:
+                    connection.register(source.name, LazyTable(source, on_scan=on_scan, on_error=on_error))
+                for table in PARQUET_TABLES:
+                    connection.register(table.name, table(store, on_scan=on_scan, on_error=on_error))
+                yield connection, store
         finally:
-            self.stats.seconds = time.perf_counter() - started
-            self.stats.chunks = self._store.reads.chunks - before[0]
-            self.stats.stored_bytes = self._store.reads.stored_bytes - before[1]
+            with self._lock:
+                self._users -= 1
+                if not self._users:
+                    self._held.close()
 
-    def _note(self, scan: ScanStats) -> None:
-        self.stats.scans.append(scan)
-
-    def _store_of(self, connection: duckdb.DuckDBPyConnection) -> Store:
-        """What was read before, unless the catalog has changed since."""
+    def _open(self) -> Store:
+        """Open the catalog; what was read before is kept, unless the catalog has changed since."""
+        connection = self._held.enter_context(catalog.reading(self.workspace, external_access=self._external_access))
         facts = self.workspace.catalog_path.stat()
         version = (facts.st_ino, facts.st_mtime_ns, facts.st_size)
         if self._store is None or version != self._version:
@@ -233,18 +224,19 @@ class Database:
         return self._store
 
 
-def _readable(reader: pa.RecordBatchReader) -> pa.RecordBatchReader:
-    """A result in types that every program reads: DuckDB's sums of integers, 128 bits wide, as int64 rather than Arrow's decimals."""
-    fields = []
-    for column in reader.schema:
-        if pa.types.is_interval(column.type):
-            raise UsageError(f"The column {column.name} is an interval: say its seconds, epoch({column.name}), or CAST(… AS VARCHAR).")
-        is_sum = pa.types.is_decimal128(column.type) and column.type.scale == 0 and column.type.precision == 38
-        fields.append(column.with_type(pa.int64()) if is_sum else column)
-    return reader.cast(pa.schema(fields))
+def _begun(connection: duckdb.DuckDBPyConnection, statement: str, parameters: Parameters) -> pa.RecordBatchReader | None:
+    relation = connection.sql(statement, params=parameters)
+    return None if relation is None else relation.to_arrow_reader(_BATCH_ROWS)
 
 
 def _one_statement(query: str) -> str:
-    if len(duckdb.extract_statements(query)) != 1:
+    try:
+        query.encode()
+        n_statements = len(duckdb.extract_statements(query))
+    except UnicodeEncodeError as error:
+        raise UsageError(f"The query is not valid UTF-8: {error}.") from error
+    except duckdb.Error as error:
+        raise UsageError(f"The query failed: {error}") from error
+    if n_statements != 1:
         raise UsageError("QUERY must be one statement.")
     return query

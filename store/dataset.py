@@ -14,6 +14,7 @@ import itertools
 import json
 import os
 import platform
+import re
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -33,6 +34,7 @@ from .part import PartArrays, Reads
 
 # Versions of manifests. 2: it has a checksum; and an array may be encoded in q8, which a reader of version 1 would take for numbers.
 SCHEMA_VERSION = 2
+_MANIFEST = re.compile(r"part-(?P<part>\d{5,})\.json")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -138,7 +140,8 @@ class Dataset:
 
     def parts(self) -> list[int]:
         """Indices of the committed parts, ascending."""
-        return sorted(int(path.stem.removeprefix("part-")) for path in self.folder.glob("part-*.json"))
+        names = (_MANIFEST.fullmatch(path.name) for path in self.folder.glob("part-*.json"))
+        return sorted(int(name["part"]) for name in names if name)
 
     def manifest(self, part: int) -> Manifest:
         """The manifest of a committed part.
@@ -280,7 +283,8 @@ class Dataset:
             raise DamagedPart(f"{path} is not what was committed: its checksum differs from the manifest's. {self._remedy(part)}")
 
     def _remedy(self, part: int) -> str:
-        return f"Remove {self._path(part, '.json')} and run the stage again, or run `fuseline store repair`: only this part is made anew."
+        manifest = self._path(part, ".json")
+        return f"Remove {manifest} and run the stage again, or run `fuseline store repair RECIPE --full`: only this part is made anew."
 
 
 def _adopt(payload: Path, *, files: dict[str, tuple[int, int]]) -> bool:

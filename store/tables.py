@@ -50,7 +50,9 @@ class Source:
 
     @cached_property
     def _parts(self) -> list[dict[str, Any]]:
-        return self.store.catalog_rows(self.parts_query)
+        rows = self.store.catalog_rows(self.parts_query)
+        assert len({(row["kind"], row["name"], row["part"]) for row in rows}) == len(rows)
+        return rows
 
     @cached_property
     def _rows(self) -> dict[tuple[str, str, int], dict[str, Any]]:
@@ -157,10 +159,12 @@ class Targets(Source):
     part_class = _TargetsPart
     own_columns = (("name", LABEL),)
     row_columns = (*_TOKEN, *_GOLD, ("source", LABEL), ("tail_logprob", pa.float32()), *_TOPK)
+    # A model may be there under two names, with one fingerprint.
     parts_query = """
         SELECT p.kind, p.name, p.part, (d.description->>'$.corpus') AS corpus, (own.identity->>'$.tokenizer') AS tokenizer
         FROM parts p JOIN datasets d USING (kind, name)
-        LEFT JOIN datasets own ON own.kind = 'distributions' AND own.fingerprint = (d.identity->>'$.sources[0][0]')
+        LEFT JOIN (SELECT fingerprint, any_value(identity) AS identity FROM datasets GROUP BY fingerprint) own
+            ON own.fingerprint = (d.identity->>'$.sources[0][0]')
         WHERE p.kind = 'targets' ORDER BY p.name, p.part"""
     segments_query = """
         SELECT doc_id, segment, n_positions AS n_rows FROM target_segments WHERE name = $name AND part = $part ORDER BY doc_id, segment"""
@@ -232,8 +236,10 @@ class Alignments(Source):
             (a.description->>'$.corpus') AS corpus, s.name AS source_name, (s.identity->>'$.tokenizer') AS source_tokenizer,
             t.name AS target_name, (t.identity->>'$.tokenizer') AS tokenizer
         FROM parts p JOIN datasets a USING (kind, name)
-        LEFT JOIN datasets s ON s.kind = 'distributions' AND s.fingerprint = (a.identity->>'$.source')
-        LEFT JOIN datasets t ON t.kind = 'distributions' AND t.fingerprint = (a.identity->>'$.target')
+        LEFT JOIN datasets s
+            ON s.kind = 'distributions' AND s.name = split_part(p.name, '--', 1) AND s.fingerprint = (a.identity->>'$.source')
+        LEFT JOIN datasets t
+            ON t.kind = 'distributions' AND t.name = split_part(p.name, '--', 2) AND t.fingerprint = (a.identity->>'$.target')
         WHERE p.kind = 'alignments' ORDER BY p.name, p.part"""
     segments_query = """
         SELECT doc_id, segment, n_positions AS n_rows, coalesce(source.start, 0) AS source_start

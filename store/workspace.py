@@ -69,12 +69,13 @@ class Workspace:
         return cls(root)
 
     @classmethod
-    def open(cls, root: Path) -> "Workspace":
+    def open(cls, root: Path | str) -> "Workspace":
         """Open a workspace that exists.
 
         Raises:
             UsageError: there is none.
         """
+        root = Path(root)
         if not (root / "workspace.json").exists():
             raise UsageError(f"{root} is not a workspace. Name one with --workspace, or make it with: fuseline run RECIPE.")
         return cls(root)

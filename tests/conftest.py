@@ -7,7 +7,7 @@ from pathlib import Path
 
 # Before anything imports `datasets` or `huggingface_hub`: no network, and a cache that goes away.
 os.environ["HF_HUB_OFFLINE"] = "1"
-os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="fuseline-hf-")
+os.environ["HF_HOME"] = (CACHE := tempfile.TemporaryDirectory(prefix="fuseline-hf-")).name
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest

@@ -28,7 +28,8 @@ TEXTS = {
     "positions": {"model": ["alpha", "beta", "gamma"], "domain": DOMAINS, "split": ["train", "test"], "corpus": ["first", "second"],
                   "gold_token": [" a3", "\\xe2", "<s>"]},
     "distributions": {"model": ["alpha", "beta"], "domain": DOMAINS, "corpus": ["first", "second"], "token": [" a3", "<s>"]},
-    "alignments": {"source": ["beta", "alpha"], "target": ["alpha-first", "alpha"], "domain": DOMAINS, "source_token": ["<s>", "\\xe2"]},
+    "alignments": {"source": ["beta-first", "alpha"], "target": ["alpha-first", "alpha"], "domain": DOMAINS,
+                   "source_token": ["<s>", "\\xe2"]},
     "targets": {"name": ["fused-first", "fused-second"], "domain": DOMAINS, "source": ["alpha", "beta"], "token": [" a3"]},
 }  # fmt: skip
 

@@ -35,10 +35,24 @@ def build_store(root: Path, *, seed: int = 0, segment_tokens: int = 12) -> dict[
         _write_forward(workspace, "alpha", corpus, test, rng=rng, rows=rows, segment_tokens=segment_tokens, kind="evaluations")
         _write_alignment(workspace, corpus, source=source, target=own, documents=train, rng=rng, rows=rows)
         _write_targets(workspace, corpus, own=own, documents=train, rng=rng, rows=rows)
+    _write_twin(workspace, rows=rows)
     catalog.fold(workspace)
     order = {"positions": ["kind"], "distributions": ["kind"], "alignments": [], "targets": []}
     frames = {name: pl.DataFrame(found, infer_schema_length=None) for name, found in rows.items()}
     return {name: frame.drop(order[name]) for name, frame in frames.items()}
+
+
+def _write_twin(workspace: Workspace, *, rows: dict[str, list[Row]]) -> None:
+    """The same distributions under another name, as after a model was renamed: their fingerprint is the same."""
+    first = Dataset.open(workspace.folder("distributions", "alpha-second"))
+    twin = workspace.dataset("distributions", "twin-second", identity=first.identity, description={**first.description, "model": "twin"})
+    for part in first.parts():
+        opened = first.arrays(part)
+        content = PartContent(data={name: opened.read(name) for name in opened.names}, counts={}, attributes=opened.attributes)
+        twin.commit(part, content=content, seconds=1)
+    for table in ("positions", "distributions"):
+        of_first = [row for row in rows[table] if (row["model"], row["corpus"], row["split"]) == ("alpha", "second", "train")]
+        rows[table] += [row | {"model": "twin"} for row in of_first]
 
 
 def text_of(model: str, token_id: int) -> str:
@@ -70,7 +84,7 @@ def _write_corpus(workspace: Workspace, name: str, *, rng: np.random.Generator, 
             "part": parts,
         }
     )
-    dataset = Dataset.create(workspace.folder("corpus", name), identity={"corpus": name})
+    dataset = Dataset.create(workspace.folder("corpus", name), identity={"corpus": name, "segmented_for": []})
     parts_of = [{"split": group["split"][0], "documents": len(group)} for _, group in documents.group_by("part", maintain_order=True)]
     summary = {"documents": len(parts), "duplicates": 0, "empty": 0, "text_bytes": 100 * len(parts), "parts": parts_of}
     write_plan(dataset.folder, documents=documents, summary=summary)
@@ -160,7 +174,7 @@ def _write_alignment(
     rows: dict[str, list[Row]],
 ) -> None:  # fmt: skip
     identity = {"source": source.fingerprint, "target": target.fingerprint}
-    dataset = workspace.dataset("alignments", f"beta--alpha-{corpus}", identity=identity, description={"corpus": corpus})
+    dataset = workspace.dataset("alignments", f"beta-{corpus}--alpha-{corpus}", identity=identity, description={"corpus": corpus})
     facts = {row["doc_id"]: row for row in documents.iter_rows(named=True)}
     for part in target.parts():
         ids_T, offsets, doc_id_S, segment_S = target.read(part, "token_ids_T", "segment_offsets", "doc_id_S", "segment_S")
@@ -178,8 +192,9 @@ def _write_alignment(
                 aligned = int(position_T[t])
                 start = int(source_offsets[place_of[key]]) if key in place_of else 0
                 rows["alignments"].append(
-                    {"source": "beta", "target": f"alpha-{corpus}", "corpus": corpus, "domain": row["domain"], "split": row["split"],
-                     "part": part, "doc_id": key[0], "segment": key[1], "position": t - int(offsets[s]), "token_id": int(ids_T[t]),
+                    {"source": f"beta-{corpus}", "target": f"alpha-{corpus}", "corpus": corpus, "domain": row["domain"],
+                     "split": row["split"], "part": part, "doc_id": key[0], "segment": key[1], "position": t - int(offsets[s]),
+                     "token_id": int(ids_T[t]),
                      "token": text_of("alpha", int(ids_T[t])), "source_position": None if aligned < 0 else aligned - start,
                      "source_token_id": None if aligned < 0 else int(source_ids_T[aligned]),
                      "source_token": None if aligned < 0 else text_of("beta", int(source_ids_T[aligned]))}

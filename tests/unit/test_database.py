@@ -1,15 +1,18 @@
 """SQL over a workspace: what may be asked, what is read for it, and what is said when something is wrong."""
 
 import json
+import shutil
+import signal
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import polars as pl
 import pytest
 from fuseline.store import catalog
 from fuseline.store.database import Database
-from fuseline.store.errors import DamagedPart, DataError, UsageError
+from fuseline.store.errors import DamagedPart, DataError, UsageError, WorkspaceBusy
 from fuseline.store.workspace import Workspace
 from stores import build_store
 
@@ -119,14 +122,12 @@ def test_what_is_folded_later_is_seen_by_the_same_workspace(tmp_path):
 
 
 def test_alignments_outlive_the_distributions_that_they_were_made_from(tmp_path):
-    import shutil
-
     build_store(tmp_path / "w", seed=8)
     shutil.rmtree(tmp_path / "w" / "distributions" / "alpha-first")
     workspace = Workspace.open(tmp_path / "w")
     catalog.fold(workspace)
     assert len(workspace.sql("SELECT position, source_position FROM alignments WHERE corpus = 'first'")) > 0
-    with pytest.raises(DataError, match="alignments/beta--alpha-first"):
+    with pytest.raises(DataError, match="alignments/beta-first--alpha-first"):
         workspace.sql("SELECT token FROM alignments WHERE corpus = 'first'")
 
 
@@ -150,16 +151,110 @@ def test_parameters_and_connections(workspace):
         assert workspace.sql("SELECT 1 AS one")["one"].item() == 1
 
 
+def test_several_workspaces_threads_and_queries_within_queries(workspace):
+    query = "SELECT count(*) AS n FROM distributions WHERE doc_id = 2"
+    expected = workspace.sql(query)["n"].item()
+    with workspace.database.stream("SELECT * FROM distributions") as answer:
+        assert next(iter(answer)).num_rows > 0
+        assert workspace.sql(query)["n"].item() == expected
+        assert Workspace.open(str(workspace.root)).sql(query)["n"].item() == expected
+        with pytest.raises(WorkspaceBusy):
+            catalog.fold(workspace)
+    with ThreadPoolExecutor(4) as pool:
+        assert set(pool.map(lambda _: workspace.sql(query)["n"].item(), range(40))) == {expected}
+    catalog.fold(workspace)
+
+
+def test_ctrl_c_ends_a_query_at_once_and_without_a_traceback(workspace):
+    endless = "SELECT count(*) FROM distributions a, distributions b, distributions c, distributions d WHERE a.logprob < b.logprob + c.rank"
+    command = [sys.executable, "-m", "fuseline", "sql", "-w", str(workspace.root), endless]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    with pytest.raises(subprocess.TimeoutExpired):
+        process.wait(6)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130, errors
+    assert "Traceback" not in errors
+
+
+def test_a_reader_that_has_seen_enough_is_no_error(workspace):
+    command = f"{sys.executable} -m fuseline sql -w {workspace.root} --format csv 'SELECT * FROM range(2000000)' | head -2"
+    result = subprocess.run(["bash", "-o", "pipefail", "-c", command], capture_output=True, text=True, check=False)
+    assert result.stdout.splitlines() == ["range", "0"]
+    assert "Error" not in result.stderr
+    assert "Traceback" not in result.stderr
+
+
 def test_a_query_that_stops_early_or_is_not_read_to_its_end_leaves_nothing_behind(workspace):
     assert len(workspace.sql("SELECT * FROM distributions LIMIT 3")) == 3
-    with workspace.database.stream("SELECT * FROM distributions") as reader:
-        assert reader.read_next_batch().num_rows > 0
     assert workspace.sql("SELECT sum(1) AS n FROM distributions")["n"].dtype == pl.Int64
 
 
-def test_intervals_are_refused_with_what_to_say_instead(workspace):
+@pytest.mark.parametrize("value", ["INTERVAL 3 days", "[INTERVAL 3 days]", "{'a': INTERVAL 3 days}"])
+def test_intervals_are_refused_with_what_to_say_instead(workspace, value):
     with pytest.raises(UsageError, match=r"epoch\(took\)"):
-        workspace.sql("SELECT INTERVAL 3 days AS took")
+        workspace.sql(f"SELECT {value} AS took")
+
+
+def test_columns_of_the_same_name_are_told_apart(workspace):
+    assert workspace.sql("SELECT 1 AS a, 2 AS a, 3 AS a_1").columns == ["a", "a_1", "a_1_1"]
+    assert fuseline(workspace.root, "SELECT 1 AS a, 2 AS a", "--format", "csv").stdout == "a,a_1\n1,2\n"
+
+
+def test_json_is_valid_and_exact_whatever_is_in_it(workspace):
+    query = "SELECT ['nan'::FLOAT, 1.5] AS l, {'a': 'inf'::DOUBLE} AS s, [9007199254740993::HUGEINT] AS h, '\\xff'::BLOB AS b, 0.5 AS d"
+    (row,) = json.loads(fuseline(workspace.root, query, "--format", "json").stdout, parse_constant=pytest.fail)
+    assert row == {"l": [None, 1.5], "s": {"a": None}, "h": [9007199254740993], "b": "\\xff", "d": 0.5}
+    result = fuseline(workspace.root, "SELECT '-infinity'::TIMESTAMP AS t", "--format", "json")
+    assert "Traceback" not in result.stderr
+
+
+def test_the_files_name_says_the_format(workspace, tmp_path):
+    assert fuseline(workspace.root, "SELECT 1 AS a", "-o", str(tmp_path / "r.parquet")).returncode == 0
+    assert pl.read_parquet(tmp_path / "r.parquet")["a"].to_list() == [1]
+    for name, *arguments in (["r.txt"], ["no/r.csv"], ["r.csv", "--format", "table"]):
+        result = fuseline(workspace.root, "SELECT 1 AS a", "-o", str(tmp_path / name), *arguments)
+        assert result.returncode == 2
+        assert "--output" in result.stderr
+        assert ".tmp-" not in result.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["r.parquet"]
+
+
+def test_a_table_shows_text_as_it_is_and_white_space_so_that_it_can_be_seen(workspace):
+    output = fuseline(workspace.root, "SELECT ':smile: [bold]' AS a, ' the' AS b, chr(10) AS c").stdout
+    assert ":smile: [bold]" in output
+    assert '" the"' in output
+    assert '"\\n"' in output
+
+
+def test_a_query_that_is_not_text_is_refused(workspace):
+    command = [sys.executable, "-m", "fuseline", "sql", "-w", str(workspace.root)]
+    result = subprocess.run(command, input=b"SELECT '\xff'", capture_output=True, check=False)
+    assert result.returncode == 2
+    assert b"UTF-8" in result.stderr
+
+
+def test_a_rebuild_that_fails_leaves_the_catalog_as_it_was(tmp_path):
+    build_store(tmp_path / "w", seed=4)
+    workspace = Workspace.open(tmp_path / "w")
+    before = workspace.sql("SELECT count(*) AS n FROM positions")["n"].item()
+    manifest = tmp_path / "w" / "distributions" / "alpha-first" / "part-00001.json"
+    manifest.write_bytes(manifest.read_bytes()[:-9])
+    shutil.copy(manifest, manifest.with_name("part-00001 (copy).json"))  # is no part
+    (tmp_path / "w" / "tokenizers" / "junk").mkdir()  # of which no dataset was made
+    for _ in range(2):
+        with pytest.raises(DamagedPart, match=r"part-00001\.json"):
+            catalog.rebuild(workspace)
+        assert before > 0
+    assert workspace.sql("SELECT count(*) AS n FROM positions")["n"].item() == before
+    workspace.catalog_path.unlink()
+    with pytest.raises(DamagedPart):
+        catalog.fold(workspace)
+    with pytest.raises(DataError, match="no catalog yet"):
+        workspace.sql("SELECT 1")
+    manifest.unlink()
+    catalog.fold(workspace)
+    assert 0 < workspace.sql("SELECT count(*) AS n FROM positions")["n"].item() < before
 
 
 def test_results_in_every_format(workspace, tmp_path):
@@ -199,7 +294,7 @@ def test_a_long_table_is_cut_and_says_so(workspace):
 
 def test_a_result_that_a_format_has_no_place_for_is_refused_and_no_file_is_left(workspace, tmp_path):
     (tmp_path / "r.csv").write_text("earlier")
-    result = fuseline(workspace.root, "SELECT 'x'::BLOB AS b", "--format", "csv", "-o", str(tmp_path / "r.csv"))
+    result = fuseline(workspace.root, "SELECT '-infinity'::TIMESTAMP AS b", "--format", "json", "-o", str(tmp_path / "r.csv"))
     assert result.returncode == 2
     assert "Cast" in result.stderr
     assert (tmp_path / "r.csv").read_text() == "earlier"
