@@ -465,8 +465,8 @@ def gc(workspace: Path | None, delete: bool) -> None:
         return
     found = upkeep.leftovers(opened)
     with opened.coordinator():
-        upkeep.delete(opened, found)
-    show_leftovers(found, deleted=True)
+        removed = upkeep.delete(opened, found)
+    show_leftovers(removed, deleted=True)
 
 
 @store.command()

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 import pytest
-from fuseline.store import catalog, durable
+from fuseline.store import catalog, durable, upkeep
 from fuseline.store.dataset import Dataset, PartContent
 from fuseline.store.errors import DamagedPart, FuselineError
 from fuseline.store.fingerprint import sealed
@@ -302,6 +302,40 @@ def test_gc_keeps_what_a_manifest_that_cannot_be_read_may_name_and_what_has_come
     (fused / "part-00001.json").write_bytes(manifest)
     delete(workspace, found)
     assert (fused / "part-00001.zarr").exists()
+
+
+@pytest.mark.parametrize("moment", ["listed", "about to be renamed", "renamed"])
+@pytest.mark.parametrize("kind", ["zarr", "parquet"])
+def test_gc_keeps_a_payload_that_a_worker_takes_up_meanwhile(workspace, monkeypatch, moment, kind):
+    """The worker begins to take it up when it is listed, when the last check is done, or when it is set aside: the part is there."""
+    item = workspace.dataset("targets", "other", identity={"stage": "x"})
+    data = {"nll_S": np.arange(3.0)} if kind == "zarr" else pl.DataFrame({"nll": [0.0, 1.0]})
+
+    def commit() -> None:
+        item.commit(0, content=PartContent(data=data, counts={"segments": 3}), seconds=0)
+
+    commit()
+    item.manifest_path(0).unlink()
+    payload = aged(item.folder / f"part-00000.{kind}")
+    found = [leftover for leftover in leftovers(workspace) if leftover.path == payload]
+    assert found
+    module, name = {"listed": (upkeep, "leftovers"), "about to be renamed": (Path, "rename"), "renamed": (Path, "rename")}[moment]
+    real = getattr(module, name)
+
+    def disturbed(*arguments):
+        monkeypatch.setattr(module, name, real)
+        if moment == "about to be renamed":
+            commit()
+        result = real(*arguments)
+        if moment != "about to be renamed":
+            commit()
+        return result
+
+    monkeypatch.setattr(module, name, disturbed)
+    delete(workspace, found)
+    assert item.parts() == [0]
+    item.table(0) if kind == "parquet" else item.read(0, "nll_S")
+    assert list(item.folder.glob(".tmp-*")) == []
 
 
 def test_usage_adds_up(workspace):
