@@ -98,7 +98,7 @@ def delete(workspace: Workspace, found: list[Leftover]) -> list[Leftover]:
 
 
 def _remove_payload(payload: Path) -> bool:
-    """Remove a payload unless a worker has taken it up, or is about to: `dataset._adopt` touches it first, and finds none once it is renamed."""
+    """Remove a payload unless a worker takes it up: `dataset._adopt` touches it first, and finds none once it is renamed."""
     if _is_wanted(payload, name=payload.name):
         return False
     with durable.temporary(payload) as doomed:

@@ -10,6 +10,7 @@ import pytest
 from fuseline.cluster.config import ExecutorConfig
 from fuseline.cluster.crew import Lost, share_out
 from fuseline.cluster.ledger import MOST_DEATHS, MOST_SETBACKS, Ledger
+from fuseline.cluster.local import LocalCrew
 from fuseline.cluster.work import Assignment, Committed, Failed, Worker
 from fuseline.recipe import load_recipe
 from fuseline.store import journal
@@ -147,6 +148,46 @@ def test_a_worker_that_failed_or_died_is_replaced_and_all_are_dismissed(tmp_path
     assert sorted(made) == list(range(8))
     assert len(crew.hired) == 4
     assert sorted(crew.dismissed) == sorted(crew.hired)
+
+
+class TestWorkersThatCannotBeStarted:
+    @pytest.fixture
+    def processes(self, monkeypatch):
+        """The processes that were started; the second cannot be."""
+        started, popen = [], subprocess.Popen
+
+        def start(*arguments, **options):
+            if started:
+                raise self.error
+            started.append(popen(*arguments, **options))
+            return started[-1]
+
+        monkeypatch.setattr(subprocess, "Popen", start)
+        return started
+
+    @pytest.mark.parametrize("error", [BlockingIOError(11, "Resource temporarily unavailable"), KeyboardInterrupt()])
+    def test_their_error_is_told_and_the_others_are_ended(self, run_folder, processes, error):
+        self.error = error
+        dataset = Dataset.create(run_folder.parent.parent / "corpus" / "x", identity={"stage": "x"})
+        assignment = Assignment(stage=_Stage(dataset), run_folder=run_folder, directory=run_folder)
+        crew = LocalCrew(assignment, size=3, gpus=[])
+        with pytest.raises(type(error)):
+            share_out(crew, Ledger(range(8), retries=1), size=3, dataset=dataset, on_commit=lambda manifest: None)
+        (process,) = processes
+        assert process.returncode is not None
+
+    def test_one_that_cannot_be_ended_does_not_keep_the_others(self, tmp_path):
+        class Stubborn(_Crew):
+            def dismiss(self, worker):
+                super().dismiss(worker)
+                if worker == "worker-2":
+                    raise RuntimeError("no")
+
+        dataset = Dataset.create(tmp_path / "corpus" / "x", identity={"stage": "x"})
+        crew = Stubborn(lambda worker, part: [committed(part)])
+        with pytest.raises(RuntimeError, match="no"):
+            share_out(crew, Ledger(range(8), retries=1), size=4, dataset=dataset, on_commit=lambda manifest: None)
+        assert sorted(crew.dismissed) == ["worker-1", "worker-2", "worker-3", "worker-4"]
 
 
 class _Stage:
