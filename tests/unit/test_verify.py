@@ -2,6 +2,7 @@
 
 import json
 import os
+import pickle
 import random
 import shutil
 import threading
@@ -12,8 +13,9 @@ import polars as pl
 import pytest
 from fuseline.store import catalog, durable, upkeep
 from fuseline.store.dataset import Dataset, PartContent
-from fuseline.store.errors import DamagedPart, FuselineError
+from fuseline.store.errors import DamagedPart, FuselineError, NewerPart
 from fuseline.store.fingerprint import sealed
+from fuseline.store.status import dataset_statuses
 from fuseline.store.upkeep import delete, leftovers, usage
 from fuseline.store.verify import verify
 from fuseline.store.workspace import Workspace
@@ -206,6 +208,42 @@ def test_a_manifest_of_another_part_or_of_the_future_is_told(workspace):
     assert "is the manifest of part 0" in found["targets/fused/part-00007.json"]
     assert "was written by a newer fuseline" in found["targets/fused/part-00001.json"]
     assert ("targets", "fused", 1) not in verify(workspace).lost_parts, "what this version cannot read is not damaged"
+    (newer,) = [finding for finding in verify(workspace).findings if finding.path.name == "part-00001.json"]
+    assert newer.remedy == "Use that one."
+
+
+def test_a_finding_says_its_path_once(workspace):
+    fused = workspace.root / "targets" / "fused"
+    (fused / "part-00000.json").write_text("{")
+    shutil.copy(workspace.root / "distributions" / "target" / "part-00001.json", fused / "part-00001.json")
+    (workspace.root / "distributions" / "source" / "dataset.json").unlink()
+    (workspace.root / "corpus" / "corpus" / "plan.json").write_text("{}")
+    found = verify(workspace).findings
+    for path in ("targets/fused/part-00000.json", "distributions/source/dataset.json", "corpus/corpus/plan.json"):
+        assert any(finding.path == workspace.root / path for finding in found)
+    for finding in found:
+        assert str(finding.path) not in finding.problem
+        assert "Remove" not in finding.problem
+        assert finding.remedy
+
+
+@pytest.mark.parametrize("text", ["{}", "[]", "3", "{", '{"run": "x", "status": "done"}'])
+def test_a_record_of_a_run_that_lacks_something_is_told(workspace, text):
+    record = workspace.root / "runs" / "1" / "run.json"
+    record.parent.mkdir(parents=True)
+    record.write_text(text)
+    for read in (dataset_statuses, catalog.fold):
+        with pytest.raises(DamagedPart, match=r"run\.json cannot be read .* Remove it: it is only a record"):
+            read(workspace)
+
+
+def test_an_error_keeps_its_remedy_on_its_way_from_a_worker():
+    error = pickle.loads(pickle.dumps(NewerPart("x was written by a newer fuseline.", remedy="Use that one.")))
+    assert (str(error), error.problem, error.remedy) == (
+        "x was written by a newer fuseline. Use that one.",
+        "x was written by a newer fuseline.",
+        "Use that one.",
+    )
 
 
 def test_damaged_tokenizers_are_told(workspace):
