@@ -1,5 +1,6 @@
 """The command line: one command per stage, each a thin shell over the package."""
 
+import functools
 import os
 import sys
 from collections.abc import Callable
@@ -117,8 +118,12 @@ def _pipeline(
     executor: str | None = None,
     workers: int | None = None,
     fold: bool = True,
+    makes_parts: bool = True,
 ) -> "Iterator[Pipeline]":
-    """Check the recipe, become the workspace's coordinator, bring its catalog up to date, and hand out the pipeline."""
+    """Check the recipe, become the workspace's coordinator, bring its catalog up to date, and hand out the pipeline.
+
+    With `makes_parts` an executor that cannot be had is told here, before hours are spent on something else.
+    """
     from .recipe import load_recipe
 
     checked = load_recipe(recipe)
@@ -131,7 +136,9 @@ def _pipeline(
 
     progress = Progress()
     chosen = {name: value for name, value in (("kind", executor), ("workers", workers)) if value is not None}
-    engine = open_executor(checked.executor.model_copy(update=chosen), say=progress.say)
+    engine = functools.cache(lambda: open_executor(checked.executor.model_copy(update=chosen), say=progress.say))
+    if makes_parts:
+        engine()
     opened = Workspace.create(workspace or Path("workspaces") / recipe.stem)
     with opened.coordinator():
         durable.write_bytes(opened.root / "recipe.toml", recipe.read_bytes())
@@ -271,7 +278,7 @@ def train(recipe: Path, workspace: Path | None, models_dir: Path, only: str | No
 
     Example:  fuseline train recipes/demo.toml --only fused
     """
-    with _pipeline(recipe, workspace, models_dir) as pipeline:
+    with _pipeline(recipe, workspace, models_dir, makes_parts=False) as pipeline:
         names = [training.name for training in pipeline.recipe.trainings]
         if only is not None and only not in names:
             raise UsageError(f"--only ({only}) must be one of the recipe's trainings: {', '.join(names)}.")
@@ -468,8 +475,8 @@ def gc(workspace: Path | None, delete: bool) -> None:
         return
     found = upkeep.leftovers(opened)
     with opened.coordinator():
-        upkeep.delete(opened, found)
-    show_leftovers(found, deleted=True)
+        removed = upkeep.delete(opened, found)
+    show_leftovers(removed, deleted=True)
 
 
 @store.command()

@@ -178,7 +178,7 @@ def show_findings(found: "Verification", *, as_json: bool) -> None:
 
 
 def _finding_line(finding: "Finding") -> str:
-    return f"{finding.path}: {finding.problem.removeprefix(f'{finding.path} ')}. {finding.remedy}".rstrip()
+    return f"{finding.path}: {finding.problem}. {finding.remedy}".rstrip()
 
 
 def show_repair(done: "Repair") -> None:

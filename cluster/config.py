@@ -5,7 +5,20 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 # What the executor itself says to sbatch, to find its jobs and their logs again.
-_OWN_OPTIONS = ("array", "error", "job-name", "open-mode", "output", "requeue", "signal")
+_OWN_OPTIONS = ("array", "error", "job-name", "nodes", "ntasks", "ntasks-per-node", "open-mode", "output", "requeue", "signal")
+# What it says to sbatch by a key of `[executor.resources.<kind>]`; said twice, one of the two would be lost.
+_RESOURCE_OPTIONS = {
+    "cpus-per-gpu": "cpus",
+    "cpus-per-task": "cpus",
+    "gpus": "gpus",
+    "gpus-per-node": "gpus",
+    "gpus-per-socket": "gpus",
+    "gpus-per-task": "gpus",
+    "mem": "memory_gb",
+    "mem-per-cpu": "memory_gb",
+    "mem-per-gpu": "memory_gb",
+    "time": "minutes",
+}
 
 
 class Resources(BaseModel):
@@ -60,6 +73,8 @@ class ExecutorConfig(BaseModel):
         for name, option in value.items() if isinstance(value, dict) else ():
             if name.replace("_", "-") in _OWN_OPTIONS:
                 raise ValueError(f"{name} is set by fuseline: remove it")
+            if key := _RESOURCE_OPTIONS.get(name.replace("_", "-")):
+                raise ValueError(f"{name} is set from [executor.resources]: say {key} in [executor.resources.<stage>] instead")
             if option is False or not isinstance(option, str | int):
                 raise ValueError(f"{name} ({option!r}) must be text, a number, or true; leave out what is not wanted")
         return value

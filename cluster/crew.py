@@ -1,5 +1,6 @@
 """Shares out parts among workers: who is free gets the next, who dies is replaced, and its parts are handed out again."""
 
+import contextlib
 import itertools
 from dataclasses import dataclass
 from typing import Protocol
@@ -32,7 +33,7 @@ class Crew(Protocol):
         """Wait until a worker answers or dies."""
 
     def dismiss(self, worker: str) -> None:
-        """End a worker, dead or alive."""
+        """End a worker, dead or alive, or one that could not be started."""
 
 
 def share_out(crew: Crew, ledger: Ledger, *, size: int, dataset: Dataset, on_commit: Follow) -> None:
@@ -59,8 +60,9 @@ def share_out(crew: Crew, ledger: Ledger, *, size: int, dataset: Dataset, on_com
                     hired.discard(worker)
                     free.discard(worker)
     finally:
-        for worker in hired:
-            crew.dismiss(worker)
+        with contextlib.ExitStack() as dismissals:  # all of them, also where one fails
+            for worker in hired:
+                dismissals.callback(crew.dismiss, worker)
 
 
 def work_alone(assignment: Assignment, ledger: Ledger, *, worker: str, on_commit: Follow) -> None:

@@ -59,7 +59,7 @@ class LocalCrew:
         environment = dict(self._environment)
         if self._gpus:
             environment["CUDA_VISIBLE_DEVICES"] = self._gpus[self._slots[worker] % len(self._gpus)]
-        own, theirs = Pipe()
+        self._connections[worker], theirs = Pipe()
         with theirs, (self._assignment.run_folder / "logs" / f"{worker}.log").open("ab") as log:
             self._processes[worker] = subprocess.Popen(
                 [sys.executable, "-m", f"{__package__}.local_worker", str(theirs.fileno())],
@@ -70,7 +70,6 @@ class LocalCrew:
                 pass_fds=[theirs.fileno()],
                 start_new_session=True,  # a Ctrl-C is the coordinator's: it closes the sockets, which ends the workers
             )
-        self._connections[worker] = own
         self._send(worker, (self._assignment, worker))
 
     def give(self, worker: str, part: int | None) -> None:
@@ -84,11 +83,12 @@ class LocalCrew:
 
     def dismiss(self, worker: str) -> None:
         """End a process, whatever it does: a commit is all or nothing."""
-        process = self._processes.pop(worker)
-        process.kill()
-        process.wait()
-        self._connections.pop(worker).close()
-        del self._slots[worker]
+        if (process := self._processes.pop(worker, None)) is not None:
+            process.kill()
+            process.wait()
+        if (connection := self._connections.pop(worker, None)) is not None:
+            connection.close()  # which also ends a process that a Ctrl-C left without a name
+        self._slots.pop(worker, None)
         journal.end_of(self._assignment.run_folder, worker=worker)
 
     def _send(self, worker: str, message: object) -> None:

@@ -1,7 +1,7 @@
 """The pipeline of a recipe: which datasets it needs, in which order, and what of them is missing."""
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -31,11 +31,14 @@ class Pipeline:
     """Runs the stages of a recipe in a workspace. Each method makes what is missing of its stage and says so if that is nothing."""
 
     def __init__(
-        self, recipe: Recipe, *, base: Path, workspace: Workspace, models_dir: Path, progress: Progress, executor: Executor
+        self, recipe: Recipe, *, base: Path, workspace: Workspace, models_dir: Path, progress: Progress, executor: Callable[[], Executor]
     ) -> None:
-        """`base` is the recipe's folder, to which its paths are relative; `models_dir` holds models by the last part of their hub id."""
+        """`base` is the recipe's folder, to which its paths are relative; `models_dir` holds models by the last part of their hub id.
+
+        `executor` is called when parts are to be made: what makes none needs no cluster.
+        """
         self.recipe, self.base, self.workspace, self.models_dir, self.progress = recipe, base, workspace, models_dir, progress
-        self.executor = executor
+        self._executor = executor
 
     def run(self) -> None:
         """Everything that is missing, in order."""
@@ -416,7 +419,7 @@ class Pipeline:
 
             journal.prepare(run.folder)
             try:
-                self.executor.run(stage, missing, run_folder=run.folder, on_commit=follow)
+                self._executor().run(stage, missing, run_folder=run.folder, on_commit=follow)
             except FuselineError:
                 self.fold()  # the parts that did not fail are there
                 raise

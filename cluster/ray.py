@@ -79,8 +79,8 @@ class RayCrew:
     def hire(self, worker: str) -> None:
         """Start an actor; it answers when the cluster has found room for it."""
         # Not restarted by Ray, which would not know what it had at hand.
-        actor: Any = ray.remote(_Actor).options(max_restarts=0, **self._asked_for).remote(self._assignment, worker)
-        self._actors[worker], self._answers[worker] = actor, actor.is_ready.remote()
+        self._actors[worker] = ray.remote(_Actor).options(max_restarts=0, **self._asked_for).remote(self._assignment, worker)
+        self._answers[worker] = self._actors[worker].is_ready.remote()
 
     def give(self, worker: str, part: int | None) -> None:
         """Hand a part to an actor."""
@@ -98,8 +98,9 @@ class RayCrew:
 
     def dismiss(self, worker: str) -> None:
         """End an actor, whatever it does: a commit is all or nothing."""
-        ray.kill(self._actors.pop(worker))
         self._answers.pop(worker, None)
+        if (actor := self._actors.pop(worker, None)) is not None:
+            ray.kill(actor)
         journal.end_of(self._run_folder, worker=worker)
 
     def _answer(self, worker: str) -> Answer:

@@ -4,13 +4,16 @@ Crash-safe: what is to be made again is written to `repair.json` first, and a re
 """
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import chain
+from pathlib import Path
 from typing import Any
 
 from ..store import catalog, durable
 from ..store.dataset import SCHEMA_VERSION, Dataset
-from ..store.errors import FuselineError
+from ..store.errors import DamagedPart, FuselineError
+from ..store.fingerprint import require_seal, sealed
 from ..store.verify import Finding, PartName, verify
 from ..store.workspace import Workspace
 from .pipeline import Pipeline
@@ -36,14 +39,18 @@ def repair(pipeline: Pipeline, *, full: bool) -> Repair:
 
     Raises:
         FingerprintMismatch: the recipe asks for something else than the workspace holds. Nothing was changed.
+        DamagedPart: what an interrupted repair wrote down cannot be read. Nothing was changed.
     """
     workspace, done = pipeline.workspace, Repair()
+    interrupted = _interrupted(workspace)
     found = verify(workspace, full=full)
     stages = list(pipeline.stages())
     _mend_what_is_no_part(pipeline, found.findings)
     mine = {(stage.dataset.kind, stage.dataset.name) for _, stage in stages} | pipeline.trained_evaluations
-    lost = {part: _checksums(workspace, part) for part in found.lost_parts if part[:2] in mine} | _interrupted(workspace)
-    _remember(workspace, lost)
+    lost = {part: _checksums(workspace, part) for part in found.lost_parts if part[:2] in mine}
+    lost |= {part: files for part, files in interrupted.items() if part[:2] in mine}
+    others = {part: files for part, files in interrupted.items() if part[:2] not in mine}  # to be made by another recipe's repair
+    _remember(workspace, lost | others)
     for key in sorted({part[:2] for part in lost}):
         catalog.forget(workspace, kind=key[0], name=key[1])
     for part in lost:
@@ -60,8 +67,10 @@ def repair(pipeline: Pipeline, *, full: bool) -> Repair:
         if before and changed:
             done.different[part] = changed
     pipeline.fold()
-    (workspace.root / "repair.json").unlink(missing_ok=True)
+    _remember(workspace, others)
     done.left.extend(verify(workspace, full=full).findings)
+    told = {finding.part for finding in done.left}
+    done.left.extend(_set_aside_by_another(workspace, part) for part in sorted(others.keys() - told))
     return done
 
 
@@ -94,15 +103,47 @@ def _set_aside(workspace: Workspace, part: PartName) -> None:
 
 
 def _remember(workspace: Workspace, lost: dict[PartName, _Checksums]) -> None:
+    """Write down what is set aside until it is made again; nothing of nothing."""
+    path = _record_path(workspace)
     if lost:
-        record: list[dict[str, Any]] = [{"part": part, "files": files} for part, files in lost.items()]
-        durable.write_json(workspace.root / "repair.json", record)
+        durable.write_json(path, sealed({"parts": [{"part": part, "files": files} for part, files in lost.items()]}))
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _interrupted(workspace: Workspace) -> dict[PartName, _Checksums]:
-    """What an interrupted repair had set aside, or was about to."""
-    path = workspace.root / "repair.json"
-    if not path.exists():
+    """What an interrupted repair had set aside, or was about to.
+
+    Raises:
+        DamagedPart: its record cannot be read.
+    """
+    path = _record_path(workspace)
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        require_seal(record)
+        return {_part_name(entry["part"]): {name: (size, crc) for name, (size, crc) in entry["files"].items()} for entry in record["parts"]}
+    except FileNotFoundError:
         return {}
-    record = json.loads(path.read_text(encoding="utf-8"))
-    return {tuple(entry["part"]): {name: (size, crc) for name, (size, crc) in entry["files"].items()} for entry in record}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DamagedPart(
+            f"{path}, what an interrupted repair wrote down, cannot be read ({error}). "
+            "Remove it: `fuseline run RECIPE` makes the parts that were set aside, though nobody compares them with what they were."
+        ) from error
+
+
+def _part_name(entry: Sequence[Any]) -> PartName:
+    kind, name, part = entry
+    return kind, name, part
+
+
+def _record_path(workspace: Workspace) -> Path:
+    return workspace.root / "repair.json"
+
+
+def _set_aside_by_another(workspace: Workspace, part: PartName) -> Finding:
+    return Finding(
+        path=workspace.folder(part[0], part[1]) / f"part-{part[2]:05d}.json",
+        problem="is not of this recipe, and a repair that was interrupted had set it aside",
+        remedy="Mend it with: fuseline store repair, with the recipe that made it.",
+        part=part,
+    )

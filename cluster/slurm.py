@@ -39,6 +39,7 @@ _DEFAULT_WORKERS = 4
 _POLL_SECONDS = 1.0  # between two looks for manifests
 _QUEUE_SECONDS = 15.0  # between two calls of squeue, which all users of a cluster wait for
 _SIGNAL_SECONDS = 90  # before the end of a task's time, so that the part at hand may be finished
+_Queue = dict[str, set[int]]  # jobs by name -> the indices of their tasks that are queued or running (0 where a job is no array)
 _NO_LIMIT = 1_000_000  # of requeues: `Task` counts how often the same part was begun
 
 
@@ -56,15 +57,16 @@ class SlurmExecutor:
         """See `Executor.run`. A KeyboardInterrupt leaves the jobs at work."""
         dataset, missing, fruitless = stage.dataset, set(parts), 0
         failed: dict[int, str] = {}
-        jobs = list(_jobs_at_work(run_folder.parent, dataset))
+        queue = _queue()
+        jobs = list(_jobs_at_work(run_folder.parent, dataset, queue=queue))
         if jobs:
             self._say(f"{dataset.kind}/{dataset.name}: following {', '.join(job.name for job in jobs)}, submitted before")
         while missing - failed.keys() and fruitless <= self.config.retries:
-            uncovered = missing - failed.keys() - {part for job in jobs for part in job.parts_at_work()}
+            uncovered = missing - failed.keys() - {part for job in jobs for part in job.parts_at_work(queue)}
             if uncovered:
                 jobs.append(self._submit(stage, _hopeful_first(uncovered, jobs), run_folder=run_folder, number=len(jobs) + 1))
             n_before = len(missing)
-            self._follow(jobs, missing, dataset=dataset, on_commit=on_commit)
+            queue = self._follow(jobs, missing, dataset=dataset, on_commit=on_commit)
             failed = {part: reason for job in jobs for part, reason in job.failed().items() if part in missing}
             fruitless = fruitless + 1 if len(missing) == n_before else 0
         if missing:
@@ -111,18 +113,17 @@ class SlurmExecutor:
             parameters["mem"] = f"{round(resources.memory_gb * 1000)}M"
         return parameters
 
-    def _follow(self, jobs: "Sequence[_Job]", missing: set[int], *, dataset: Dataset, on_commit: Follow) -> None:
-        """Take parts out of `missing` as they appear, until all are there or no task is at work any more."""
-        asked = time.monotonic()
-        is_at_work = True
-        while missing and is_at_work:
+    def _follow(self, jobs: "Sequence[_Job]", missing: set[int], *, dataset: Dataset, on_commit: Follow) -> _Queue:
+        """Take parts out of `missing` as they appear, until all are there or no task is at work any more; returns the queue at the end."""
+        asked, queue = time.monotonic(), {job.name: set(range(len(job.slices))) for job in jobs}
+        while missing and any(job.tasks_at_work(queue) for job in jobs):
             time.sleep(_POLL_SECONDS)
             if time.monotonic() - asked > _QUEUE_SECONDS:
-                asked = time.monotonic()
-                is_at_work = any(job.tasks_at_work() for job in jobs)
+                asked, queue = time.monotonic(), _queue()
             for part in sorted(missing & set(dataset.parts())):
                 on_commit(dataset.manifest(part))
                 missing.discard(part)
+        return queue
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -171,30 +172,29 @@ class _Job:
         record = {"dataset": f"{dataset.kind}/{dataset.name}", "fingerprint": dataset.fingerprint, "slices": self.slices}
         durable.write_json(self.path, record)
 
-    def tasks_at_work(self) -> set[int]:
+    def tasks_at_work(self, queue: _Queue) -> set[int]:
         """Indices of the tasks that are queued or running."""
-        return _queue().get(self.name, set())
+        return queue.get(self.name, set())
 
-    def parts_at_work(self) -> set[int]:
+    def parts_at_work(self, queue: _Queue) -> set[int]:
         """The parts of these tasks."""
-        return {part for task in self.tasks_at_work() for part in self.slices[task]}
+        return {part for task in self.tasks_at_work(queue) for part in self.slices[task]}
 
     def failed(self) -> dict[int, str]:
         """Parts that a task tried often enough, with the reason."""
         return {part: reason for state in journal.read_journals(self.run_folder) for part, reason in state.failed.items()}
 
 
-def _jobs_at_work(runs_folder: Path, dataset: Dataset) -> Iterator[_Job]:
+def _jobs_at_work(runs_folder: Path, dataset: Dataset, *, queue: _Queue) -> Iterator[_Job]:
     """The jobs that an earlier coordinator submitted for this dataset, and that are not done yet."""
-    at_work = _queue()
     for path in sorted(runs_folder.glob("*/slurm/*.json")):
         record = json.loads(path.read_text(encoding="utf-8"))
-        if path.stem in at_work and record["fingerprint"] == dataset.fingerprint:
+        if path.stem in queue and record["fingerprint"] == dataset.fingerprint:
             yield _Job(name=path.stem, run_folder=path.parent.parent.absolute(), slices=record["slices"])
 
 
-def _queue() -> dict[str, set[int]]:
-    """The user's jobs that are queued or running: by name, the indices of their tasks (0 where a job is no array).
+def _queue() -> _Queue:
+    """Look at the user's jobs that are queued or running; a look is for all of them.
 
     Raises:
         FuselineError: Slurm does not answer.
@@ -209,7 +209,7 @@ def _queue() -> dict[str, set[int]]:
         raise FuselineError(
             f"squeue fails: {result.stderr.strip()}. Jobs that are at work go on; run the same command again to follow them."
         )
-    found: dict[str, set[int]] = {}
+    found: _Queue = {}
     for line in result.stdout.splitlines():
         index, _, name = line.strip().partition(" ")
         found.setdefault(name, set()).add(int(index) if index.isdigit() else 0)

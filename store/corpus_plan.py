@@ -33,7 +33,8 @@ def read_plan(folder: Path) -> dict[str, Any] | None:
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DamagedPart(f"{path} cannot be read ({error}). Remove it and run the recipe again: the same plan is then made.") from error
+        remedy = "Remove it and run the recipe again: the same plan is then made."
+        raise DamagedPart(f"{path} cannot be read ({error}).", remedy=remedy) from error
     return summary
 
 
@@ -45,7 +46,8 @@ def read_documents(folder: Path, *, summary: dict[str, Any]) -> pl.DataFrame:
     """
     path = folder / "documents.parquet"
     if not path.exists() or _sha256(path) != summary["sha256"]:
-        raise DamagedPart(f"{path} is missing or damaged. Remove {folder / 'plan.json'}: the same plan is then made again.")
+        remedy = f"Remove {folder / 'plan.json'}: the same plan is then made again."
+        raise DamagedPart(f"{path} is missing or damaged.", remedy=remedy)
     return pl.read_parquet(path)
 
 

@@ -28,13 +28,14 @@ from .. import __version__
 from . import durable
 from .arrays import Arrays, Encoding, write_group
 from .checksums import checksums, size_and_crc
-from .errors import DamagedPart, FingerprintMismatch
+from .errors import DamagedPart, FingerprintMismatch, NewerPart
 from .fingerprint import Identity, differences, fingerprint, require_seal, sealed
 from .part import PartArrays, Reads
 
 # Versions of manifests. 2: it has a checksum; and an array may be encoded in q8, which a reader of version 1 would take for numbers.
 SCHEMA_VERSION = 2
 _MANIFEST = re.compile(r"part-(?P<part>\d{5,})\.json")
+_REMEDY_OF_RECORD = "Remove it and run the recipe again: it is written anew, and the parts stay if they are of the same inputs."
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,15 +103,10 @@ class Dataset:
             require_seal(record)
             dataset, stored = cls(folder, record["identity"], record["description"]), record["fingerprint"]
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise DamagedPart(
-                f"{folder} is not a dataset of a workspace: dataset.json cannot be read ({error}). "
-                "Remove that file and run the recipe again: it is written anew, and the parts stay if they are of the same inputs."
-            ) from error
+            raise DamagedPart(f"{folder / 'dataset.json'} cannot be read ({_reason(error)}).", remedy=_REMEDY_OF_RECORD) from error
         if dataset.fingerprint != stored:
-            raise DamagedPart(
-                f"{folder / 'dataset.json'} was changed by hand: its identity does not hash to its fingerprint. "
-                "Remove it and run the recipe again: it is written anew, and the parts stay if they are of the same inputs."
-            )
+            problem = f"{folder / 'dataset.json'} was changed by hand: its identity does not hash to its fingerprint."
+            raise DamagedPart(problem, remedy=_REMEDY_OF_RECORD)
         return dataset
 
     @property
@@ -156,12 +152,15 @@ class Dataset:
             require_seal(record)
             files = {name: (size, crc) for name, (size, crc) in record.pop("files").items()}
             if record["schema_version"] > SCHEMA_VERSION:
-                raise DamagedPart(f"{path} was written by a newer fuseline ({record['producer']['fuseline']}). Use that one.")
+                raise NewerPart(f"{path} was written by a newer fuseline ({record['producer']['fuseline']}).", remedy="Use that one.")
             manifest = Manifest(**record, files=files)
+        except NewerPart:
+            raise
         except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-            raise DamagedPart(f"The manifest {path} cannot be read ({error}). Remove it: the part is then made again.") from error
+            raise DamagedPart(f"{path} cannot be read ({_reason(error)}).", remedy="Remove it: the part is then made again.") from error
         if manifest.fingerprint != self.fingerprint:
-            raise FingerprintMismatch(f"{path} belongs to another dataset (fingerprint {manifest.fingerprint[:12]}…). Remove it.")
+            problem = f"{path} belongs to another dataset (fingerprint {manifest.fingerprint[:12]}…)."
+            raise FingerprintMismatch(problem, remedy="Remove it.")
         return manifest
 
     def commit(self, part: int, *, content: PartContent, seconds: float) -> Manifest:
@@ -253,7 +252,9 @@ class Dataset:
         try:
             return pl.read_parquet(path)
         except (OSError, pl.exceptions.PolarsError) as error:
-            raise DamagedPart(f"{path} is named by its manifest but cannot be read ({error}). {self._remedy(part)}") from error
+            raise DamagedPart(
+                f"{path} is named by its manifest but cannot be read ({_reason(error)}).", remedy=self._remedy(part)
+            ) from error
 
     def table_path(self, part: int) -> Path:
         """The file of a committed Parquet part, verified.
@@ -278,13 +279,20 @@ class Dataset:
         try:
             is_same = size_and_crc(path) == manifest.files[name]
         except (OSError, KeyError) as error:
-            raise DamagedPart(f"{path} is named by its manifest but cannot be read ({error}). {self._remedy(part)}") from error
+            raise DamagedPart(
+                f"{path} is named by its manifest but cannot be read ({_reason(error)}).", remedy=self._remedy(part)
+            ) from error
         if not is_same:
-            raise DamagedPart(f"{path} is not what was committed: its checksum differs from the manifest's. {self._remedy(part)}")
+            raise DamagedPart(f"{path} is not what was committed: its checksum differs from the manifest's.", remedy=self._remedy(part))
 
     def _remedy(self, part: int) -> str:
         manifest = self._path(part, ".json")
         return f"Remove {manifest} and run the stage again, or run `fuseline store repair RECIPE --full`: only this part is made anew."
+
+
+def _reason(error: Exception) -> str:
+    """What an error says; of one of the system without the path, which stands beside it."""
+    return (error.strerror if isinstance(error, OSError) else None) or str(error)
 
 
 def _adopt(payload: Path, *, files: dict[str, tuple[int, int]]) -> bool:

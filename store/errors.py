@@ -2,9 +2,13 @@
 
 
 class FuselineError(Exception):
-    """Something the user can mend. The text names the document, file or field and says what to do."""
+    """Something the user can mend. The text names the document, file or field and says what to do; `remedy` is the latter, where apart."""
 
     exit_code = 1
+
+    def __init__(self, problem: str, *, remedy: str = "") -> None:
+        super().__init__(f"{problem} {remedy}".rstrip())
+        self.problem, self.remedy = problem, remedy
 
 
 class UsageError(FuselineError, ValueError):
@@ -23,6 +27,10 @@ class FingerprintMismatch(FuselineError, ValueError):
 
 class DamagedPart(FuselineError, OSError):
     """A committed part, or a file of it, is missing or does not match its manifest."""
+
+
+class NewerPart(DamagedPart):
+    """A part that a newer fuseline has written: whole, but not for this one."""
 
 
 class WorkspaceBusy(FuselineError, RuntimeError):

@@ -44,7 +44,7 @@ class PartArrays:
             self.attributes: Mapping[str, Any] = group["attributes"]  # the small facts that are stored beside the arrays
             self._metadata: Mapping[str, Any] = group["consolidated_metadata"]["metadata"]
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise DamagedPart(f"{folder} is named by its manifest but cannot be opened ({error}). {remedy}") from error
+            raise DamagedPart(f"{folder} is named by its manifest but cannot be opened ({error}).", remedy=remedy) from error
 
     @property
     def names(self) -> list[str]:
@@ -66,7 +66,7 @@ class PartArrays:
         except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
             if isinstance(error, DamagedPart):
                 raise
-            raise DamagedPart(f"{self.folder}: the array {name} cannot be read ({error}). {self._remedy}") from error
+            raise DamagedPart(f"{self.folder}: the array {name} cannot be read ({error}).", remedy=self._remedy) from error
         if stop > start:
             self._reads.add(chunks=(stop - 1) // shard.chunk_rows - start // shard.chunk_rows + 1, stored_bytes=n_bytes)
         return decoded(rows, attributes=self._metadata[name]["attributes"])
@@ -75,7 +75,7 @@ class PartArrays:
         files = {self.folder / path: size for path, size in self._sizes.items() if path.startswith(f"{name}/c/")}
         for path, size in files.items():
             if not _has_size(path, size):
-                raise DamagedPart(f"{path} of the array {name} is missing or cut short. {self._remedy}")
+                raise DamagedPart(f"{path} of the array {name} is missing or cut short.", remedy=self._remedy)
         shard = self._shards[name] = Shard(next(iter(files), None), self._metadata[name])
         return shard
 

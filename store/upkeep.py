@@ -35,6 +35,7 @@ class Leftover:
     path: Path
     n_bytes: int
     why: str
+    is_payload: bool = False  # a worker may take it up at any time, by a manifest that names it
 
 
 def usage(workspace: Workspace) -> list[Usage]:
@@ -80,12 +81,38 @@ def leftovers(workspace: Workspace) -> list[Leftover]:
     return found
 
 
-def delete(workspace: Workspace, found: list[Leftover]) -> None:
-    """Remove leftovers that still are such. Only the coordinator may."""
+def delete(workspace: Workspace, found: list[Leftover]) -> list[Leftover]:
+    """Remove leftovers that still are such, and return these. Only the coordinator may; workers may be at work meanwhile."""
     still = {leftover.path for leftover in leftovers(workspace)}
+    removed = []
     for leftover in found:
-        if leftover.path in still:
+        if leftover.path not in still:
+            continue
+        if leftover.is_payload:
+            if not _remove_payload(leftover.path):
+                continue
+        else:
             durable.remove(leftover.path)
+        removed.append(leftover)
+    return removed
+
+
+def _remove_payload(payload: Path) -> bool:
+    """Remove a payload unless a worker takes it up: `dataset._adopt` touches it first, and finds none once it is renamed."""
+    if _is_wanted(payload, name=payload.name):
+        return False
+    with durable.temporary(payload) as doomed:
+        payload.rename(doomed)
+        if not _is_wanted(doomed, name=payload.name):
+            return True
+        with contextlib.suppress(FileExistsError):  # another worker has published the same part under this name
+            durable.publish_new(doomed, to=payload)
+        return False
+
+
+def _is_wanted(path: Path, *, name: str) -> bool:
+    """Whether a payload that was called `name` was touched of late, or a manifest names it."""
+    return not _is_old(path) or _is_named(path.with_name(name))
 
 
 def _temporaries(workspace: Workspace) -> Iterator[Leftover]:
@@ -110,17 +137,17 @@ def _unnamed(dataset: Dataset) -> Iterator[Leftover]:
         if payload.name.split(".")[0] in unknown or not _is_old(payload):
             continue
         if payload.name not in listed:
-            if not _is_named(dataset, payload):
-                yield _leftover(payload, "no manifest names it")
+            if not _is_named(payload):
+                yield _leftover(payload, "no manifest names it", is_payload=True)
         elif payload.is_dir():
             for path in sorted(path for path in payload.rglob("*") if path.is_file()):
                 if path.relative_to(payload).as_posix() not in listed[payload.name] and _is_old(path):
                     yield _leftover(path, "the part's manifest does not list it")
 
 
-def _is_named(dataset: Dataset, payload: Path) -> bool:
+def _is_named(payload: Path) -> bool:
     """Whether a manifest has come to name it since the manifests were read."""
-    path = dataset.folder / f"{payload.name.split('.')[0]}.json"
+    path = payload.with_name(f"{payload.name.split('.')[0]}.json")
     try:
         return json.loads(path.read_text(encoding="utf-8"))["payload"] == payload.name
     except FileNotFoundError:
@@ -136,6 +163,6 @@ def _is_old(path: Path) -> bool:
         return False
 
 
-def _leftover(path: Path, why: str) -> Leftover:
+def _leftover(path: Path, why: str, *, is_payload: bool = False) -> Leftover:
     files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
-    return Leftover(path=path, n_bytes=sum(file.stat().st_size for file in files), why=why)
+    return Leftover(path=path, n_bytes=sum(file.stat().st_size for file in files), why=why, is_payload=is_payload)

@@ -14,7 +14,7 @@ from . import catalog
 from .content import check_content, check_tokenizer_table
 from .corpus_plan import read_documents, read_plan
 from .dataset import Dataset, Manifest
-from .errors import DamagedPart, FuselineError, WorkspaceBusy
+from .errors import DamagedPart, FuselineError, NewerPart, WorkspaceBusy
 from .lineage import check_counts, check_inputs
 from .tokenizer import tokenizer_digest
 from .workspace import DATASET_KINDS, Workspace
@@ -112,7 +112,12 @@ def _check_catalog(workspace: Workspace, *, full: bool) -> Iterator[Finding]:
     except WorkspaceBusy:
         return
     except FuselineError as error:
-        yield Finding(path=workspace.catalog_path, problem=str(error).split("\n")[0], remedy=_REBUILD, mend="remove")
+        yield Finding(
+            path=workspace.catalog_path,
+            problem=error.problem.split("\n")[0].removeprefix(f"{workspace.catalog_path} "),
+            remedy=_REBUILD,
+            mend="remove",
+        )
 
 
 def _known_parts(workspace: Workspace) -> set[PartName]:
@@ -151,8 +156,8 @@ def _check_part(dataset: Dataset, part: int, *, full: bool) -> Iterator[Finding]
         if full:
             check_content(dataset, part)
     except FuselineError as error:
-        is_newer = "newer fuseline" in str(error)
-        yield _finding(dataset.manifest_path(part), error, part=(*_key(dataset), part), mend="by hand" if is_newer else "remake")
+        mend: Literal["by hand", "remake"] = "by hand" if isinstance(error, NewerPart) else "remake"
+        yield _finding(dataset.manifest_path(part), error, part=(*_key(dataset), part), mend=mend)
 
 
 def _check_files(dataset: Dataset, part: int, *, manifest: Manifest, full: bool) -> None:
@@ -197,7 +202,6 @@ def _damaged(dataset: Dataset, part: int, problem: str) -> Finding:
 def _finding(
     path: Path, error: FuselineError, *, part: PartName | None = None, mend: Literal["remake", "remove", "by hand"] = "by hand"
 ) -> Finding:
-    """Of an error's text what is wrong, and what to do unless `repair` can do it."""
-    problem, _, rest = str(error).partition(" Remove ")
-    remedy = _REMAKE if mend != "by hand" else f"Remove {rest}" if rest else ""
-    return Finding(path=path, problem=problem.rstrip("."), remedy=remedy, part=part, mend=mend)
+    """What is wrong, without the path, and what to do unless `repair` can do it."""
+    problem = error.problem.removeprefix(f"{path} ").rstrip(".")
+    return Finding(path=path, problem=problem, remedy=_REMAKE if mend != "by hand" else error.remedy, part=part, mend=mend)

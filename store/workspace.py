@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 # In the order of the pipeline, which is also the order in which the catalog folds them.
 DATASET_KINDS = ("corpus", "distributions", "vocab_maps", "alignments", "targets", "evaluations")
 
+_RUN_KEYS = ("run", "stage", "dataset", "parameters", "fuseline", "host", "started_at", "ended_at", "status", "metrics")  # of a run.json
+
 
 @dataclass(frozen=True, slots=True)
 class Run:
@@ -173,9 +175,18 @@ class Workspace:
             durable.write_json(folder / "run.json", record | {"status": status, "ended_at": time.time()})
 
     def runs(self) -> Iterator[dict[str, Any]]:
-        """The record of every run, oldest first."""
+        """The record of every run, oldest first.
+
+        Raises:
+            DamagedPart: one cannot be read.
+        """
         for path in sorted((self.root / "runs").glob("*/run.json")):
             try:
-                yield json.loads(path.read_text(encoding="utf-8"))
-            except ValueError as error:
-                raise DamagedPart(f"{path} cannot be read ({error}). Remove it: it is only a record of what was done.") from error
+                record = json.loads(path.read_text(encoding="utf-8"))
+                missing = [key for key in _RUN_KEYS if key not in record]
+                if missing:
+                    raise ValueError(f"it lacks {', '.join(missing)}")
+            except (ValueError, TypeError) as error:
+                remedy = "Remove it: it is only a record of what was done."
+                raise DamagedPart(f"{path} cannot be read ({error}).", remedy=remedy) from error
+            yield record

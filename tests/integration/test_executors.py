@@ -412,3 +412,12 @@ def test_no_slurm_is_a_usage_error(project, models_dir, workspace, tmp_path):
     assert result.returncode == 2
     assert "needs sbatch, squeue, srun on the PATH" in result.stderr
     assert "Traceback" not in result.stderr
+
+
+def test_training_needs_no_slurm(project, models_dir, tmp_path):
+    recipe = project.with_name("slurm.toml")
+    recipe.write_text(f'{project.read_text()}\n[executor]\nkind = "slurm"\n')
+    options = ("-w", tmp_path / "workspace", "--models", models_dir)
+    result = fuseline("train", recipe, *options, "--only", "nothing", environment={"PATH": str(tmp_path)})
+    assert result.returncode == 2
+    assert "--only (nothing) must be one of the recipe's trainings" in result.stderr

@@ -11,6 +11,7 @@ from fuseline.cli import main
 from fuseline.cluster.pipeline import Pipeline
 from fuseline.store import catalog
 from fuseline.store.dataset import Dataset, PartContent
+from fuseline.store.fingerprint import sealed
 from fuseline.store.verify import verify
 from fuseline.store.workspace import Workspace
 from workspaces import contents, write_project
@@ -90,24 +91,51 @@ def test_what_is_damaged_or_gone_is_made_again_and_nothing_else(project, models_
 def test_an_interrupted_repair_goes_on_where_it_was(project, models_dir, workspace, fused, monkeypatch):
     expected = damage(workspace)
     options = (project, "-w", workspace, "--models", models_dir, "--full")
-    remake, left = Pipeline.remake, 2
+    make, left = Pipeline.make, 2
 
     def interrupted(self, title, stage, *, parts):
         nonlocal left
         left -= 1
         if left < 0:
             raise KeyboardInterrupt
-        remake(self, title, stage, parts=parts)
+        make(self, title, stage, parts=parts)
 
-    monkeypatch.setattr(Pipeline, "remake", interrupted)
+    monkeypatch.setattr(Pipeline, "make", interrupted)
     assert fuseline("store", "repair", *options)[0] == 130
     assert (workspace / "repair.json").exists()
     catalog.fold(Workspace.open(workspace))  # what was set aside is no longer known there
-    monkeypatch.setattr(Pipeline, "remake", remake)
+    monkeypatch.setattr(Pipeline, "make", make)
     code, output = fuseline("store", "repair", *options)
     assert code == 0, output
     assert {line.split(": ")[0] for line in output.splitlines() if line.endswith(": made again")} == expected
     assert contents(workspace) == contents(fused)
+
+
+def test_what_a_repair_with_another_recipe_has_set_aside_stays_written_down(project, models_dir, workspace):
+    foreign = {"part": ["distributions", "other", 3], "files": {"zarr.json": [1, 2]}}
+    own = {"part": ["targets", "fused", 1], "files": {}}
+    record = workspace / "repair.json"
+    record.write_text(json.dumps(sealed({"parts": [foreign, own]})))
+    code, output = fuseline("store", "repair", project, "-w", workspace, "--models", models_dir)
+    assert code == 1
+    assert "targets/fused part 1: made again" in output
+    assert "other/part-00003.json: is not of this recipe, and a repair that was interrupted had set it aside" in output
+    assert json.loads(record.read_text())["parts"] == [foreign]
+    assert Dataset.open(workspace / "targets" / "fused").parts() == list(range(len(Dataset.open(workspace / "targets" / "fused").parts())))
+
+
+def test_what_a_repair_wrote_down_and_cannot_be_read_is_told(project, models_dir, workspace):
+    record = workspace / "repair.json"
+    damage(workspace)
+    before = sorted(workspace.glob("*/*/part-*"))
+    whole = json.dumps(sealed({"parts": [{"part": ["targets", "fused", 1], "files": {}}]}))
+    for text in (whole[:20], "[]", "{}", whole.replace("fused", "fuzed")):
+        record.write_text(text)
+        code, output = fuseline("store", "repair", project, "-w", workspace, "--models", models_dir)
+        assert code == 1
+        assert f"{record}, what an interrupted repair wrote down, cannot be read" in " ".join(output.split("\n"))
+        assert "Remove it" in output
+    assert sorted(workspace.glob("*/*/part-*")) == before
 
 
 def test_parts_that_never_were_are_left_to_run(project, models_dir, workspace):

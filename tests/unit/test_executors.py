@@ -10,6 +10,7 @@ import pytest
 from fuseline.cluster.config import ExecutorConfig
 from fuseline.cluster.crew import Lost, share_out
 from fuseline.cluster.ledger import MOST_DEATHS, MOST_SETBACKS, Ledger
+from fuseline.cluster.local import LocalCrew
 from fuseline.cluster.work import Assignment, Committed, Failed, Worker
 from fuseline.recipe import load_recipe
 from fuseline.store import journal
@@ -149,6 +150,46 @@ def test_a_worker_that_failed_or_died_is_replaced_and_all_are_dismissed(tmp_path
     assert sorted(crew.dismissed) == sorted(crew.hired)
 
 
+class TestWorkersThatCannotBeStarted:
+    @pytest.fixture
+    def processes(self, monkeypatch):
+        """The processes that were started; the second cannot be."""
+        started, popen = [], subprocess.Popen
+
+        def start(*arguments, **options):
+            if started:
+                raise self.error
+            started.append(popen(*arguments, **options))
+            return started[-1]
+
+        monkeypatch.setattr(subprocess, "Popen", start)
+        return started
+
+    @pytest.mark.parametrize("error", [BlockingIOError(11, "Resource temporarily unavailable"), KeyboardInterrupt()])
+    def test_their_error_is_told_and_the_others_are_ended(self, run_folder, processes, error):
+        self.error = error
+        dataset = Dataset.create(run_folder.parent.parent / "corpus" / "x", identity={"stage": "x"})
+        assignment = Assignment(stage=_Stage(dataset), run_folder=run_folder, directory=run_folder)
+        crew = LocalCrew(assignment, size=3, gpus=[])
+        with pytest.raises(type(error)):
+            share_out(crew, Ledger(range(8), retries=1), size=3, dataset=dataset, on_commit=lambda manifest: None)
+        (process,) = processes
+        assert process.returncode is not None
+
+    def test_one_that_cannot_be_ended_does_not_keep_the_others(self, tmp_path):
+        class Stubborn(_Crew):
+            def dismiss(self, worker):
+                super().dismiss(worker)
+                if worker == "worker-2":
+                    raise RuntimeError("no")
+
+        dataset = Dataset.create(tmp_path / "corpus" / "x", identity={"stage": "x"})
+        crew = Stubborn(lambda worker, part: [committed(part)])
+        with pytest.raises(RuntimeError, match="no"):
+            share_out(crew, Ledger(range(8), retries=1), size=4, dataset=dataset, on_commit=lambda manifest: None)
+        assert sorted(crew.dismissed) == ["worker-1", "worker-2", "worker-3", "worker-4"]
+
+
 class _Stage:
     def __init__(self, dataset, *, error=None):
         self.dataset, self.error = dataset, error
@@ -278,6 +319,10 @@ class TestRecipe:
             ("[executor.resources.evaluations]\ngpu = 1", "unknown key. Did you mean gpus?"),
             ("[executor.slurm]\npartition = [1]", "partition ([1]) must be text, a number, or true"),
             ('[executor.slurm]\njob-name = "x"', "job-name is set by fuseline"),
+            ("[executor.slurm]\ncpus-per-task = 8", "cpus-per-task is set from [executor.resources]: say cpus in"),
+            ("[executor.slurm]\ngpus_per_node = 2", "gpus_per_node is set from [executor.resources]: say gpus in"),
+            ('[executor.slurm]\nmem = "8G"', "mem is set from [executor.resources]: say memory_gb in"),
+            ("[executor.slurm]\ntime = 90", "time is set from [executor.resources]: say minutes in"),
         ],
     )
     def test_what_is_wrong_is_told_with_its_line(self, tmp_path, section, message):
@@ -293,6 +338,39 @@ class TestRecipe:
         config = ExecutorConfig.model_validate({"resources": {"distributions": {"gpus": 2}}})
         assert config.resources.of("evaluations").gpus == 2
         assert config.resources.of("corpus").gpus == 0
+
+
+def test_the_queue_of_slurm_is_asked_once_for_all_jobs(run_folder, monkeypatch):
+    """However many jobs there are: all users of a cluster wait for it."""
+    pytest.importorskip("submitit")
+    from fuseline.cluster import slurm
+
+    dataset = Dataset.create(run_folder.parent.parent / "corpus" / "x", identity={"stage": "x"})
+    stage = _Stage(dataset)
+    names = []
+    for number in range(5):
+        job = slurm._Job(name=f"fuseline-run-{number}", run_folder=run_folder, slices=[[number]])
+        job.save(dataset)
+        names.append(job.name)
+    looks = 0
+
+    def queue():
+        nonlocal looks
+        looks += 1
+        if looks == 3:
+            for part in range(5):
+                dataset.commit(part, content=stage.compute(part), seconds=0)
+        return {name: {0} for name in names} if looks < 3 else {}
+
+    monkeypatch.setattr(slurm, "_queue", queue)
+    monkeypatch.setattr(slurm, "_POLL_SECONDS", 0.01)
+    monkeypatch.setattr(slurm, "_QUEUE_SECONDS", 0.0)
+    monkeypatch.setattr(slurm.shutil, "which", lambda command: command)
+    made = []
+    executor = slurm.SlurmExecutor(ExecutorConfig(kind="slurm"), say=lambda text: None)
+    executor.run(stage, range(5), run_folder=run_folder, on_commit=lambda manifest: made.append(manifest.part))
+    assert made == list(range(5))
+    assert looks == 3
 
 
 @pytest.mark.parametrize(("kind", "package"), [("slurm", "submitit"), ("ray", "ray")])

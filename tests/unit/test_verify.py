@@ -2,6 +2,7 @@
 
 import json
 import os
+import pickle
 import random
 import shutil
 import threading
@@ -10,10 +11,11 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 import pytest
-from fuseline.store import catalog, durable
+from fuseline.store import catalog, durable, upkeep
 from fuseline.store.dataset import Dataset, PartContent
-from fuseline.store.errors import DamagedPart, FuselineError
+from fuseline.store.errors import DamagedPart, FuselineError, NewerPart
 from fuseline.store.fingerprint import sealed
+from fuseline.store.status import dataset_statuses
 from fuseline.store.upkeep import delete, leftovers, usage
 from fuseline.store.verify import verify
 from fuseline.store.workspace import Workspace
@@ -206,6 +208,42 @@ def test_a_manifest_of_another_part_or_of_the_future_is_told(workspace):
     assert "is the manifest of part 0" in found["targets/fused/part-00007.json"]
     assert "was written by a newer fuseline" in found["targets/fused/part-00001.json"]
     assert ("targets", "fused", 1) not in verify(workspace).lost_parts, "what this version cannot read is not damaged"
+    (newer,) = [finding for finding in verify(workspace).findings if finding.path.name == "part-00001.json"]
+    assert newer.remedy == "Use that one."
+
+
+def test_a_finding_says_its_path_once(workspace):
+    fused = workspace.root / "targets" / "fused"
+    (fused / "part-00000.json").write_text("{")
+    shutil.copy(workspace.root / "distributions" / "target" / "part-00001.json", fused / "part-00001.json")
+    (workspace.root / "distributions" / "source" / "dataset.json").unlink()
+    (workspace.root / "corpus" / "corpus" / "plan.json").write_text("{}")
+    found = verify(workspace).findings
+    for path in ("targets/fused/part-00000.json", "distributions/source/dataset.json", "corpus/corpus/plan.json"):
+        assert any(finding.path == workspace.root / path for finding in found)
+    for finding in found:
+        assert str(finding.path) not in finding.problem
+        assert "Remove" not in finding.problem
+        assert finding.remedy
+
+
+@pytest.mark.parametrize("text", ["{}", "[]", "3", "{", '{"run": "x", "status": "done"}'])
+def test_a_record_of_a_run_that_lacks_something_is_told(workspace, text):
+    record = workspace.root / "runs" / "1" / "run.json"
+    record.parent.mkdir(parents=True)
+    record.write_text(text)
+    for read in (dataset_statuses, catalog.fold):
+        with pytest.raises(DamagedPart, match=r"run\.json cannot be read .* Remove it: it is only a record"):
+            read(workspace)
+
+
+def test_an_error_keeps_its_remedy_on_its_way_from_a_worker():
+    error = pickle.loads(pickle.dumps(NewerPart("x was written by a newer fuseline.", remedy="Use that one.")))
+    assert (str(error), error.problem, error.remedy) == (
+        "x was written by a newer fuseline. Use that one.",
+        "x was written by a newer fuseline.",
+        "Use that one.",
+    )
 
 
 def test_damaged_tokenizers_are_told(workspace):
@@ -302,6 +340,40 @@ def test_gc_keeps_what_a_manifest_that_cannot_be_read_may_name_and_what_has_come
     (fused / "part-00001.json").write_bytes(manifest)
     delete(workspace, found)
     assert (fused / "part-00001.zarr").exists()
+
+
+@pytest.mark.parametrize("moment", ["listed", "about to be renamed", "renamed"])
+@pytest.mark.parametrize("kind", ["zarr", "parquet"])
+def test_gc_keeps_a_payload_that_a_worker_takes_up_meanwhile(workspace, monkeypatch, moment, kind):
+    """The worker begins to take it up when it is listed, when the last check is done, or when it is set aside: the part is there."""
+    item = workspace.dataset("targets", "other", identity={"stage": "x"})
+    data = {"nll_S": np.arange(3.0)} if kind == "zarr" else pl.DataFrame({"nll": [0.0, 1.0]})
+
+    def commit() -> None:
+        item.commit(0, content=PartContent(data=data, counts={"segments": 3}), seconds=0)
+
+    commit()
+    item.manifest_path(0).unlink()
+    payload = aged(item.folder / f"part-00000.{kind}")
+    found = [leftover for leftover in leftovers(workspace) if leftover.path == payload]
+    assert found
+    module, name = {"listed": (upkeep, "leftovers"), "about to be renamed": (Path, "rename"), "renamed": (Path, "rename")}[moment]
+    real = getattr(module, name)
+
+    def disturbed(*arguments):
+        monkeypatch.setattr(module, name, real)
+        if moment == "about to be renamed":
+            commit()
+        result = real(*arguments)
+        if moment != "about to be renamed":
+            commit()
+        return result
+
+    monkeypatch.setattr(module, name, disturbed)
+    delete(workspace, found)
+    assert item.parts() == [0]
+    item.table(0) if kind == "parquet" else item.read(0, "nll_S")
+    assert list(item.folder.glob(".tmp-*")) == []
 
 
 def test_usage_adds_up(workspace):
