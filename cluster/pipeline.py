@@ -397,8 +397,15 @@ class Pipeline:
             )
 
     def make(self, title: str, stage: Stage, *, parts: list[int]) -> None:
-        """Make the parts that are missing, and fold them into the catalog."""
+        """Make the parts that are missing, and fold them into the catalog.
+
+        Raises:
+            DamagedPart: the payload of a committed part is gone.
+            FuselineError: parts failed; see `Executor.run`.
+        """
         missing = sorted(set(parts) - set(stage.dataset.parts()))
+        for part in sorted(set(parts) - set(missing)):
+            stage.dataset.require_payload(part)
         if not missing:
             self.progress.say(f"{title}: nothing to do, all {len(parts)} part{'s are' if len(parts) != 1 else ' is'} there")
             return

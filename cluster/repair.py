@@ -55,7 +55,8 @@ def repair(pipeline: Pipeline, *, full: bool) -> Repair:
         catalog.forget(workspace, kind=key[0], name=key[1])
     for part in lost:
         _set_aside(workspace, part)
-    for title, stage in chain(stages, pipeline.trained_stages()):
+    wants_trained = any(part[:2] in pipeline.trained_evaluations for part in lost)  # else a damaged export is no hindrance
+    for title, stage in chain(stages, pipeline.trained_stages() if wants_trained else ()):
         key = (stage.dataset.kind, stage.dataset.name)
         parts = sorted(part for *names, part in lost if tuple(names) == key)
         if parts:

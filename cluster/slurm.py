@@ -64,9 +64,16 @@ class SlurmExecutor:
         while missing - failed.keys() and fruitless <= self.config.retries:
             uncovered = missing - failed.keys() - {part for job in jobs for part in job.parts_at_work(queue)}
             if uncovered:
+                if jobs:
+                    self._say(f"{len(uncovered)} parts are missing of which no task is at work any more: they are submitted again")
                 jobs.append(self._submit(stage, _hopeful_first(uncovered, jobs), run_folder=run_folder, number=len(jobs) + 1))
             n_before = len(missing)
-            queue = self._follow(jobs, missing, dataset=dataset, on_commit=on_commit)
+            try:
+                queue = self._follow(jobs, missing, dataset=dataset, on_commit=on_commit)
+            except KeyboardInterrupt:
+                names = ",".join(job.name for job in jobs)
+                self._say(f"The Slurm tasks go on; the same command follows them again. To stop them: scancel --name={names}")
+                raise
             failed = {part: reason for job in jobs for part, reason in job.failed().items() if part in missing}
             fruitless = fruitless + 1 if len(missing) == n_before else 0
         if missing:

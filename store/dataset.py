@@ -265,6 +265,12 @@ class Dataset:
         self.require_file(part, "")  # of 300 flipped bits in a Parquet file without checksums, 174 changed its text silently
         return self.folder / self.manifest(part).payload
 
+    def require_payload(self, part: int) -> None:
+        """Raise DamagedPart unless what the manifest of a committed part names is there; whether it is whole, `verify` says."""
+        payload = self.folder / self.manifest(part).payload
+        if not payload.exists():
+            raise DamagedPart(f"{payload} is named by its manifest and is gone.", remedy=self._remedy(part))
+
     def manifest_path(self, part: int) -> Path:
         """Where the manifest of a part is, or would be."""
         return self._path(part, ".json")

@@ -87,6 +87,9 @@ def verify(workspace: Workspace, *, full: bool = False) -> Verification:
     findings += [_damaged(dataset, part, problem) for dataset, part, problem in check_counts(sound)]
     for folder in _tokenizer_folders(workspace):
         findings += _check_tokenizer(folder, full=full)
+    if (workspace.root / "repair.json").exists():
+        problem = "a repair is under way or was interrupted: parts that it set aside are not made again yet"
+        findings.append(Finding(path=workspace.root / "repair.json", problem=problem, remedy="If it was interrupted, run it again."))
     findings.sort(key=lambda finding: finding.path)
     return Verification(datasets=len(datasets), parts=parts, n_bytes=n_bytes, findings=findings)
 

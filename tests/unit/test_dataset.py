@@ -339,3 +339,12 @@ def test_a_coordinator_sweeps_what_was_interrupted_and_keeps_what_was_committed(
         assert list(workspace.root.rglob(".tmp-*")) == [of_the_living]
     shutil.rmtree(workspace.root / "corpus")
     assert [found.name for found in workspace.datasets()] == ["model"]
+
+
+def test_a_payload_that_is_gone_is_told_by_its_path(tmp_path):
+    dataset = Dataset.create(tmp_path / "distributions" / "model", identity={})
+    dataset.commit(3, content=PartContent(data={"x": np.arange(3)}, counts={}), seconds=0)
+    dataset.require_payload(3)
+    shutil.rmtree(dataset.folder / "part-00003.zarr")
+    with pytest.raises(DamagedPart, match=r"part-00003\.zarr"):
+        dataset.require_payload(3)
