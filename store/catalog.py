@@ -289,6 +289,8 @@ def _fold_plan(connection: duckdb.DuckDBPyConnection, dataset: Dataset) -> None:
 def _fold_tokenizers(connection: duckdb.DuckDBPyConnection, workspace: Workspace, *, needed: set[str]) -> None:
     connection.execute("DELETE FROM tokenizers")
     for folder in (workspace.folder("tokenizers", digest) for digest in sorted(needed)):
+        if not folder.exists():
+            continue  # `verify` tells
         try:
             settings = json.loads((folder / "settings.json").read_text(encoding="utf-8"))
             vocab_size = pl.scan_parquet(folder / "token_bytes.parquet").select(pl.len()).collect().item()
