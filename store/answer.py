@@ -1,7 +1,7 @@
 """The answer to a query, batch by batch, in types that every program reads."""
 
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
 import duckdb
@@ -31,9 +31,12 @@ class Query:
         """
         future = self._thread.submit(step)
         try:
-            while not wait([future], timeout=_SIGNAL_SECONDS).done:
-                pass
-            return future.result()
+            while True:
+                try:
+                    return future.result(_SIGNAL_SECONDS)
+                except TimeoutError:
+                    if future.done():
+                        raise
         except KeyboardInterrupt:
             self.connection.interrupt()
             future.exception()  # waits until it has ended

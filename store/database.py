@@ -10,7 +10,7 @@ unless it is asked for by name.
 import re
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from threading import Lock
@@ -144,7 +144,9 @@ class Database:
         self.stats = QueryStats()  # of the last query
         self._store: Store | None = None
         self._version: tuple[int, ...] | None = None
-        self._users = 0  # of the connection that `_held` is about
+        self._users = 0  # of the connection that `_held` keeps open
+        self._is_asked = False  # whether a query is under way on it
+        self._told = _Told()
         self._held = ExitStack()
         self._lock = Lock()
 
@@ -167,12 +169,11 @@ class Database:
     @contextmanager
     def stream(self, query: str, parameters: Parameters = None) -> Iterator[Answer | None]:
         """The result of a query batch by batch; None for a statement that has none. See `sql` for the errors."""
-        statement = _one_statement(query)
-        stats, causes = QueryStats(), []  # type: ignore[var-annotated]
-        with self._connected(on_scan=stats.scans.append, on_error=causes.append) as (connection, store):
-            self.stats = stats
+        statement, stats = _one_statement(query), QueryStats()
+        with self._hold() as store, self._free_connection(store) as (connection, told):
+            told.scans, told.causes, self.stats = stats.scans, [], stats
             before, started = (store.reads.chunks, store.reads.stored_bytes), time.perf_counter()
-            with closing(Query(connection, causes=causes)) as running:
+            with closing(Query(connection, causes=told.causes)) as running:
                 try:
                     reader = running.run(lambda: _begun(connection, statement, parameters))
                     with nullcontext() if reader is None else closing(reader):  # what is not read to its end would keep the catalog open
@@ -187,26 +188,20 @@ class Database:
 
         In the `with` block `sql` and `stream` use it too. While it is open, no run can bring the catalog up to date.
         """
-        with self._connected(on_scan=lambda scan: None, on_error=lambda error: None) as (connection, _):
-            yield connection
+        with self._hold() as store:
+            yield store.connection
 
     @contextmanager
-    def _connected(
-        self, *, on_scan: Callable[[ScanStats], None], on_error: Callable[[BaseException], None]
-    ) -> Iterator[tuple[duckdb.DuckDBPyConnection, Store]]:
-        """The one connection, or a cursor of it where it is in use, with tables that tell of this query alone."""
+    def _hold(self) -> Iterator[Store]:
+        """Keep the catalog open; what was read of the workspace before is kept, unless the catalog has changed since."""
         with self._lock:
-            is_first = not self._users
-            store = self._open() if is_first else self._store
+            if not self._users:
+                self._store = self._open()
+            store = self._store
             assert store is not None
             self._users += 1
         try:
-            with nullcontext(store.connection) if is_first else store.connection.cursor() as connection:
-                for source in store.sources:
-                    connection.register(source.name, LazyTable(source, on_scan=on_scan, on_error=on_error))
-                for table in PARQUET_TABLES:
-                    connection.register(table.name, table(store, on_scan=on_scan, on_error=on_error))
-                yield connection, store
+            yield store
         finally:
             with self._lock:
                 self._users -= 1
@@ -214,14 +209,51 @@ class Database:
                     self._held.close()
 
     def _open(self) -> Store:
-        """Open the catalog; what was read before is kept, unless the catalog has changed since."""
         connection = self._held.enter_context(catalog.reading(self.workspace, external_access=self._external_access))
         facts = self.workspace.catalog_path.stat()
         version = (facts.st_ino, facts.st_mtime_ns, facts.st_size)
         if self._store is None or version != self._version:
             self._store, self._version = Store(self.workspace, connection), version
         self._store.connection = connection
+        _register(connection, self._store, told=self._told)
         return self._store
+
+    @contextmanager
+    def _free_connection(self, store: Store) -> Iterator[tuple[duckdb.DuckDBPyConnection, "_Told"]]:
+        """The one connection, or a cursor of it while another query is under way; and what its tables tell of the query."""
+        with self._lock:
+            is_free, self._is_asked = not self._is_asked, True
+        if not is_free:
+            with store.connection.cursor() as cursor:
+                told = _Told()
+                _register(cursor, store, told=told)  # 3 ms
+                yield cursor, told
+            return
+        try:
+            yield store.connection, self._told
+        finally:
+            self._is_asked = False
+
+
+class _Told:
+    """What the lazy tables of a connection tell of its query."""
+
+    def __init__(self) -> None:
+        self.scans: list[ScanStats] = []
+        self.causes: list[BaseException] = []
+
+
+def _register(connection: duckdb.DuckDBPyConnection, store: Store, *, told: _Told) -> None:
+    def on_scan(scan: ScanStats) -> None:
+        told.scans.append(scan)
+
+    def on_error(cause: BaseException) -> None:
+        told.causes.append(cause)
+
+    for source in store.sources:
+        connection.register(source.name, LazyTable(source, on_scan=on_scan, on_error=on_error))
+    for table in PARQUET_TABLES:
+        connection.register(table.name, table(store, on_scan=on_scan, on_error=on_error))
 
 
 def _begun(connection: duckdb.DuckDBPyConnection, statement: str, parameters: Parameters) -> pa.RecordBatchReader | None:
