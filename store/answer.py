@@ -69,7 +69,7 @@ class Answer:
 
     def table(self) -> pa.Table:
         """All of it."""
-        return pa.Table.from_batches(list(self), self.schema)
+        return pa.Table.from_batches(self._query.run(lambda: list(iter(self._next, None))), self.schema)
 
     def _next(self) -> pa.RecordBatch | None:
         try:
