@@ -242,18 +242,20 @@ class _Told:
         self.scans: list[ScanStats] = []
         self.causes: list[BaseException] = []
 
+    def on_scan(self, scan: ScanStats) -> None:
+        """A table is scanned."""
+        self.scans.append(scan)
+
+    def on_error(self, cause: BaseException) -> None:
+        """A scan failed."""
+        self.causes.append(cause)
+
 
 def _register(connection: duckdb.DuckDBPyConnection, store: Store, *, told: _Told) -> None:
-    def on_scan(scan: ScanStats) -> None:
-        told.scans.append(scan)
-
-    def on_error(cause: BaseException) -> None:
-        told.causes.append(cause)
-
     for source in store.sources:
-        connection.register(source.name, LazyTable(source, on_scan=on_scan, on_error=on_error))
+        connection.register(source.name, LazyTable(source, on_scan=told.on_scan, on_error=told.on_error))
     for table in PARQUET_TABLES:
-        connection.register(table.name, table(store, on_scan=on_scan, on_error=on_error))
+        connection.register(table.name, table(store, on_scan=told.on_scan, on_error=told.on_error))
 
 
 def _begun(connection: duckdb.DuckDBPyConnection, statement: str, parameters: Parameters) -> pa.RecordBatchReader | None:

@@ -29,9 +29,10 @@ class Rows:
         self.lengths_S = part.n_rows_S[segments]
         starts_S = part.starts_S[segments]
         self._first, self._stop = int(starts_S[0]), int(starts_S[-1] + self.lengths_S[-1])
-        self._position_R = np.arange(self.lengths_S.sum()) - np.repeat(np.cumsum(self.lengths_S) - self.lengths_S, self.lengths_S)
-        is_dense = self._stop - self._first == len(self._position_R)
-        self._place_R = None if is_dense else np.repeat(starts_S - self._first, self.lengths_S) + self._position_R
+        before_R = np.repeat(np.cumsum(self.lengths_S) - self.lengths_S, self.lengths_S)
+        self.position_R: NDArray[np.int64] = np.arange(self.lengths_S.sum()) - before_R  # place of each row in its segment
+        is_dense = self._stop - self._first == len(self.position_R)
+        self._place_R = None if is_dense else np.repeat(starts_S - self._first, self.lengths_S) + self.position_R
 
     @cached_property
     def arrays(self) -> PartArrays:
@@ -47,11 +48,6 @@ class Rows:
         """A value of each of the part's segments, at its rows."""
         return np.repeat(values_S[self.segments], self.lengths_S)
 
-    @property
-    def position_R(self) -> NDArray[np.int64]:
-        """Place of each row in its segment."""
-        return self._position_R
-
     @cached_property
     def token_ids_R(self) -> NDArray[Any]:
         """The tokens at these positions."""
@@ -60,7 +56,7 @@ class Rows:
     @cached_property
     def is_last_R(self) -> NDArray[np.bool_]:
         """Whether nothing follows the position in its segment."""
-        is_last_R = np.zeros(len(self._position_R), np.bool_)
+        is_last_R = np.zeros(len(self.position_R), np.bool_)
         is_last_R[np.cumsum(self.lengths_S) - 1] = True
         return is_last_R
 
@@ -86,7 +82,7 @@ class Rows:
 
     def nulls(self, kind: pa.DataType) -> pa.Array:
         """A column of unknowns."""
-        return pa.nulls(len(self._position_R), kind)
+        return pa.nulls(len(self.position_R), kind)
 
     def texts(self, ids: NDArray[Any], *, tokenizer: str | None = None) -> pa.Array:
         """What tokens stand for."""

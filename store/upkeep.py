@@ -75,7 +75,7 @@ def leftovers(workspace: Workspace) -> list[Leftover]:
     for dataset in datasets:
         found += _unnamed(dataset)
     needed = {digest for dataset in datasets for digest in tokenizer_digests(dataset)}
-    for folder in sorted((workspace.root / "tokenizers").glob("[!.]*/")):
+    for folder in workspace.tokenizer_folders():
         if folder.name not in needed and _is_old(folder):
             found.append(_leftover(folder, "no dataset was made with this tokenizer"))
     return found

@@ -82,10 +82,10 @@ def verify(workspace: Workspace, *, full: bool = False) -> Verification:
     sound = [dataset for dataset in datasets if not any(finding.part and finding.part[:2] == _key(dataset) for finding in findings)]
     findings += [
         Finding(path=dataset.folder / "dataset.json", problem=problem, remedy=remedy)
-        for dataset, problem, remedy in check_inputs(datasets, tokenizers={folder.name for folder in _tokenizer_folders(workspace)})
+        for dataset, problem, remedy in check_inputs(datasets, tokenizers={folder.name for folder in workspace.tokenizer_folders()})
     ]
     findings += [_damaged(dataset, part, problem) for dataset, part, problem in check_counts(sound)]
-    for folder in _tokenizer_folders(workspace):
+    for folder in workspace.tokenizer_folders():
         findings += _check_tokenizer(folder, full=full)
     if (workspace.root / "repair.json").exists():
         problem = "a repair is under way or was interrupted: parts that it set aside are not made again yet"
@@ -99,10 +99,6 @@ def _dataset_folders(workspace: Workspace) -> Iterator[Path]:
         for folder in sorted((workspace.root / kind).glob("[!.]*/")):
             if (folder / "dataset.json").exists() or any(folder.glob("part-*.json")):
                 yield folder
-
-
-def _tokenizer_folders(workspace: Workspace) -> list[Path]:
-    return sorted((workspace.root / "tokenizers").glob("[!.]*/"))
 
 
 def _check_catalog(workspace: Workspace, *, full: bool) -> Iterator[Finding]:

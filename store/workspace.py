@@ -135,6 +135,10 @@ class Workspace:
                 durable.sweep(folder)
             yield
 
+    def tokenizer_folders(self) -> list[Path]:
+        """The folders of all stored tokenizers, by digest."""
+        return sorted((self.root / "tokenizers").glob("[!.]*/"))
+
     def swept_folders(self) -> Iterator[Path]:
         """The folders into which stages publish, and in which a dead one leaves temporaries. Trainers sweep theirs themselves."""
         yield self.root
