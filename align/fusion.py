@@ -23,7 +23,7 @@ from ..store.arrays import Encoding
 from ..store.dataset import Dataset, PartContent
 from .config import AlignmentConfig, FusionConfig
 from .positions import match_segments
-from .projection import NO_GOLD, Mixture, SourcePart
+from .projection import NO_GOLD, SourcePart, VocabularyMap, mix, project
 from .vocabulary import target_ids
 
 SEVERAL = 255  # in source_T and source_S: a mean of several sources
@@ -98,11 +98,14 @@ class FusionStage:
         self.top_k, self.codec = top_k, codec
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name != "_target_ids"}
+        return {name: value for name, value in self.__dict__.items() if name != "_vocabularies"}
 
     @cached_property
-    def _target_ids(self) -> list[NDArray[np.int32] | None]:
-        return [target_ids(source.vocabulary_map.table(0)) if source.vocabulary_map else None for source in self.sources]
+    def _vocabularies(self) -> list[VocabularyMap | None]:
+        return [
+            VocabularyMap.of_tokens(target_ids(source.vocabulary_map.table(0))) if source.vocabulary_map else None
+            for source in self.sources
+        ]
 
     def compute(self, part: int) -> PartContent:
         """Fuse one part."""
@@ -112,21 +115,17 @@ class FusionStage:
         gold_ids_T = _gold_ids(token_ids_T, offsets=offsets)
         weights_NS = source_weights(self._costs(part, doc_id_S=doc_id_S, segment_S=segment_S), method=self.fusion.method)
         parts = [self._source_part(index, part=part, n_positions=len(token_ids_T)) for index in range(len(self.sources))]
-
-        weights_NT = np.repeat(weights_NS, lengths_S, axis=1) * [source.position_T >= 0 for source in parts]
+        projections = [project(source, gold_ids_T=gold_ids_T, gold_anchor=self.alignment.gold_anchor) for source in parts]
+        weights_NT = np.repeat(weights_NS, lengths_S, axis=1) * [projection.is_aligned_T for projection in projections]
         total_T = weights_NT.sum(axis=0)
         weights_NT[0, total_T == 0] = 1  # no chosen source speaks here: the target's own start does
         weights_NT /= np.where(total_T == 0, 1, total_T)
-        entries = [source.topk_ids_UK.shape[1] + 1 for source in parts]  # one more for the gold anchor
-        capacity = sum(entries) if self.fusion.method == "avgce" else max(entries)
-        mixture = Mixture.empty(len(token_ids_T), capacity=capacity)
-        for source, weight_T in zip(parts, weights_NT, strict=True):
-            mixture.add(source, weight_T=weight_T, gold_ids_T=gold_ids_T, gold_anchor=self.alignment.gold_anchor)
-        ids_TK, probs_TK = mixture.top(self.top_k, gold_ids_T=gold_ids_T)
+        ids_TK, probs_TK, tail_T = mix(projections, weights_NT=weights_NT, top_k=self.top_k, gold_ids_T=gold_ids_T)
 
         used_NT = weights_NT > 0
         source_T = np.where(used_NT.sum(axis=0) == 1, used_NT.argmax(axis=0), SEVERAL).astype(np.uint8)
-        lost_before = np.concatenate([[0], np.cumsum(mixture.lost_T)])
+        lost_T = (weights_NT * [projection.lost_T for projection in projections]).sum(axis=0)
+        lost_before = np.concatenate([[0], np.cumsum(lost_T)])
         with np.errstate(divide="ignore"):
             arrays = {
                 "token_ids_T": token_ids_T,
@@ -135,7 +134,7 @@ class FusionStage:
                 "segment_S": segment_S,
                 "topk_ids_TK": ids_TK.astype(parts[0].topk_ids_UK.dtype),
                 "topk_logprobs_TK": np.log(probs_TK),
-                "tail_logprob_T": np.log(np.maximum(1 - probs_TK.sum(axis=1), 0)),
+                "tail_logprob_T": np.log(tail_T),
                 "source_T": source_T,
                 "source_S": (weights_NS.argmax(axis=0) if self.fusion.method == "mince" else np.full(len(lengths_S), SEVERAL)).astype(
                     np.uint8
@@ -175,7 +174,7 @@ class FusionStage:
             topk_probs_UK=np.exp(topk_logprobs_UK.astype(np.float32)),
             gold_ids_U=np.append(token_ids_U[1:], 0).astype(np.int64),
             gold_logprob_U=gold_logprob_U.astype(np.float64),
-            target_ids_V=self._target_ids[index],
+            vocabulary=self._vocabularies[index],
             position_T=position_T,
         )
 

@@ -13,7 +13,7 @@ from statistics import median
 
 import numpy as np
 from fuseline.align.positions import match_segments, span_positions
-from fuseline.align.projection import Mixture, SourcePart
+from fuseline.align.projection import SourcePart, VocabularyMap, mix, project
 from fuseline.align.vocabulary import target_ids, vocabulary_map
 from fuseline.store.dataset import Dataset, PartContent
 from fuseline.store.tokenizer import Tokenizer
@@ -70,12 +70,11 @@ def main() -> None:
             topk_probs_UK=np.exp(source["topk_logprobs_TK"].astype(np.float32)),
             gold_ids_U=np.append(source["token_ids_T"][1:], 0).astype(np.int64),
             gold_logprob_U=source["gold_logprob_T"].astype(np.float64),
-            target_ids_V=map_V,
+            vocabulary=VocabularyMap.of_tokens(map_V),
             position_T=position_T,
         )
-        mixture = Mixture.empty(n, capacity=k + 1)
-        mixture.add(side, weight_T=np.ones(n), gold_ids_T=gold_T, gold_anchor=True)
-        mixture.top(k, gold_ids_T=gold_T)
+        projection = project(side, gold_ids_T=gold_T, gold_anchor=True)
+        mix([projection], weights_NT=np.ones((1, n)), top_k=k, gold_ids_T=gold_T)
 
     fuse()  # compiles
     aligning, fusing = (median(timed(work) for _ in range(3)) / n for work in (positions, fuse))

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from dataclasses import dataclass
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ from fuseline.align.alignments import AlignmentsStage
 from fuseline.align.config import AlignmentConfig, FusionConfig
 from fuseline.align.fusion import SEVERAL, FusionSource, FusionStage, segment_costs, source_weights
 from fuseline.align.maps import VocabularyMapStage
-from fuseline.align.projection import Mixture, SourcePart, gold_probabilities
+from fuseline.align.projection import Projection, SourcePart, VocabularyMap, mix, project
 from fuseline.store.dataset import Dataset, PartContent
 from fuseline.store.tokenizer import Tokenizer
 from hypothesis import given, settings
@@ -18,166 +19,237 @@ from hypothesis import strategies as st
 quick = settings(max_examples=200, deadline=None)
 
 
-@st.composite
-def target_parts(draw):
-    """The token that follows each position of a target part, -1 at the last of a segment."""
-    vocab = draw(st.integers(1, 8))
-    lengths = draw(st.lists(st.integers(1, 5), min_size=1, max_size=3))
-    gold = [token for n in lengths for token in [*draw(st.lists(ids(vocab), min_size=n - 1, max_size=n - 1)), -1]]
-    return vocab, lengths, gold
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """A text in source tokens and in target tokens, segment by segment, and what the sources give it."""
 
-
-def ids(vocab: int):
-    return st.integers(0, vocab - 1)
+    gold: np.ndarray
+    sources: list[SourcePart]
+    token_bytes: list[list[bytes]]  # of each source's vocabulary
 
 
 @st.composite
-def source_parts(draw, target_vocab: int, lengths: list[int]):
-    """A source's part with its maps: strictly rising positions, segment by segment, and distinct entries of each distribution."""
-    vocab, k = draw(st.integers(1, 8)), draw(st.integers(1, 4))
-    k = min(k, vocab)
-    position, segments, n = [], [], 0
-    for length in lengths:
-        size = draw(st.integers(0, 6))
-        places = sorted(draw(st.sets(st.integers(0, size - 1), max_size=min(size, length)))) if size else []
-        at = sorted(draw(st.permutations(range(length)))[: len(places)])
-        of = dict(zip(at, places, strict=True))
-        position += [n + of[t] if t in of else -1 for t in range(length)]
-        segments.append(range(n, n + size))
-        n += size
-    topk = [draw(st.permutations(range(vocab)))[:k] for _ in range(n)]
-    # eighths, so that ties and exact sums occur
-    probs = [sorted((draw(st.integers(0, 8 // k)) / 8 for _ in range(k)), reverse=True) for _ in range(n)]
-    last = {segment[-1] for segment in segments if segment}
-    return SourcePart(
-        topk_ids_UK=np.array(topk, np.uint16).reshape(n, k),
-        topk_probs_UK=np.array(probs, np.float32).reshape(n, k),
-        gold_ids_U=np.array([draw(ids(vocab)) for _ in range(n)], np.int64),
-        gold_logprob_U=np.array([math.nan if u in last else -draw(st.integers(0, 4)) * math.log(2) for u in range(n)], np.float64),
-        target_ids_V=np.array([draw(st.integers(-1, target_vocab - 1)) for _ in range(vocab)], np.int32),
+def cases(draw):
+    """Texts over two letters, cut into tokens at random; vocabulary maps that send what they like where they like."""
+    n_target = draw(st.integers(1, 6))
+    texts = draw(st.lists(st.text("ab", min_size=1, max_size=8), min_size=1, max_size=3))
+    cuts = [draw(pieces(text)) for text in texts]
+    gold = [token for cut in cuts for token in [*(draw(st.integers(0, n_target - 1)) for _ in cut[1:]), -1]]
+    sources = [draw(source_parts(texts, cuts, n_target=n_target)) for _ in range(draw(st.integers(1, 3)))]
+    return Case(gold=np.array(gold), sources=[part for part, _ in sources], token_bytes=[vocabulary for _, vocabulary in sources])
+
+
+@st.composite
+def pieces(draw, text: str):
+    """The text cut into non-empty pieces."""
+    inner = draw(st.sets(st.integers(1, len(text) - 1))) if len(text) > 1 else set()
+    return [text[start:end] for start, end in itertools.pairwise([0, *sorted(inner), len(text)])]
+
+
+@st.composite
+def source_parts(draw, texts: list[str], cuts: list[list[str]], *, n_target: int):
+    """A source's part that covers the target's, or only where boundaries are shared."""
+    own_cuts = [draw(pieces(text)) for text in texts]
+    vocabulary = sorted({piece for cut in own_cuts for piece in cut} | draw(st.sets(st.text("ab", max_size=4), max_size=6)))
+    k, covers = draw(st.integers(1, min(4, len(vocabulary)))), draw(st.booleans())
+    position, ahead, gold, base = [], [], [], 0
+    for own, cut in zip(own_cuts, cuts, strict=True):
+        ends = list(itertools.accumulate(map(len, own)))
+        for end in itertools.accumulate(map(len, cut)):
+            place = max((j for j, e in enumerate(ends) if e <= end), default=-1)
+            is_there = place >= 0 and (covers or ends[place] == end)
+            position.append(base + place if is_there else -1)
+            ahead.append(end - ends[place] if is_there else 0)
+        gold += [vocabulary.index(piece) for piece in own[1:]] + [0]
+        base += len(own)
+    last = {sum(map(len, own_cuts[: s + 1])) - 1 for s in range(len(texts))}
+    # Sixteenths, so that ties and exact sums occur.
+    probs = [sorted((draw(st.integers(0, 16 // (k + 1))) / 16 for _ in range(k)), reverse=True) for _ in range(base)]
+    topk = [draw(st.permutations(range(len(vocabulary))))[:k] for _ in range(base)]
+    gold_probs = [
+        probs[u][topk[u].index(v)] if v in topk[u] else draw(st.integers(0, int(16 - 16 * sum(probs[u])))) / 16 for u, v in enumerate(gold)
+    ]
+    sizes = [len(token) for token in vocabulary]
+    with np.errstate(divide="ignore"):
+        gold_logprobs = [math.nan if u in last else max(float(np.log(p)), -20.0) for u, p in enumerate(gold_probs)]
+    part = SourcePart(
+        topk_ids_UK=np.array(topk, np.uint16).reshape(base, k),
+        topk_probs_UK=np.array(probs, np.float32).reshape(base, k),
+        gold_ids_U=np.array(gold, np.int64),
+        gold_logprob_U=np.array(gold_logprobs),
+        vocabulary=VocabularyMap(
+            target_ids_V=np.array([draw(st.integers(-1, n_target - 1)) for _ in vocabulary], np.int32),
+            rest_ids_B=np.array([draw(st.integers(-1, n_target - 1)) for _ in range(sum(sizes))], np.int32),
+            buffer_B=np.frombuffer("".join(vocabulary).encode(), np.uint8),
+            offsets_V1=np.cumsum([0, *sizes]),
+        ),
         position_T=np.array(position, np.int32),
+        ahead_T=np.array(ahead, np.uint16),
     )
+    return part, [token.encode() for token in vocabulary]
 
 
-@st.composite
-def mixtures(draw):
-    vocab, lengths, gold = draw(target_parts())
-    sources = draw(st.lists(source_parts(vocab, lengths), min_size=1, max_size=3))
-    weights = [[draw(st.sampled_from([0.0, 0.25, 0.5, 1.0])) for _ in gold] for _ in sources]
-    return np.array(gold), sources, np.array(weights)
+class Oracle:
+    """One source's projection in dictionaries."""
 
+    def __init__(self, source: SourcePart, token_bytes: list[bytes], gold: np.ndarray, *, anchor: bool) -> None:
+        self.source, self.token_bytes, self.gold, self.anchor = source, token_bytes, gold, anchor
 
-def probability_of_gold(source: SourcePart, gold: np.ndarray, t: int) -> float | None:
-    """Product of the source's gold probabilities from this target position's source position to the next one's, if both have one."""
-    if gold[t] == -1 or source.position_T[t] < 0 or source.position_T[t + 1] < 0:
-        return None
-    return math.prod(math.exp(source.gold_logprob_U[u]) for u in range(source.position_T[t], source.position_T[t + 1]))
+    def entries(self, u: int, *, anchor: bool) -> dict[int, float]:
+        source = self.source
+        found = {int(v): float(p) for v, p in zip(source.topk_ids_UK[u], source.topk_probs_UK[u], strict=True)}
+        if anchor and not math.isnan(source.gold_logprob_U[u]):
+            found[int(source.gold_ids_U[u])] = math.exp(source.gold_logprob_U[u])
+        return found
 
+    def beginning(self, u: int, ahead: int, *, anchor: bool) -> dict[int, float]:
+        """Entries that begin with the first bytes of the text's next token."""
+        read = self.token_bytes[self.source.gold_ids_U[u]][:ahead]
+        return {v: p for v, p in self.entries(u, anchor=anchor).items() if self.token_bytes[v].startswith(read) and len(read) == ahead}
 
-def mix(gold: np.ndarray, sources: list[SourcePart], weights: np.ndarray, *, anchor: bool) -> list[tuple[dict[int, float], float]]:
-    """For each position the mass of every token, and the mass that was lost."""
-    mixed = []
-    for t in range(len(gold)):
+    def alive(self, t: int) -> dict[int, float]:
+        """Entries that agree with what the target has read, not normalised."""
+        u, ahead = int(self.source.position_T[t]), int(self.source.ahead_T[t])
+        if ahead == 0:
+            return self.entries(u, anchor=self.anchor)
+        if t > 0 and self.source.position_T[t - 1] == u and sum(self.alive(t - 1).values()) > 0:
+            next_one = int(self.source.gold_ids_U[u])
+            return {v: p for v, p in self.alive(t - 1).items() if v == next_one or self.mapped(v, t - 1) == self.gold[t - 1]}
+        return self.beginning(u, ahead, anchor=self.anchor)
+
+    def mapped(self, v: int, t: int) -> int:
+        ahead, vocabulary = int(self.source.ahead_T[t]), self.source.vocabulary
+        if ahead == 0:
+            return int(vocabulary.target_ids_V[v])
+        return int(vocabulary.rest_ids_B[vocabulary.offsets_V1[v] + ahead]) if ahead < len(self.token_bytes[v]) else -1
+
+    def along(self, t: int) -> float | None:
+        """Probability of the text from source position to source position, where the target's next token ends beyond this one's next."""
+        here, there = int(self.source.position_T[t]), int(self.source.position_T[t + 1])
+        if there == here:
+            return None
+        total = 1.0 if self.source.ahead_T[t] == 0 else sum(self.alive(t).values())
+        through = math.prod(math.exp(self.source.gold_logprob_U[u]) for u in range(here, there)) / total
+        ahead = int(self.source.ahead_T[t + 1])
+        return through * (sum(self.beginning(there, ahead, anchor=True).values()) if ahead else 1.0)
+
+    def at(self, t: int) -> tuple[dict[int, float], float, float] | None:
+        """Mass of each target token, lost mass and tail; None where the source says nothing."""
+        u = int(self.source.position_T[t])
+        if u < 0:
+            return None
+        alive = self.alive(t)
+        total = 1.0 if self.source.ahead_T[t] == 0 else sum(alive.values())
+        if total <= 0:
+            return None
         mass: dict[int, float] = {}
         lost = 0.0
-        for source, weight_T in zip(sources, weights, strict=True):
-            u = source.position_T[t]
-            if u < 0 or weight_T[t] == 0:
-                continue
-            anchored = probability_of_gold(source, gold, t) if anchor else None
-            for source_id, prob in zip(source.topk_ids_UK[u], source.topk_probs_UK[u], strict=True):
-                token = int(source.target_ids_V[source_id])
-                if anchored is not None and source_id == source.gold_ids_U[u]:
-                    lost += weight_T[t] * max(0.0, float(prob) - anchored)
-                    continue
-                if token == -1 or (anchored is not None and token == gold[t]):
-                    lost += weight_T[t] * float(prob)
-                else:
-                    mass[token] = mass.get(token, 0) + weight_T[t] * float(prob)
-            if anchored is not None:
-                mass[int(gold[t])] = mass.get(int(gold[t]), 0) + weight_T[t] * anchored
-        mixed.append((mass, lost))
-    return mixed
+        is_anchored = self.anchor and self.gold[t] >= 0 and self.source.position_T[t + 1] >= u
+        for v, p in alive.items():
+            share = p / total
+            if is_anchored and v == self.source.gold_ids_U[u]:
+                along = self.along(t)
+                on_gold = share if along is None else min(along, share)
+                mass[int(self.gold[t])] = mass.get(int(self.gold[t]), 0) + on_gold
+                share -= on_gold
+            token = self.mapped(v, t)
+            if token < 0:
+                lost += share
+            else:
+                mass[token] = mass.get(token, 0) + share
+        return mass, lost, max(0.0, 1 - sum(alive.values()) / total)
 
 
-def added(gold, sources, weights, *, anchor: bool) -> Mixture:
-    mixture = Mixture.empty(len(gold), capacity=sum(source.topk_ids_UK.shape[1] + 1 for source in sources))
-    for source, weight_T in zip(sources, weights, strict=True):
-        mixture.add(source, weight_T=weight_T, gold_ids_T=gold, gold_anchor=anchor)
-    return mixture
+def found_at(projection: Projection, t: int) -> dict[int, float]:
+    n = projection.n_T[t]
+    found = dict(zip(projection.ids_TC[t, :n].tolist(), projection.probs_TC[t, :n].tolist(), strict=True))
+    assert len(found) == n, "a token twice"
+    return found
+
+
+def without_nothing(mass: dict[int, float]) -> dict[int, float]:
+    return {token: p for token, p in mass.items() if p > 1e-9}
 
 
 @quick
-@given(case=mixtures(), anchor=st.booleans())
+@given(case=cases(), anchor=st.booleans())
 def test_every_mass_is_where_a_dictionary_has_it(case, anchor):
-    gold, sources, weights = case
-    mixture = added(gold, sources, weights, anchor=anchor)
-    for t, (mass, lost) in enumerate(mix(gold, sources, weights, anchor=anchor)):
-        n = mixture.n_T[t]
-        found = dict(zip(mixture.ids_TC[t, :n].tolist(), mixture.probs_TC[t, :n].tolist(), strict=True))
-        assert len(found) == n, "a token twice"
-        assert found == pytest.approx(mass, abs=1e-12)
-        assert mixture.lost_T[t] == pytest.approx(lost, abs=1e-12)
+    for source, token_bytes in zip(case.sources, case.token_bytes, strict=True):
+        projection = project(source, gold_ids_T=case.gold, gold_anchor=anchor)
+        oracle = Oracle(source, token_bytes, case.gold, anchor=anchor)
+        for t in range(len(case.gold)):
+            expected = oracle.at(t)
+            assert projection.is_aligned_T[t] == (expected is not None)
+            if expected is None:
+                assert (projection.n_T[t], math.isnan(projection.gold_logprob_T[t])) == (0, True)
+                continue
+            mass, lost, tail = expected
+            assert without_nothing(found_at(projection, t)) == pytest.approx(without_nothing(mass), rel=1e-5, abs=1e-7)
+            assert (projection.lost_T[t], projection.tail_T[t]) == pytest.approx((lost, tail), abs=1e-6)
+            if case.gold[t] >= 0:
+                assert math.exp(projection.gold_logprob_T[t]) == pytest.approx(mass.get(int(case.gold[t]), 0), rel=1e-5, abs=1e-7)
 
 
 @quick
-@given(case=mixtures())
-def test_without_anchor_what_is_kept_and_lost_is_all_there_was(case):
-    gold, sources, weights = case
-    mixture = added(gold, sources, weights, anchor=False)
-    there_was = sum(
-        np.where(source.position_T >= 0, weight_T * np.append(source.topk_probs_UK.sum(axis=1), 0)[source.position_T], 0)
-        for source, weight_T in zip(sources, weights, strict=True)
-    )
-    np.testing.assert_allclose(mixture.probs_TC.sum(axis=1) + mixture.lost_T, there_was, atol=1e-12)
+@given(case=cases(), anchor=st.booleans(), collisions=st.sampled_from(["sum", "first"]))
+def test_what_is_mapped_merged_lost_and_not_stored_is_all_there_is(case, anchor, collisions):
+    for source in case.sources:
+        projection = project(source, gold_ids_T=case.gold, gold_anchor=anchor, collisions=collisions)
+        kept = np.array([sum(found_at(projection, t).values()) for t in range(len(case.gold))])
+        np.testing.assert_allclose(projection.mapped_T + projection.merged_T, kept, atol=1e-5)
+        total = kept + projection.lost_T + projection.tail_T
+        np.testing.assert_allclose(total, projection.is_aligned_T, atol=1e-5)
+        if collisions == "first":
+            assert not projection.merged_T.any()
 
 
 @quick
-@given(case=mixtures())
-def test_the_gold_token_has_exactly_the_sources_probability_of_the_text(case):
-    gold, (source, *_), _ = case
-    mixture = added(gold, [source], np.ones((1, len(gold))), anchor=True)
-    found = gold_probabilities(source, gold_ids_T=gold)
-    for t in range(len(gold)):
-        expected = probability_of_gold(source, gold, t)
-        if expected is None:
-            assert math.isnan(found[t])
-            continue
-        assert found[t] == pytest.approx(expected, rel=1e-12)
-        n = mixture.n_T[t]
-        assert mixture.ids_TC[t, :n].tolist().count(gold[t]) == 1
-        assert mixture.probs_TC[t, mixture.ids_TC[t, :n].tolist().index(gold[t])] == pytest.approx(expected, rel=1e-12)
+@given(case=cases())
+def test_the_text_gets_no_less_than_the_source_gave_it(case):
+    """From any aligned position to a later one, with aligned ones in between: the chain rule holds across tokenizations."""
+    for source in case.sources:
+        projection = project(source, gold_ids_T=case.gold, gold_anchor=True)
+        read = source.read_logprob_U
+        for t in range(len(case.gold) - 1):
+            u, there = int(source.position_T[t]), int(source.position_T[t + 1])
+            if min(u, there) >= 0 and case.gold[t] >= 0 and not source.ahead_T[t] and not source.ahead_T[t + 1]:
+                assert projection.gold_logprob_T[t] >= read[there] - read[u] - 1e-5
 
 
 @quick
-@given(case=mixtures(), anchor=st.booleans(), k=st.integers(1, 6))
-def test_top_is_the_sorted_beginning_with_the_gold_token_kept(case, anchor, k):
-    gold, sources, weights = case
-    mixture = added(gold, sources, weights, anchor=anchor)
-    ids_TK, probs_TK = mixture.top(k, gold_ids_T=gold)
-    for t in range(len(gold)):
-        mass = dict(zip(mixture.ids_TC[t, : mixture.n_T[t]].tolist(), mixture.probs_TC[t].tolist(), strict=False))
+@given(case=cases(), anchor=st.booleans(), k=st.integers(1, 6), data=st.data())
+def test_a_mixture_is_the_sorted_weighted_sum_with_the_gold_token_kept(case, anchor, k, data):
+    projections = [project(source, gold_ids_T=case.gold, gold_anchor=anchor) for source in case.sources]
+    weights = [[data.draw(st.sampled_from([0.0, 0.25, 0.5])) for _ in case.gold] for _ in projections]
+    ids_TK, probs_TK, tail_T = mix(projections, weights_NT=np.array(weights), top_k=k, gold_ids_T=case.gold)
+    for t, gold in enumerate(case.gold.tolist()):
+        mass: dict[int, float] = {}
+        for projection, weight_T in zip(projections, weights, strict=True):
+            for token, prob in found_at(projection, t).items():
+                mass[token] = mass.get(token, 0) + weight_T[t] * prob
         ranked = sorted(((-prob, token) for token, prob in mass.items() if prob > 0))
         expected = [(token, -prob) for prob, token in ranked[:k]]
-        if mass.get(int(gold[t]), 0) > 0 and int(gold[t]) not in dict(expected):
-            expected[-1] = (int(gold[t]), mass[int(gold[t])])
+        if mass.get(gold, 0) > 0 and gold not in dict(expected):
+            expected[-1] = (gold, mass[gold])
         n = len(expected)
         assert ids_TK[t, :n].tolist() == [token for token, _ in expected]
         assert probs_TK[t, :n].tolist() == [prob for _, prob in expected]
         assert not probs_TK[t, n:].any()
+        assert tail_T[t] == pytest.approx(max(0, 1 - sum(prob for _, prob in expected)), abs=1e-12)
 
 
 def test_an_id_beyond_the_map_is_lost_and_the_identity_maps_everything():
     """A model may have more logits than its tokenizer has tokens."""
-    parts = {
+    part = {
         "topk_ids_UK": np.array([[5, 0]], np.uint16), "topk_probs_UK": np.array([[0.5, 0.25]], np.float32),
         "gold_ids_U": np.array([0]), "gold_logprob_U": np.array([math.nan]), "position_T": np.array([0], np.int32),
     }  # fmt: skip
     gold = np.array([-1])
-    beyond = added(gold, [SourcePart(**parts, target_ids_V=np.array([3], np.int32))], np.ones((1, 1)), anchor=True)
-    assert (beyond.n_T[0], beyond.ids_TC[0, 0], beyond.probs_TC[0, 0], beyond.lost_T[0]) == (1, 3, 0.25, 0.5)
-    identity = added(gold, [SourcePart(**parts, target_ids_V=None)], np.ones((1, 1)), anchor=True)
-    assert (identity.ids_TC[0, :2].tolist(), identity.lost_T[0]) == ([5, 0], 0)
+    three = VocabularyMap.of_tokens(np.array([3], np.int32))
+    beyond = project(SourcePart(**part, vocabulary=three), gold_ids_T=gold, gold_anchor=True)
+    assert (found_at(beyond, 0), beyond.lost_T[0], beyond.tail_T[0]) == ({3: 0.25}, 0.5, 0.25)
+    identity = project(SourcePart(**part, vocabulary=None), gold_ids_T=gold, gold_anchor=True)
+    assert (found_at(identity, 0), identity.lost_T[0]) == ({5: 0.5, 0: 0.25}, 0)
 
 
 costs = st.lists(
@@ -349,17 +421,20 @@ def test_mince_takes_the_better_source_where_it_is_aligned_and_the_targets_own_s
         gold = -1 if t + 1 in ends else int(token_ids_T[t + 1])
         anchored = gold >= 0 and position_T[t + 1] >= 0
         expected: dict[int, float] = {}
-        for v, p in theirs[u].items():
-            if anchored and v == source_ids_U[u + 1]:
-                lost_T[t] += max(0.0, p - math.exp(gold_U[u : position_T[t + 1]].astype(float).sum()))
-                continue
-            if mapped[v] is None or (anchored and mapped[v] == gold):
+        given = dict(theirs[u])
+        next_one = None if math.isnan(gold_U[u]) else int(source_ids_U[u + 1])
+        if next_one is not None:
+            given[next_one] = math.exp(gold_U[u])
+        for v, p in given.items():
+            if anchored and v == next_one:
+                anchors += 1
+                along = math.exp(gold_U[u : position_T[t + 1]].astype(float).sum())
+                expected[gold] = expected.get(gold, 0) + along
+                p -= along
+            if mapped[v] is None:
                 lost_T[t] += p
-            else:
+            elif p > 1e-9:
                 expected[mapped[v]] = expected.get(mapped[v], 0) + p
-        if anchored:
-            anchors += 1
-            expected[gold] = math.exp(gold_U[u : position_T[t + 1]].astype(float).sum())
         assert entries(content, t) == pytest.approx(expected, rel=2e-3, abs=1e-7)
     assert anchors >= 5
     lost_S = [lost_T[a:b].sum() / (b - a) for a, b in itertools.pairwise(offsets)]
