@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from fuseline.align.alignments import AlignmentsStage
 from fuseline.align.config import AlignmentConfig, FusionConfig
+from fuseline.align.cover import KEPT
 from fuseline.align.fusion import SEVERAL, FusionSource, FusionStage, segment_costs, source_weights
 from fuseline.align.maps import VocabularyMapStage
 from fuseline.align.projection import Projection, SourcePart, VocabularyMap, mix, project
@@ -198,7 +199,7 @@ class Readings:
             said_so = [[v, read + n_read, share] for v, read, share in others if self.mapped(v, read) == gold]
             total = along + sum(share for *_, share in said_so)
             inside = [reading for reading in said_so if reading[1] < len(self.token_bytes[reading[0]])]
-            kept = inside[: source.topk_ids_UK.shape[1] + 1]
+            kept = inside[:KEPT]
             over = [reading for reading in said_so if reading not in kept]
             boundary = sum(share for v, read, share in over if read == len(self.token_bytes[v]) and beyond == 0)
             ended = sum(share for *_, share in over) - boundary
