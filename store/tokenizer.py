@@ -30,6 +30,7 @@ from .errors import DataError
 
 ROLES = ("bos", "eos", "pad", "unk")
 WORD_START = "▁"  # how SentencePiece writes a space inside a token
+BYTE_LEVEL_WORD_START = "Ġ"  # how byte-level BPE does
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
 _CONTROL_TOKEN = re.compile(r"<\|.*\|>|</?s>", re.DOTALL)
 
@@ -181,6 +182,16 @@ class Tokenizer:
         if self.roles["unk"] is not None:
             special_V[self.roles["unk"]], table[self.roles["unk"]] = True, b""
         return TokenBytes.from_list(table, is_special_V=special_V)
+
+    @cached_property
+    def pieces(self) -> list[str]:
+        """How the vocabulary spells each token (`Ġthe`, `▁the`, `<0x0A>`), by id; empty where an id has no token."""
+        return [self.backend.id_to_token(token_id) or "" for token_id in range(self.vocab_size)]
+
+    @property
+    def word_start(self) -> str:
+        """The character that stands for a space inside the pieces."""
+        return BYTE_LEVEL_WORD_START if self.is_byte_level else WORD_START
 
     @cached_property
     def byte_fallback_ids(self) -> frozenset[int]:
