@@ -24,6 +24,7 @@ from ..store.dataset import Dataset, PartContent
 from .config import AlignmentConfig, FusionConfig
 from .positions import match_segments
 from .projection import NO_GOLD, SourcePart, VocabularyMap, mix, project
+from .rests import with_rests
 from .vocabulary import target_ids
 
 SEVERAL = 255  # in source_T and source_S: a mean of several sources
@@ -102,10 +103,11 @@ class FusionStage:
 
     @cached_property
     def _vocabularies(self) -> list[VocabularyMap | None]:
-        return [
-            VocabularyMap.of_tokens(target_ids(source.vocabulary_map.table(0))) if source.vocabulary_map else None
-            for source in self.sources
-        ]
+        return [self._vocabulary(source.vocabulary_map) if source.vocabulary_map else None for source in self.sources]
+
+    def _vocabulary(self, dataset: Dataset) -> VocabularyMap:
+        table = dataset.table(0)
+        return with_rests(table) if self.alignment.positions == "cover" else VocabularyMap.of_tokens(target_ids(table))
 
     def compute(self, part: int) -> PartContent:
         """Fuse one part."""
@@ -168,7 +170,11 @@ class FusionStage:
         token_ids_U, topk_ids_UK, topk_logprobs_UK, gold_logprob_U = source.distributions.read(
             part, "token_ids_T", "topk_ids_TK", "topk_logprobs_TK", "gold_logprob_T"
         )
-        (position_T,) = source.alignment.read(part, "source_position_T") if source.alignment else (np.arange(n_positions, dtype=np.int32),)
+        position_T, ahead_T = np.arange(n_positions, dtype=np.int32), None
+        if source.alignment and self.alignment.positions == "cover":
+            position_T, ahead_T = source.alignment.read(part, "source_position_T", "ahead_T")
+        elif source.alignment:
+            (position_T,) = source.alignment.read(part, "source_position_T")
         return SourcePart(
             topk_ids_UK=topk_ids_UK,
             topk_probs_UK=np.exp(topk_logprobs_UK.astype(np.float32)),
@@ -176,6 +182,7 @@ class FusionStage:
             gold_logprob_U=gold_logprob_U.astype(np.float64),
             vocabulary=self._vocabularies[index],
             position_T=position_T,
+            ahead_T=ahead_T,
         )
 
 
