@@ -320,14 +320,17 @@ def _agree(
                 else:
                     mapped_id = source_id
                 mapped = target_ids_V[mapped_id] if mapped_id >= 0 else -1
-                if spelling == spelling_W[target_id] or mapped == target_id:
+                agrees = spelling == spelling_W[target_id] or mapped == target_id
+                if not agrees and with_groups and _ends_group(first_T, last_T, t, target_offsets[s], target_offsets[s + 1]):
+                    agrees = _ends_with(bare_V[source_id], bare_W[target_id], chars_C, offsets_N1)
+                if agrees:
                     position_T[t] = last
-                elif with_groups and _ends_group(first_T, last_T, t, target_offsets[s], target_offsets[s + 1]):
-                    if _ends_with(bare_V[source_id], bare_W[target_id], chars_C, offsets_N1):
-                        position_T[t] = last
-            elif with_groups and _has_group(first_T, last_T, t, target_offsets[s], target_offsets[s + 1]):
-                if _ends_with(bare_W[target_id], bare_V[source_id], chars_C, offsets_N1):
-                    position_T[t] = last
+            elif (
+                with_groups
+                and _has_group(first_T, last_T, t, target_offsets[s], target_offsets[s + 1])
+                and _ends_with(bare_W[target_id], bare_V[source_id], chars_C, offsets_N1)
+            ):
+                position_T[t] = last
 
 
 @njit(cache=True, nogil=True)
@@ -357,7 +360,7 @@ def _ends_with(whole: int, ending: int, chars_C: Any, offsets_N1: Any) -> bool:
     if length == 0 or length > offsets_N1[whole + 1] - offsets_N1[whole]:
         return False
     shift = offsets_N1[whole + 1] - offsets_N1[ending + 1]
-    for place in range(offsets_N1[ending], offsets_N1[ending + 1]):
-        if chars_C[place] != chars_C[place + shift]:
-            return False
-    return True
+    place = offsets_N1[ending]
+    while place < offsets_N1[ending + 1] and chars_C[place] == chars_C[place + shift]:
+        place += 1
+    return place == offsets_N1[ending + 1]

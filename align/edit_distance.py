@@ -80,9 +80,7 @@ def distances(left: Sequence[str], right: Sequence[str]) -> NDArray[np.int32]:
     """The Levenshtein distance of each pair of strings, in characters."""
     packed_left, packed_right = PackedStrings.pack(left, right)
     distance_N = np.zeros(len(left), np.int32)
-    _distances(
-        packed_left.chars_C, packed_left.offsets_N1, packed_right.chars_C, packed_right.offsets_N1, packed_left.n_chars, distance_N
-    )
+    _distances(packed_left.chars_C, packed_left.offsets_N1, packed_right.chars_C, packed_right.offsets_N1, packed_left.n_chars, distance_N)
     return distance_N
 
 
@@ -173,7 +171,7 @@ def _nearest(
     for n in range(first, stop):
         pattern_C = query_C[query_N1[n] : query_N1[n + 1]]
         note_pattern(masks_A, pattern_C)
-        best, best_index = np.int64(2**31), np.int64(-1)
+        best, best_index = 2**31, -1
         gap = 0
         # By rising difference of the lengths, which bounds the distance from below; equal ones may still be earlier in the list.
         while gap <= best and (len(pattern_C) - gap >= 0 or len(pattern_C) + gap <= longest):
@@ -183,7 +181,7 @@ def _nearest(
                     continue
                 for place in range(starts_L[length], starts_L[length + 1]):
                     mine, its = query_marks_N[n], other_marks_N[place]
-                    bound = np.int64(max(_n_bits(mine & ~its), _n_bits(its & ~mine)))
+                    bound = int(max(_n_bits(mine & ~its), _n_bits(its & ~mine)))
                     if bound > best or (bound == best and order_N[place] > best_index):
                         continue
                     distance = distance_to(masks_A, pattern_C, other_C[other_N1[place] : other_N1[place + 1]])

@@ -26,49 +26,53 @@ OneHot = Literal["published", "next"]
 def published_map(source: Tokenizer, *, target: Tokenizer) -> pl.DataFrame:
     """The published MinED map, in the form of `vocabulary_map`: rules `exact` (the same spelling), `mined` and `none`.
 
-    Raw spellings are compared, those of special tokens too. A special token of a target with a dummy prefix takes part with that prefix in
-    its spelling, under which it is not in the vocabulary: a source token to which it is nearest is lost.
+    Raw spellings are compared, those of special tokens too, as the tokenizers give them for an id. A tokenizer with a dummy prefix may
+    put it before special tokens (`▁<s>`), under which spelling they are not in the vocabulary: a source token nearest to one is lost.
     """
-    pairs = TokenPairs(source.token_bytes.to_list(), target_texts=target.token_bytes.to_list())
-    special_ids = np.flatnonzero(target.token_bytes.is_special_V).tolist() if target.has_dummy_prefix else []
+    source_pieces, target_pieces = (
+        [tokenizer.backend.id_to_token(token_id) or "" for token_id in range(tokenizer.vocab_size)] for tokenizer in (source, target)
+    )
     ids_V, distance_V = nearest_pieces(
-        source.pieces,
-        target_pieces=target.pieces,
+        source_pieces,
+        target_pieces=target_pieces,
+        target_ids=target.backend.get_vocab(with_added_tokens=True),
         source_word_start=source.word_start,
         target_word_start=target.word_start,
-        prefixed_ids=special_ids,
     )
+    pairs = TokenPairs(source.token_bytes.to_list(), target_texts=target.token_bytes.to_list())
     for v, (target_id, distance) in enumerate(zip(ids_V.tolist(), distance_V.tolist(), strict=True)):
-        if target_id != UNMAPPED and source.pieces[v]:
+        if target_id != UNMAPPED and source_pieces[v]:
             pairs.put(v, target_id, rule="mined" if distance else "exact", distance=distance)
     return pairs.table()
 
 
 def nearest_pieces(
-    source_pieces: list[str], *, target_pieces: list[str], source_word_start: str, target_word_start: str, prefixed_ids: list[int]
+    source_pieces: list[str],
+    *,
+    target_pieces: list[str],
+    target_ids: dict[str, int],
+    source_word_start: str,
+    target_word_start: str,
 ) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
     """The published MinED map of lists of pieces, by id.
 
     Args:
         source_pieces: spellings of the source's tokens.
         target_pieces: spellings of the target's tokens; empty where an id has none.
+        target_ids: the target's vocabulary, in which the spelling that was found is looked up.
         source_word_start: word-start mark of the source, which is read as the target's.
         target_word_start: word-start mark of the target.
-        prefixed_ids: target tokens that take part with a word-start mark before them, and are lost under it.
 
     Returns:
-        For each source token the target token of the same spelling, else the lowest id at the smallest Levenshtein distance, -1 where that
-        one is lost [V]; and its distance [V].
+        For each source token the target token of the same spelling, else the lowest id at the smallest Levenshtein distance, -1 where its
+        spelling is not in the vocabulary [V]; and the distance [V].
     """
-    ids = {piece: target_id for target_id, piece in enumerate(target_pieces) if piece}
     respelled = [piece.replace(source_word_start, target_word_start) for piece in source_pieces]
-    candidates = [(target_id, piece) for target_id, piece in enumerate(target_pieces) if piece]
-    prefixed = set(prefixed_ids)
-    spelled = [target_word_start + piece if target_id in prefixed else piece for target_id, piece in candidates]
-    ids_V, distance_V = np.array([ids.get(piece, UNMAPPED) for piece in respelled], np.int32), np.zeros(len(respelled), np.int32)
+    candidates = [piece for piece in target_pieces if piece]
+    ids_V, distance_V = np.array([target_ids.get(piece, UNMAPPED) for piece in respelled], np.int32), np.zeros(len(respelled), np.int32)
     missing_V = np.flatnonzero(ids_V == UNMAPPED)
-    index_N, distance_N = nearest([respelled[v] for v in missing_V], candidates=spelled)
-    found_N = np.array([UNMAPPED if target_id in prefixed else target_id for target_id, _ in candidates], np.int32)
+    index_N, distance_N = nearest([respelled[v] for v in missing_V], candidates=candidates)
+    found_N = np.array([target_ids.get(piece, UNMAPPED) for piece in candidates], np.int32)
     ids_V[missing_V], distance_V[missing_V] = found_N[index_N], distance_N
     return ids_V, distance_V
 
@@ -111,9 +115,7 @@ def align_published(
     source = Side(token_ids_T=source_ids_U, offsets=np.array([0, len(source_ids_U)]), bos_id=None)
     target = Side(token_ids_T=target_ids_T, offsets=np.array([0, len(target_ids_T)]), bos_id=None)
     matches = warp(source, target=target, source_segment_of_S=np.array([0]), spellings=spellings)
-    position_T = agreeing_positions(
-        matches, source=source, target=target, spellings=spellings, match=match, target_ids_V=agreeing_ids_V
-    )
+    position_T = agreeing_positions(matches, source=source, target=target, spellings=spellings, match=match, target_ids_V=agreeing_ids_V)
     # `project` speaks of probabilities and may not drop any: entries are handed to it as falling numbers, which it gives back by place.
     k = topk_ids_UK.shape[1]
     places_UK = np.broadcast_to(np.arange(k, 0, -1, dtype=np.float32), topk_ids_UK.shape)

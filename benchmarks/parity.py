@@ -32,13 +32,12 @@ def main() -> None:
     arguments = parser.parse_args()
     source, target = (read_tokenizer(path) for path in (arguments.source, arguments.target))
     source_pieces, target_pieces = (
-        with_given(tokenizer.pieces, given)
+        with_given([tokenizer.backend.id_to_token(token_id) or "" for token_id in range(tokenizer.vocab_size)], given)
         for tokenizer, given in ((source, arguments.source_piece), (target, arguments.target_piece))
     )
     marks = {"source_word_start": source.word_start, "target_word_start": target.word_start}
-    special_ids = [token_id for token_id, token in target.backend.get_added_tokens_decoder().items() if token.special]
     mined_ids_V, distance_V = nearest_pieces(
-        source_pieces, target_pieces=target_pieces, prefixed_ids=special_ids if target.has_dummy_prefix else [], **marks
+        source_pieces, target_pieces=target_pieces, target_ids=target.backend.get_vocab(with_added_tokens=True), **marks
     )
     spelled_ids_V = np.where(distance_V == 0, mined_ids_V, -1).astype(np.int32)
     spellings = Spellings.of_pieces(source_pieces, target_pieces=target_pieces, **marks)
@@ -60,8 +59,7 @@ def main() -> None:
         em = align_published(source_ids_U, match="em", entry_ids_V=spelled_ids_V, **given)
         mined = align_published(source_ids_U, match="mined", entry_ids_V=mined_ids_V, **given)
         runs = [
-            list(range(first, last + 1))
-            for first, last in zip(mined.matches.first_T.tolist(), mined.matches.last_T.tolist(), strict=True)
+            list(range(first, last + 1)) for first, last in zip(mined.matches.first_T.tolist(), mined.matches.last_T.tolist(), strict=True)
         ]
         # The published map names lost tokens by a spelling that is not in the vocabulary.
         expected_map = {respelled.get(piece): target.backend.token_to_id(to) for piece, to in case["vocab_map"].items()}

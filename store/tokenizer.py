@@ -186,7 +186,11 @@ class Tokenizer:
     @cached_property
     def pieces(self) -> list[str]:
         """How the vocabulary spells each token (`Ġthe`, `▁the`, `<0x0A>`), by id; empty where an id has no token."""
-        return [self.backend.id_to_token(token_id) or "" for token_id in range(self.vocab_size)]
+        vocabulary = self.backend.get_vocab(with_added_tokens=True)
+        table = [""] * self.vocab_size
+        for piece in sorted(vocabulary):
+            table[vocabulary[piece]] = piece
+        return table
 
     @property
     def word_start(self) -> str:
