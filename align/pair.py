@@ -28,9 +28,12 @@ class Reading:
     segment_S: NDArray[Any]
     n_bytes_S: NDArray[Any]
     tokenizer: Tokenizer
+    stored_ends_T: NDArray[Any] | None  # byte ends, where the tokenizer rewrote text
 
     def byte_ends(self, *, dummy_prefix: bool) -> NDArray[np.int64]:
-        """Where in its segment's bytes each token ends; see `Tokenizer.byte_ends`."""
+        """Byte of its segment at which each token ends: as stored where the tokenizer rewrote text, else by the tokens' lengths."""
+        if self.stored_ends_T is not None:
+            return np.maximum(self.stored_ends_T.astype(np.int64), -1 if dummy_prefix else 0)
         return self.tokenizer.byte_ends(
             self.side.token_ids_T, segment_offsets=self.side.offsets, n_bytes_S=self.n_bytes_S, dummy_prefix=dummy_prefix
         )
@@ -114,4 +117,12 @@ def _reading(dataset: Dataset, *, part: int, tokenizer: Tokenizer) -> Reading:
     token_ids_T, offsets, doc_id_S, segment_S, n_bytes_S = dataset.read(part, *_READ)
     bos_id = tokenizer.roles["bos"] if tokenizer.prepends_bos else None
     side = Side(token_ids_T=token_ids_T, offsets=offsets, bos_id=bos_id)
-    return Reading(side=side, doc_id_S=doc_id_S, segment_S=segment_S, n_bytes_S=n_bytes_S, tokenizer=tokenizer)
+    arrays = dataset.arrays(part)
+    return Reading(
+        side=side,
+        doc_id_S=doc_id_S,
+        segment_S=segment_S,
+        n_bytes_S=n_bytes_S,
+        tokenizer=tokenizer,
+        stored_ends_T=arrays.read("byte_ends_T") if "byte_ends_T" in arrays.names else None,
+    )
