@@ -61,7 +61,7 @@ class TokenPairs:
             return table
         counted = table.drop("count").join(matches, on=["source_id", "target_id"], how="left", maintain_order="left")
         count = pl.when(pl.col("target_id").is_not_null()).then(pl.col("count").fill_null(0))
-        return counted.with_columns(count=count).select(_SCHEMA).cast(_SCHEMA)  # type: ignore[arg-type]  # polars takes any mapping
+        return counted.with_columns(count=count).select(pl.col(name).cast(dtype) for name, dtype in _SCHEMA.items())
 
 
 def vocabulary_map(source: Tokenizer, *, target: Tokenizer, rule: str, matches: pl.DataFrame | None = None) -> pl.DataFrame:
