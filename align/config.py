@@ -48,6 +48,8 @@ class AlignmentConfig(BaseModel):
                 f'positions ("cover") needs vocabulary = "prefix", which maps what is left of tokens, and it is "{self.vocabulary}". '
                 'Use it, or positions = "span" or "dtw"'
             )
+        if self.positions == "cover" and not self.gold_anchor:
+            raise ValueError('positions ("cover") has the gold anchor built in: set gold_anchor = true, or positions = "span"')
         return self
 
     @model_validator(mode="after")

@@ -73,11 +73,12 @@ def measure(source: Side, target: Side, *, domains: dict[int, str], top_ks: list
         )  # fmt: skip
         arrays = stage.compute(part).data
         for k in top_ks:
-            for anchor in (False, True):
+            for anchor in (True,) if positions == "cover" else (False, True):
                 side = source_part(source, part=part, k=k, vocabulary=maps[rule], arrays=arrays)
                 projection = project(side, gold_ids_T=text.gold_ids_T, gold_anchor=anchor)
+                here_T = projection_is_anchored(side, gold_ids_T=text.gold_ids_T) & anchor
                 found_T = np.where(projection.is_aligned_T, np.nan_to_num(np.exp(projection.gold_logprob_T.astype(np.float64))), 0)
-                open_T = np.where(projection.is_aligned_T, 1 - projection.mapped_T - projection.merged_T, 1)
+                open_T = np.where(projection.is_aligned_T, 1 - projection.mapped_T - projection.merged_T, 1) * ~here_T
                 alone_T = found_T + np.maximum(open_T, 0) * text.own_gold_T
                 yield {
                     "positions": positions, "map": rule, "k": k, "anchor": anchor,
@@ -85,6 +86,13 @@ def measure(source: Side, target: Side, *, domains: dict[int, str], top_ks: list
                     "aligned": float(projection.is_aligned_T[text.is_scored_T].mean()),
                     "lost": float(projection.lost_T[text.is_scored_T].mean()),
                 }  # fmt: skip
+
+
+def projection_is_anchored(side: SourcePart, *, gold_ids_T: np.ndarray) -> np.ndarray:
+    """Where the anchor knows the source's probability of the token that follows: nothing open is its."""
+    next_T = np.append(side.position_T[1:], -1)
+    is_there_T = (gold_ids_T >= 0) & (side.position_T >= 0) & (next_T >= 0)
+    return is_there_T if side.ahead_T is not None else is_there_T & (next_T > side.position_T)
 
 
 class Text:
