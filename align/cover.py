@@ -21,6 +21,9 @@ from typing import Any
 import numpy as np
 from numba import njit
 
+KEPT = 8  # readings beside the path that are kept when a token is read; what does not fit is lost (up to 6 of ten entries were seen)
+ROOM = KEPT + 3  # beside the stored entries: those, the path, the token that follows it, and the target's next token
+
 
 @njit(cache=True)
 def project_cover(
@@ -28,9 +31,9 @@ def project_cover(
     target_ids_V: Any, rest_ids_B: Any, buffer_B: Any, offsets_V1: Any, gold_ids_T: Any,
     ids_TC: Any, probs_TC: Any, n_T: Any, is_aligned_T: Any, mapped_T: Any, merged_T: Any, lost_T: Any, tail_T: Any,
 ) -> None:  # fmt: skip
-    """Fill the arrays of a `Projection`, whose capacity C is at least 2K + 5."""
-    k = topk_ids_UK.shape[1]
-    tokens_H, read_H, mass_H = np.zeros(2 * k + 4, np.int64), np.zeros(2 * k + 4, np.int64), np.zeros(2 * k + 4)
+    """Fill the arrays of a `Projection`, whose capacity C is at least K + ROOM."""
+    n_most = topk_ids_UK.shape[1] + ROOM
+    tokens_H, read_H, mass_H = np.zeros(n_most, np.int64), np.zeros(n_most, np.int64), np.zeros(n_most)
     n, path, boundary, ended = 0, -1, 0.0, 0.0
     starts = True  # nothing was read before this position
     for t in range(len(position_T)):
@@ -95,7 +98,7 @@ def project_cover(
                 continue
             total += mass_H[h]
             left = offsets_V1[tokens_H[h] + 1] - offsets_V1[tokens_H[h]] - read_H[h] - n_read
-            if left > 0 and kept <= k:
+            if left > 0 and kept < KEPT:
                 tokens_H[kept], read_H[kept], mass_H[kept] = tokens_H[h], read_H[h] + n_read, mass_H[h]
                 kept += 1
             elif left == 0 and beyond == 0:

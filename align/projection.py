@@ -22,7 +22,7 @@ from numba import njit
 from numba.typed import List
 from numpy.typing import NDArray
 
-from .cover import project_cover, put
+from .cover import ROOM, project_cover, put
 
 NO_GOLD = -1
 Collisions = Literal["sum", "first"]
@@ -97,7 +97,7 @@ def project(source: SourcePart, *, gold_ids_T: NDArray[np.int64], gold_anchor: b
     """
     n, k = len(source.position_T), source.topk_ids_UK.shape[1]
     vocabulary = source.vocabulary or VocabularyMap.of_tokens(np.arange(int(source.topk_ids_UK.max(initial=0)) + 1, dtype=np.int32))
-    capacity = k + 1 if source.ahead_T is None else 2 * k + 5  # the token that follows; and what may be read at a time
+    capacity = k + (1 if source.ahead_T is None else ROOM)  # one more for the token that follows
     projection = Projection(
         ids_TC=np.zeros((n, capacity), np.int32),
         probs_TC=np.zeros((n, capacity), np.float32),

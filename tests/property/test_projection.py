@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from fuseline.align.alignments import AlignmentsStage
 from fuseline.align.config import AlignmentConfig, FusionConfig
+from fuseline.align.cover import KEPT
 from fuseline.align.fusion import SEVERAL, FusionSource, FusionStage, segment_costs, source_weights
 from fuseline.align.maps import VocabularyMapStage
 from fuseline.align.projection import Projection, SourcePart, VocabularyMap, mix, project
@@ -198,7 +199,7 @@ class Readings:
             said_so = [[v, read + n_read, share] for v, read, share in others if self.mapped(v, read) == gold]
             total = along + sum(share for *_, share in said_so)
             inside = [reading for reading in said_so if reading[1] < len(self.token_bytes[reading[0]])]
-            kept = inside[: source.topk_ids_UK.shape[1] + 1]
+            kept = inside[:KEPT]
             over = [reading for reading in said_so if reading not in kept]
             boundary = sum(share for v, read, share in over if read == len(self.token_bytes[v]) and beyond == 0)
             ended = sum(share for *_, share in over) - boundary
@@ -561,3 +562,39 @@ def test_a_part_of_which_the_target_left_everything_out_is_empty_and_not_an_erro
         FusionSource(name="source", distributions=other.distributions, alignment=aligned, vocabulary_map=other.vocabulary_map),
     ]
     assert fused(sources).counts == {"segments": 0, "tokens": 0, "from_target": 0, "from_source": 0}
+
+
+@pytest.fixture
+def covered(two, tmp_path):
+    """The same, with `cover`."""
+    own, other = two
+    stage = AlignmentsStage(
+        own.distributions, source=other.distributions, target=own.distributions, rule="cover",
+        source_tokenizer_folder=tmp_path / "tokenizers" / "source", target_tokenizer_folder=tmp_path / "tokenizers" / "target",
+    )  # fmt: skip
+    alignment = Dataset.create(tmp_path / "covering" / "alignments", identity={})
+    alignment.commit(0, content=stage.compute(0), seconds=0)
+    return own, FusionSource(name="source", distributions=other.distributions, alignment=alignment, vocabulary_map=other.vocabulary_map)
+
+
+def test_under_cover_a_source_speaks_wherever_it_has_read_something_and_gives_the_text_what_it_gave_it(covered):
+    own, other = covered
+    content = FusionStage(
+        own.distributions, sources=[own, other], alignment=AlignmentConfig(), fusion=FusionConfig(method="mince"), top_k=40
+    ).compute(0)
+    position_T, ahead_T = other.alignment.read(0, "source_position_T", "ahead_T")
+    doc_id_S, offsets, token_ids_T = own.distributions.read(0, "doc_id_S", "segment_offsets", "token_ids_T")
+    source_offsets, source_doc_id_S, source_segment_S, gold_U = other.distributions.read(
+        0, "segment_offsets", "doc_id_S", "segment_S", "gold_logprob_T"
+    )
+    is_theirs_T = np.repeat(doc_id_S != 5, np.diff(offsets))
+    assert (position_T >= 0).tolist() == is_theirs_T.tolist() == content.data["source_T"].astype(bool).tolist()
+    assert (ahead_T > 0).any(), "the case does not arise"
+    places = {key: s for s, key in enumerate(zip(source_doc_id_S.tolist(), source_segment_S.tolist(), strict=True))}
+    for s, key in enumerate(TEXTS):
+        if key not in places:
+            continue
+        start, end = offsets[s : s + 2]
+        given = sum(math.log(fused_entries(content, t)[int(token_ids_T[t + 1])]) for t in range(start, end - 1))
+        last = source_offsets[places[key] + 1] - 1
+        assert given >= gold_U[position_T[start] : last].astype(float).sum() - 0.05
