@@ -240,8 +240,8 @@ def _path(
     block = min(n, max(1, moves_bytes // m))
     moves = np.empty((block, m), np.uint8)
     n_blocks = (n + block - 1) // block
-    before_blocks = np.empty((n_blocks, m), np.int64)  # the row before each block, to find the block's moves again
-    row = np.zeros(m, np.int64)
+    before_blocks = np.empty((n_blocks, m), np.int32)  # the row before each block, to find the block's moves again
+    row = np.zeros(m, np.int32)
     for b in range(n_blocks):
         before_blocks[b] = row
         for i in range(b * block, min(n, (b + 1) * block)):

@@ -71,7 +71,8 @@ def nearest(queries: Sequence[str], *, candidates: Sequence[str]) -> tuple[NDArr
             sorted_candidate.marks_N, order_N, starts_L, query.n_chars, first, min(first + _QUERIES, len(query)), index_N, distance_N,
         )  # fmt: skip
 
-    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as threads:  # compiled code without the interpreter's lock
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    with ThreadPoolExecutor(cores) as threads:  # compiled code without the interpreter's lock
         list(threads.map(search, range(0, len(query), _QUERIES)))
     return index_N, distance_N
 
