@@ -157,6 +157,44 @@ def test_positions_agree_as_defined_and_never_fall(part, match, data):
     assert aligned == sorted(aligned)
 
 
+words = st.lists(st.sampled_from(["a", "b", "ab", "ba", "aab", "bab"]), min_size=1, max_size=6)
+
+
+@quick
+@given(source_words=words, target_words=words)
+def test_groups_agree_as_defined(source_words, target_words):
+    pieces = ["<s>", *dict.fromkeys(source_words)], ["<s>", *dict.fromkeys(target_words)]
+    segments = [
+        [vocabulary.index(word) for word in side_words] for vocabulary, side_words in zip(pieces, (source_words, target_words), strict=True)
+    ]
+    part = (pieces, [[segments[0]], [segments[1]]], [0], (False, False))
+    source, target, spellings, matches = warped(part)
+    unmapped = [-1] * len(pieces[0])
+    position_T = agreeing_positions(
+        matches, source=source, target=target, spellings=spellings, match="fusechat", target_ids_V=np.array(unmapped, np.int32)
+    )
+    assert position_T.tolist() == agreeing_by_definition(part, runs_of(matches), match="fusechat", target_ids=unmapped)
+
+
+@pytest.mark.parametrize(
+    ("source_words", "target_words", "expected"),
+    [
+        (["abcd"], ["ab", "cd"], [-1, 0]),  # the last of a group of target tokens
+        (["ab", "cd"], ["abcd"], [1]),  # of source tokens
+        (["ab"], ["b"], [-1]),  # no group, and not equal
+        (["abcd"], ["ab", "xx"], [-1, -1]),  # ends otherwise
+    ],
+)
+def test_the_last_token_of_a_group_speaks_if_the_other_ends_with_it(source_words, target_words, expected):
+    pieces = ["<s>", *source_words], ["<s>", *dict.fromkeys(target_words)]
+    segments = [
+        [vocabulary.index(word) for word in side_words] for vocabulary, side_words in zip(pieces, (source_words, target_words), strict=True)
+    ]
+    source, target, spellings, matches = warped((pieces, [[segments[0]], [segments[1]]], [0], (False, False)))
+    position_T = agreeing_positions(matches, source=source, target=target, spellings=spellings, match="fusechat")
+    assert position_T.tolist() == expected
+
+
 @pytest.mark.parametrize("match", ["em", "mined", "fusechat"])
 @quick
 @given(part=parts())
