@@ -321,36 +321,24 @@ def _agree(
                     mapped_id = source_id
                 mapped = target_ids_V[mapped_id] if mapped_id >= 0 else -1
                 agrees = spelling == spelling_W[target_id] or mapped == target_id
-                if not agrees and with_groups and _ends_group(first_T, last_T, t, target_offsets[s], target_offsets[s + 1]):
+                if not agrees and with_groups and _ends_group(first_T, t):
                     agrees = _ends_with(bare_V[source_id], bare_W[target_id], chars_C, offsets_N1)
                 if agrees:
                     position_T[t] = last
-            elif (
-                with_groups
-                and _has_group(first_T, last_T, t, target_offsets[s], target_offsets[s + 1])
-                and _ends_with(bare_W[target_id], bare_V[source_id], chars_C, offsets_N1)
-            ):
+            elif with_groups and _ends_with(bare_W[target_id], bare_V[source_id], chars_C, offsets_N1):
                 position_T[t] = last
 
 
 @njit(cache=True, nogil=True)
-def _ends_group(first_T: Any, last_T: Any, t: int, start: int, stop: int) -> bool:
-    """Whether the position is the last of several that are matched with one source position, and with no other."""
-    place = first_T[t]
-    if t + 1 < stop and first_T[t + 1] == place:
-        return False
-    before = t - 1
-    while before >= start and last_T[before] == place:
-        if first_T[before] != place:
-            return False
-        before -= 1
-    return before < t - 1
+def _ends_group(first_T: Any, t: int) -> bool:
+    """Whether the position is the last of several that are matched with one source position.
 
-
-@njit(cache=True, nogil=True)
-def _has_group(first_T: Any, last_T: Any, t: int, start: int, stop: int) -> bool:
-    """Whether the source positions that are matched with the position are matched with no other."""
-    return not (t > start and last_T[t - 1] == first_T[t]) and not (t + 1 < stop and first_T[t + 1] == last_T[t])
+    Groups never overlap: where the path could turn from a run on one side into a run on the other, a step on both sides is no dearer, and
+    preferred.
+    """
+    starts = t == 0 or first_T[t - 1] != first_T[t]
+    goes_on = t + 1 < len(first_T) and first_T[t + 1] == first_T[t]
+    return not starts and not goes_on
 
 
 @njit(cache=True, nogil=True)
