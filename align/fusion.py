@@ -51,6 +51,7 @@ def fusion_identity(
             for source in sources
         ],
         "gold_anchor": alignment.gold_anchor,
+        **({} if alignment.collisions == "sum" else {"collisions": alignment.collisions}),
         **fusion.model_dump(include={"method", "unit", "metric"}),
         "top_k": top_k,
         **({} if codec == "f16" else {"codec": codec}),  # targets from before there was a choice have no such key
@@ -117,7 +118,10 @@ class FusionStage:
         gold_ids_T = _gold_ids(token_ids_T, offsets=offsets)
         weights_NS = source_weights(self._costs(part, doc_id_S=doc_id_S, segment_S=segment_S), method=self.fusion.method)
         parts = [self._source_part(index, part=part, n_positions=len(token_ids_T)) for index in range(len(self.sources))]
-        projections = [project(source, gold_ids_T=gold_ids_T, gold_anchor=self.alignment.gold_anchor) for source in parts]
+        alignment = self.alignment
+        projections = [
+            project(source, gold_ids_T=gold_ids_T, gold_anchor=alignment.gold_anchor, collisions=alignment.collisions) for source in parts
+        ]
         weights_NT = np.repeat(weights_NS, lengths_S, axis=1) * [projection.is_aligned_T for projection in projections]
         total_T = weights_NT.sum(axis=0)
         weights_NT[0, total_T == 0] = 1  # no chosen source speaks here: the target's own start does

@@ -10,6 +10,7 @@ from .. import __version__
 from ..align.alignments import AlignmentsStage, alignment_identity
 from ..align.fusion import FusionSource, FusionStage, fusion_identity
 from ..align.maps import VocabularyMapStage, vocabulary_map_identity
+from ..align.matches import TokenMatchesStage, matches_identity
 from ..ingest.corpus import CorpusStage, corpus_identity
 from ..ingest.distributions import DistributionsStage, distributions_identity
 from ..ingest.models import ModelConfig, ModelFolder, find_model
@@ -143,9 +144,12 @@ class Pipeline:
         """
         if not (self.corpus.dataset.folder / "plan.json").exists():
             raise UsageError("The corpus is not there yet. Make it first: fuseline ingest corpus RECIPE.")
-        parts = [index for index, part in enumerate(self.corpus.plan.parts) if part["split"] == split]
+        parts = self._planned_parts(split)
         self._require(self.corpus.dataset, parts=parts, command="ingest corpus")
         return parts
+
+    def _planned_parts(self, split: str) -> list[int]:
+        return [index for index, part in enumerate(self.corpus.plan.parts) if part["split"] == split]
 
     def _tokenizer_folder(self, model: ModelFolder) -> Path:
         folder = self.workspace.folder("tokenizers", model.tokenizer.digest)
@@ -203,8 +207,8 @@ class Pipeline:
         for dataset in self.distributions.values():
             self._require(dataset, parts=parts, command="ingest distributions")
         for source in self.recipe.sources:
-            self.make(f"vocabulary map {self._pair(source)}", self._vocabulary_stage(source), parts=[0])
-            self.make(f"alignment {self._pair(source)}", self._alignment_stage(source), parts=parts)
+            for title, stage in self._alignment_stages(source):
+                self.make(title, stage, parts=[0] if isinstance(stage, VocabularyMapStage) else parts)
 
     def make_targets(self) -> None:
         """The fused targets."""
@@ -227,24 +231,49 @@ class Pipeline:
     def _pair(self, source: ModelConfig) -> str:
         return f"{source.name}--{self.recipe.target.name}"
 
+    def _alignment_stages(self, source: ModelConfig) -> Iterator[tuple[str, Stage]]:
+        """The stages that align a source to the target, in order, with their titles."""
+        if self.recipe.alignment.vocabulary == "stat":
+            yield f"token matches {self._pair(source)}", self._matches_stage(source)
+        yield f"vocabulary map {self._pair(source)}", self._vocabulary_stage(source)
+        yield f"alignment {self._pair(source)}", self._alignment_stage(source)
+
+    def _sides(self, source: ModelConfig) -> dict[str, Any]:
+        """What a stage over a source and the target reads."""
+        return {
+            "source": self.distributions[source.name],
+            "target": self.distributions[self.recipe.target.name],
+            "source_tokenizer_folder": self._tokenizer_folder(self.models[source.name]),
+            "target_tokenizer_folder": self._tokenizer_folder(self.models[self.recipe.target.name]),
+        }
+
+    def _matches_stage(self, source: ModelConfig) -> TokenMatchesStage:
+        sides, positions = self._sides(source), self.recipe.alignment.positions
+        identity = matches_identity(sides["source"], target=sides["target"], positions=positions)
+        name = self.recipe.alignment.matches_name(self._pair(source))
+        dataset = self.workspace.dataset("token_matches", name, identity=identity, description=self._of_corpus)
+        return TokenMatchesStage(dataset, positions=positions, **sides)
+
     def _vocabulary_stage(self, source: ModelConfig) -> VocabularyMapStage:
         source_tokenizer, target_tokenizer = (self.models[name].tokenizer for name in (source.name, self.recipe.target.name))
-        rule = self.recipe.alignment.vocabulary
-        identity = vocabulary_map_identity(source_tokenizer, target=target_tokenizer, rule=rule)
-        dataset = self.workspace.dataset("vocab_maps", f"{self._pair(source)}--{rule}", identity=identity)
-        return VocabularyMapStage(dataset, source=source_tokenizer, target=target_tokenizer, rule=rule)
+        alignment = self.recipe.alignment
+        rule = alignment.vocabulary
+        matches = self._matches_stage(source).dataset if rule == "stat" else None
+        identity = vocabulary_map_identity(source_tokenizer, target=target_tokenizer, rule=rule, matches=matches)
+        dataset = self.workspace.dataset("vocab_maps", alignment.map_name(self._pair(source)), identity=identity)
+        parts = self._planned_parts("train") if matches else []
+        return VocabularyMapStage(dataset, source=source_tokenizer, target=target_tokenizer, rule=rule, matches=matches, parts=parts)
 
     def _alignment_stage(self, source: ModelConfig) -> AlignmentsStage:
-        distributions, target = self.distributions[source.name], self.distributions[self.recipe.target.name]
-        identity = alignment_identity(distributions, target=target, rule=self.recipe.alignment.positions)
-        return AlignmentsStage(
-            self.workspace.dataset("alignments", self._pair(source), identity=identity, description=self._of_corpus),
-            source=distributions,
-            target=target,
-            rule=self.recipe.alignment.positions,
-            source_tokenizer_folder=self._tokenizer_folder(self.models[source.name]),
-            target_tokenizer_folder=self._tokenizer_folder(self.models[self.recipe.target.name]),
+        sides, alignment = self._sides(source), self.recipe.alignment
+        match = alignment.dtw_match if alignment.positions == "dtw" else None
+        vocabulary_map = self._vocabulary_stage(source).dataset if alignment.reads_map else None
+        identity = alignment_identity(
+            sides["source"], target=sides["target"], rule=alignment.positions, match=match, vocabulary_map=vocabulary_map
         )
+        name = alignment.alignment_name(self._pair(source))
+        dataset = self.workspace.dataset("alignments", name, identity=identity, description=self._of_corpus)
+        return AlignmentsStage(dataset, rule=alignment.positions, match=match, vocabulary_map=vocabulary_map, **sides)
 
     @cached_property
     def _fusion_stage(self) -> FusionStage:
@@ -368,8 +397,7 @@ class Pipeline:
         for model in self.models.values():
             yield f"distributions {model.config.name}", self._forward_stage(model)
         for source in self.recipe.sources:
-            yield f"vocabulary map {self._pair(source)}", self._vocabulary_stage(source)
-            yield f"alignment {self._pair(source)}", self._alignment_stage(source)
+            yield from self._alignment_stages(source)
         yield f"targets {self.recipe.fusion.name}", self._fusion_stage
         for model in self.models.values():
             yield f"evaluation {model.config.name}", self._forward_stage(model, kind="evaluations")
