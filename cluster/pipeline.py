@@ -8,8 +8,9 @@ from typing import Any
 
 from .. import __version__
 from ..align.alignments import AlignmentsStage, alignment_identity
-from ..align.fusion import FusionSource, FusionStage, fusion_identity
+from ..align.fusion import FusionStage, fusion_identity
 from ..align.maps import VocabularyMapStage, vocabulary_map_identity
+from ..align.sources import FusionSource
 from ..ingest.corpus import CorpusStage, corpus_identity
 from ..ingest.distributions import DistributionsStage, distributions_identity
 from ..ingest.models import ModelConfig, ModelFolder, find_model
@@ -258,10 +259,19 @@ class Pipeline:
             )
             for source in recipe.sources
         ]
+        fusion = recipe.fusion.model_copy(update={"pack_length": recipe.pack_length})
         codec = recipe.distributions.codec
-        identity = fusion_identity(sources, alignment=recipe.alignment, fusion=recipe.fusion, top_k=recipe.top_k, codec=codec)
-        dataset = self.workspace.dataset("targets", recipe.fusion.name, identity=identity, description=self._of_corpus)
-        return FusionStage(dataset, sources=sources, alignment=recipe.alignment, fusion=recipe.fusion, top_k=recipe.top_k, codec=codec)
+        identity = fusion_identity(sources, alignment=recipe.alignment, fusion=fusion, top_k=recipe.top_k, codec=codec)
+        dataset = self.workspace.dataset("targets", fusion.name, identity=identity, description=self._of_corpus)
+        return FusionStage(
+            dataset,
+            sources=sources,
+            alignment=recipe.alignment,
+            fusion=fusion,
+            top_k=recipe.top_k,
+            codec=codec,
+            corpus=self.corpus.dataset,
+        )
 
     # ---- training and evaluation -------------------------------------------------------------------------------------------------------
 
