@@ -3,8 +3,9 @@
 Arrays of a part (T positions and S segments of the target's part):
 
     source_position_T                 index of the source position in the source's part, -1 where there is none
+    ahead_T                           of `cover`: bytes that the target position has read beyond the source position
     doc_id_S, segment_S               which segments these are
-    n_positions_S, n_aligned_S        positions of the segment, and those with a source position: its coverage
+    n_positions_S, n_aligned_S        positions of the segment, and those with a source position that has read the same: its coverage
 """
 
 from functools import cached_property
@@ -15,7 +16,7 @@ import numpy as np
 
 from ..store.dataset import Dataset, PartContent
 from ..store.tokenizer import Tokenizer
-from .positions import match_segments, span_positions
+from .positions import UNALIGNED, cover_positions, match_segments, span_positions
 
 _READ = ("token_ids_T", "segment_offsets", "doc_id_S", "segment_S", "n_bytes_S")
 
@@ -29,9 +30,16 @@ class AlignmentsStage:
     """Aligns one source's positions to the target's. Pickles as its arguments."""
 
     def __init__(
-        self, dataset: Dataset, *, source: Dataset, target: Dataset, source_tokenizer_folder: Path, target_tokenizer_folder: Path
+        self,
+        dataset: Dataset,
+        *,
+        source: Dataset,
+        target: Dataset,
+        rule: str,
+        source_tokenizer_folder: Path,
+        target_tokenizer_folder: Path,
     ) -> None:
-        self.dataset, self.source, self.target = dataset, source, target
+        self.dataset, self.source, self.target, self.rule = dataset, source, target, rule
         self.source_tokenizer_folder, self.target_tokenizer_folder = source_tokenizer_folder, target_tokenizer_folder
 
     def __getstate__(self) -> dict[str, Any]:
@@ -51,27 +59,34 @@ class AlignmentsStage:
         """Match the positions of one part."""
         source_ids_T, source_offsets, source_doc_id_S, source_segment_S, source_bytes_S = self.source.read(part, *_READ)
         target_ids_T, target_offsets, target_doc_id_S, target_segment_S, target_bytes_S = self.target.read(part, *_READ)
-        position_T = span_positions(
-            source_ends_T=self.source_tokenizer.byte_ends(source_ids_T, segment_offsets=source_offsets, n_bytes_S=source_bytes_S),
-            source_offsets=source_offsets,
-            target_ends_T=self.target_tokenizer.byte_ends(target_ids_T, segment_offsets=target_offsets, n_bytes_S=target_bytes_S),
-            target_offsets=target_offsets,
-            source_segment_of_S=match_segments(
+        covers = self.rule == "cover"
+        sides: dict[str, Any] = {
+            "source_ends_T": self.source_tokenizer.byte_ends(
+                source_ids_T, segment_offsets=source_offsets, n_bytes_S=source_bytes_S, dummy_prefix=covers
+            ),
+            "source_offsets": source_offsets,
+            "target_ends_T": self.target_tokenizer.byte_ends(
+                target_ids_T, segment_offsets=target_offsets, n_bytes_S=target_bytes_S, dummy_prefix=covers
+            ),
+            "target_offsets": target_offsets,
+            "source_segment_of_S": match_segments(
                 source_doc_id_S=source_doc_id_S,
                 source_segment_S=source_segment_S,
                 target_doc_id_S=target_doc_id_S,
                 target_segment_S=target_segment_S,
             ),
-            n_bytes_S=target_bytes_S,
-        )
-        aligned_before = np.concatenate([[0], np.cumsum(position_T >= 0)])
-        arrays = {
-            "source_position_T": position_T,
-            "doc_id_S": target_doc_id_S,
-            "segment_S": target_segment_S,
-            "n_positions_S": np.diff(target_offsets).astype(np.uint32),
-            "n_aligned_S": np.diff(aligned_before[target_offsets]).astype(np.uint32),
+            "n_bytes_S": target_bytes_S,
         }
+        arrays = {"doc_id_S": target_doc_id_S, "segment_S": target_segment_S, "n_positions_S": np.diff(target_offsets).astype(np.uint32)}
+        if covers:
+            position_T, ahead_T = cover_positions(**sides)
+            aligned_T = (position_T != UNALIGNED) & (ahead_T == 0)
+            arrays["ahead_T"] = ahead_T
+        else:
+            position_T = span_positions(**sides)
+            aligned_T = position_T != UNALIGNED
+        aligned_before = np.concatenate([[0], np.cumsum(aligned_T)])
+        arrays |= {"source_position_T": position_T, "n_aligned_S": np.diff(aligned_before[target_offsets]).astype(np.uint32)}
         return PartContent(
             data=arrays, counts={"segments": len(target_doc_id_S), "tokens": len(position_T), "aligned": int(aligned_before[-1])}
         )

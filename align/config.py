@@ -1,8 +1,8 @@
 """The `[alignment]` and `[fusion]` of a recipe."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 
 class AlignmentConfig(BaseModel):
@@ -10,11 +10,24 @@ class AlignmentConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
-    positions: Literal["span"] = Field("span", description="position map: `span` pairs positions whose prefixes end at the same byte")
+    positions: Literal["cover", "span"] = Field(
+        "cover",
+        description="position map: `span` pairs positions whose prefixes end at the same byte; `cover` also has a source position speak of "
+        "what lies inside the token that follows it, by those of its entries that agree with the text so far",
+    )
     vocabulary: Literal["prefix", "exact"] = Field(
         "prefix", description="vocabulary map: `exact` pairs tokens of the same bytes; `prefix` falls back to the target's first piece"
     )
     gold_anchor: bool = Field(True, description="give the token that follows in the text exactly the source's probability of that text")
+
+    @model_validator(mode="after")
+    def _check_cover(self) -> Self:
+        if self.positions == "cover" and self.vocabulary != "prefix":
+            raise ValueError(
+                f'positions ("cover") needs vocabulary = "prefix", which maps what is left of tokens, and it is "{self.vocabulary}". '
+                'Use it, or positions = "span"'
+            )
+        return self
 
 
 Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]

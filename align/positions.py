@@ -2,6 +2,9 @@
 
 `span`: a source position j and a target position i condition on the same text exactly when their prefixes end at the same byte, e_j = f_i.
 Two sorted integer arrays are matched, in linear time and exactly, whatever the tokenizers.
+
+`cover`: that, and where a target position lies inside a source token, the source position before that token: what it says of the text to
+come is then conditioned on the bytes that the target has read since.
 """
 
 from typing import Any
@@ -50,17 +53,72 @@ def span_positions(
         For each target position the index of its source position in the source's part, int32; -1 where there is none. Where several
         positions end at the same byte (bos, or tokens without text), the last one counts: it has read the most.
     """
-    base_S = np.concatenate([[0], np.cumsum(n_bytes_S.astype(np.int64) + 1)])[:-1]  # sets the segments' byte ranges apart
-    target_key_T = target_ends_T + np.repeat(base_S, np.diff(target_offsets))
+    position_T, ahead_T = _last_positions(
+        source_ends_T=source_ends_T, source_offsets=source_offsets, target_ends_T=target_ends_T, target_offsets=target_offsets,
+        source_segment_of_S=source_segment_of_S, n_bytes_S=n_bytes_S,
+    )  # fmt: skip
+    return np.where(ahead_T == 0, position_T, UNALIGNED).astype(np.int32)
+
+
+def cover_positions(
+    *,
+    source_ends_T: NDArray[np.int64],
+    source_offsets: NDArray[np.int64],
+    target_ends_T: NDArray[np.int64],
+    target_offsets: NDArray[np.int64],
+    source_segment_of_S: NDArray[np.int64],
+    n_bytes_S: NDArray[Any],
+) -> tuple[NDArray[np.int32], NDArray[np.uint16]]:
+    """For each target position the source position that has read the most of the same text, and no more.
+
+    Args:
+        source_ends_T: as of `span_positions`, but -1 for a bos with a dummy prefix to come.
+        source_offsets: as of `span_positions`.
+        target_ends_T: as of `span_positions`, but -1 for a bos with a dummy prefix to come.
+        target_offsets: as of `span_positions`.
+        source_segment_of_S: as of `span_positions`.
+        n_bytes_S: as of `span_positions`.
+
+    Returns:
+        The index of the source position in the source's part, int32, -1 where there is none; and how many bytes the target has read beyond
+        it, uint16: the beginning of the source token that follows, 0 where both have read the same.
+    """
+    # A dummy prefix is no text: only a source with one has a position before it.
+    first_ends_S = np.append(source_ends_T, 0)[source_offsets[:-1]]
+    has_dummy_S = np.append(first_ends_S, 0)[source_segment_of_S] == -1
+    clamped_T = np.maximum(target_ends_T, -np.repeat(has_dummy_S, np.diff(target_offsets)).astype(np.int64))
+    position_T, ahead_T = _last_positions(
+        source_ends_T=source_ends_T, source_offsets=source_offsets, target_ends_T=clamped_T, target_offsets=target_offsets,
+        source_segment_of_S=source_segment_of_S, n_bytes_S=n_bytes_S,
+    )  # fmt: skip
+    return position_T, np.where(position_T == UNALIGNED, 0, ahead_T).astype(np.uint16)
+
+
+def _last_positions(
+    *,
+    source_ends_T: NDArray[np.int64],
+    source_offsets: NDArray[np.int64],
+    target_ends_T: NDArray[np.int64],
+    target_offsets: NDArray[np.int64],
+    source_segment_of_S: NDArray[np.int64],
+    n_bytes_S: NDArray[Any],
+) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
+    """The last source position of the same segment that ends at or before each target position, -1 without one; how far before.
+
+    Of several target positions that end at the same byte only the last one has one.
+    """
+    base_S = np.concatenate([[1], 1 + np.cumsum(n_bytes_S.astype(np.int64) + 2)])[:-1]  # sets the segments' byte ranges apart
+    base_T = np.repeat(base_S, np.diff(target_offsets))
+    target_key_T = target_ends_T + base_T
     shared_S = source_segment_of_S >= 0
     base_of_source_S = np.full(len(source_offsets) - 1, -1, np.int64)
     base_of_source_S[source_segment_of_S[shared_S]] = base_S[shared_S]
-    base_T = np.repeat(base_of_source_S, np.diff(source_offsets))
-    shared_T = np.flatnonzero(base_T >= 0)
-    source_key_T = source_ends_T[shared_T] + base_T[shared_T]
+    source_base_T = np.repeat(base_of_source_S, np.diff(source_offsets))
+    shared_T = np.flatnonzero(source_base_T >= 0)
+    source_key_T = source_ends_T[shared_T] + source_base_T[shared_T]
     if not len(source_key_T):
-        return np.full(len(target_key_T), UNALIGNED, np.int32)
-    place_T = np.maximum(np.searchsorted(source_key_T, target_key_T, side="right") - 1, 0)
+        return np.full(len(target_key_T), UNALIGNED, np.int32), np.ones(len(target_key_T), np.int64)
+    place_T = np.searchsorted(source_key_T, target_key_T, side="right") - 1
     is_last_T = np.append(target_key_T[1:] != target_key_T[:-1], True)
-    found_T = (source_key_T[place_T] == target_key_T) & is_last_T
-    return np.where(found_T, shared_T[place_T], UNALIGNED).astype(np.int32)
+    found_T = (place_T >= 0) & (source_key_T[place_T] >= base_T - 1) & is_last_T
+    return np.where(found_T, shared_T[place_T], UNALIGNED).astype(np.int32), target_key_T - source_key_T[place_T]

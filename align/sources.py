@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from ..store.dataset import Dataset
 from .config import AlignmentConfig
 from .projection import NO_GOLD, Projection, SourcePart, VocabularyMap, project
+from .rests import with_rests
 from .vocabulary import target_ids
 
 
@@ -30,14 +31,21 @@ class FusionSource:
 
     @cached_property
     def _vocabulary(self) -> VocabularyMap | None:
-        return VocabularyMap.of_tokens(target_ids(self.vocabulary_map.table(0))) if self.vocabulary_map else None
+        if self.vocabulary_map is None:
+            return None
+        table = self.vocabulary_map.table(0)
+        return with_rests(table) if "rest_target_ids" in table.columns else VocabularyMap.of_tokens(target_ids(table))
 
     def read(self, part: int) -> SourcePart:
         """The distributions of a part, and how they lie to the target's."""
         token_ids_U, topk_ids_UK, topk_logprobs_UK, gold_logprob_U = self.distributions.read(
             part, "token_ids_T", "topk_ids_TK", "topk_logprobs_TK", "gold_logprob_T"
         )
-        (position_T,) = self.alignment.read(part, "source_position_T") if self.alignment else (np.arange(len(token_ids_U), dtype=np.int32),)
+        position_T, ahead_T = np.arange(len(token_ids_U), dtype=np.int32), None
+        if self.alignment is not None:
+            arrays = self.alignment.arrays(part)
+            position_T = arrays.read("source_position_T")
+            ahead_T = arrays.read("ahead_T") if "ahead_T" in arrays.names else None  # of `cover`
         return SourcePart(
             topk_ids_UK=topk_ids_UK,
             topk_probs_UK=np.exp(topk_logprobs_UK.astype(np.float32)),
@@ -45,6 +53,7 @@ class FusionSource:
             gold_logprob_U=gold_logprob_U.astype(np.float64),
             vocabulary=self._vocabulary,
             position_T=position_T,
+            ahead_T=ahead_T,
         )
 
     def project(self, part: int, *, gold_ids_T: NDArray[np.int64], alignment: AlignmentConfig) -> Projection:

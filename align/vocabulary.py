@@ -36,7 +36,7 @@ def vocabulary_map(source: Tokenizer, *, target: Tokenizer, rule: str) -> pl.Dat
     rules = ["none" if target_id == UNMAPPED else "exact" for target_id in ids]
     if rule == "prefix":
         rest = [v for v, piece in enumerate(source_bytes) if piece and ids[v] == UNMAPPED]
-        firsts = _first_pieces([source_bytes[v] for v in rest], target=target, by_bytes=by_bytes)
+        firsts = first_pieces([source_bytes[v] for v in rest], target=target)
         for v, first in zip(rest, firsts, strict=True):
             ids[v], rules[v] = first, "none" if first == UNMAPPED else "prefix"
     for role in _MAPPED_ROLES:
@@ -68,8 +68,17 @@ def _ids_by_bytes(tokenizer: Tokenizer) -> dict[bytes, int]:
     return found
 
 
-def _first_pieces(pieces: list[bytes], *, target: Tokenizer, by_bytes: dict[bytes, int]) -> list[int]:
-    """The target token that comes first when each byte string stands in the middle of a text; -1 where there is none."""
+def first_pieces(pieces: list[bytes], *, target: Tokenizer) -> list[int]:
+    """For each byte string the target token of these bytes, else the one that comes first when it stands in mid-text, else -1."""
+    by_bytes = _ids_by_bytes(target)
+    found = [by_bytes.get(piece, UNMAPPED) for piece in pieces]
+    rest = [index for index, target_id in enumerate(found) if target_id == UNMAPPED]
+    for index, first in zip(rest, _first_of_several([pieces[index] for index in rest], target=target, by_bytes=by_bytes), strict=True):
+        found[index] = first
+    return found
+
+
+def _first_of_several(pieces: list[bytes], *, target: Tokenizer, by_bytes: dict[bytes, int]) -> list[int]:
     anchor = _ANCHOR if target.has_dummy_prefix else ""
     encoded = target.encode([anchor + piece.decode(errors="replace") for piece in pieces])
     table = target.token_bytes.to_list()

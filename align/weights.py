@@ -104,9 +104,11 @@ def source_weights(costs_NX: NDArray[np.float64], *, method: str) -> NDArray[np.
     best_NX = (np.arange(len(costs_NX))[:, None] == np.argmin(costs_NX, axis=0)).astype(np.float64)
     if method == "mince":
         return best_NX
-    costs_NX = np.where(known_NX, costs_NX, 0)
-    lowest_X = np.where(known_NX, costs_NX, costs_NX.max(axis=0)).min(axis=0)  # shifts the softmax, so that not all of it underflows
-    weights_NX = np.where(known_NX, np.exp(np.exp(-costs_NX) if method == "avgce" else lowest_X - costs_NX), 0)
+    lowest_X = costs_NX.min(axis=0)
+    lowest_X = np.where(np.isfinite(lowest_X), lowest_X, 0)
+    costs_NX = np.where(known_NX, costs_NX, lowest_X)
+    scores_NX = np.exp(-costs_NX) if method == "avgce" else lowest_X - costs_NX  # shifted, so that not all of the softmax underflows
+    weights_NX = np.where(known_NX, np.exp(scores_NX), 0)
     return np.where(known_NX.any(axis=0), weights_NX / np.maximum(weights_NX.sum(axis=0), 1e-300), best_NX)
 
 

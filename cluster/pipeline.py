@@ -242,6 +242,7 @@ class Pipeline:
             self.workspace.dataset("alignments", self._pair(source), identity=identity, description=self._of_corpus),
             source=distributions,
             target=target,
+            rule=self.recipe.alignment.positions,
             source_tokenizer_folder=self._tokenizer_folder(self.models[source.name]),
             target_tokenizer_folder=self._tokenizer_folder(self.models[self.recipe.target.name]),
         )

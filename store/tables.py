@@ -210,6 +210,11 @@ def _source_position(rows: _AlignmentRows) -> pa.Array:
     return pa.array((rows.source_index_R - start_R).astype(np.int32), mask=rows.is_unaligned_R)
 
 
+def _bytes_ahead(rows: _AlignmentRows) -> pa.Array:
+    ahead_R = rows.array("ahead_T") if "ahead_T" in rows.arrays.names else np.zeros(len(rows.position_R), np.uint16)
+    return pa.array(ahead_R, mask=rows.is_unaligned_R)
+
+
 def _source_token(rows: _AlignmentRows) -> pa.Array:
     texts = rows.texts(rows.source_token_ids_R, tokenizer=rows.part.row["source_tokenizer"])
     return pc.if_else(pa.array(rows.is_unaligned_R), pa.scalar(None, pa.string()), texts)
@@ -219,18 +224,22 @@ class _AlignmentsPart(Part):
     rows_class = _AlignmentRows
     makers = MAKERS | {
         "source_position": _source_position,
+        "bytes_ahead": _bytes_ahead,
         "source_token_id": lambda rows: id_column(rows.source_token_ids_R, mask=rows.is_unaligned_R),
         "source_token": _source_token,
     }
 
 
 class Alignments(Source):
-    """A row per position of a target, with the position of a source at which its prefix ends at the same byte, if there is one."""
+    """A row per position of a target, with the position of a source that speaks there, if there is one."""
 
     name = "alignments"
     part_class = _AlignmentsPart
     own_columns = (("source", LABEL), ("target", LABEL))
-    row_columns = (*_TOKEN, ("source_position", pa.int32()), ("source_token_id", pa.uint32()), ("source_token", pa.string()))
+    row_columns = (
+        *_TOKEN, ("source_position", pa.int32()), ("bytes_ahead", pa.uint16()), ("source_token_id", pa.uint32()),
+        ("source_token", pa.string()),
+    )  # fmt: skip
     parts_query = """
         SELECT p.kind, p.name, p.part, split_part(p.name, '--', 1) AS source, split_part(p.name, '--', 2) AS target,
             (a.description->>'$.corpus') AS corpus, s.name AS source_name, (s.identity->>'$.tokenizer') AS source_tokenizer,

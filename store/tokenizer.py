@@ -229,12 +229,15 @@ class Tokenizer:
         return [data[start:end] for start, end in zip(starts_S.tolist(), ends_S.tolist(), strict=True)]
 
     def byte_ends(
-        self, token_ids_T: NDArray[Any], *, segment_offsets: NDArray[np.int64], n_bytes_S: NDArray[np.int64]
+        self, token_ids_T: NDArray[Any], *, segment_offsets: NDArray[np.int64], n_bytes_S: NDArray[np.int64], dummy_prefix: bool = False
     ) -> NDArray[np.int64]:
-        """The byte offset in its segment at which each token ends (e_j and f_i of the method); 0 for a leading bos."""
+        """The byte offset in its segment at which each token ends (e_j and f_i of the method); 0 for a leading bos.
+
+        With `dummy_prefix` it is -1 where a dummy prefix is yet to come, which is no text: the token after a bos then starts with it.
+        """
         starts_S, _ = self._byte_spans(token_ids_T, segment_offsets=segment_offsets, n_bytes_S=n_bytes_S)
         ends_T = np.cumsum(self.token_bytes.lengths_V[token_ids_T])
-        return np.maximum(ends_T - np.repeat(starts_S, np.diff(segment_offsets)), 0)
+        return np.maximum(ends_T - np.repeat(starts_S, np.diff(segment_offsets)), -1 if dummy_prefix else 0)
 
     def _byte_spans(
         self, token_ids_T: NDArray[Any], *, segment_offsets: NDArray[np.int64], n_bytes_S: NDArray[np.int64]

@@ -305,7 +305,7 @@ def two(tmp_path, byte_level_folder, sentencepiece_folder):
     own = distributions(tmp_path, target, name="target", keys=list(TEXTS), seed=1, nats=9.0)
     other = distributions(tmp_path, source, name="source", keys=[key for key in TEXTS if key[0] != 5], seed=2, nats=3.0)
     stage = AlignmentsStage(
-        own, source=other, target=own,
+        own, source=other, target=own, rule="span",
         source_tokenizer_folder=tmp_path / "tokenizers" / "source", target_tokenizer_folder=tmp_path / "tokenizers" / "target",
     )  # fmt: skip
     alignment = stored(tmp_path, "alignments", stage.compute(0))
@@ -317,7 +317,7 @@ def two(tmp_path, byte_level_folder, sentencepiece_folder):
 
 def fused(sources, *, anchor: bool = True, top_k: int = K, **config) -> PartContent:
     return FusionStage(
-        sources[0].distributions, sources=list(sources), alignment=AlignmentConfig(gold_anchor=anchor),
+        sources[0].distributions, sources=list(sources), alignment=AlignmentConfig(positions="span", gold_anchor=anchor),
         fusion=FusionConfig(**config), top_k=top_k,
     ).compute(0)  # fmt: skip
 
@@ -451,7 +451,7 @@ def test_a_part_of_which_the_target_left_everything_out_is_empty_and_not_an_erro
     nothing = Dataset.create(tmp_path / "distributions" / "nothing", identity={"name": "nothing"})
     nothing.commit(0, content=PartContent(data=empty, counts={}), seconds=0)
     folders = {f"{side}_tokenizer_folder": tmp_path / "tokenizers" / side for side in ("source", "target")}
-    content = AlignmentsStage(own.distributions, source=other.distributions, target=nothing, **folders).compute(0)
+    content = AlignmentsStage(own.distributions, source=other.distributions, target=nothing, rule="span", **folders).compute(0)
     assert content.counts == {"segments": 0, "tokens": 0, "aligned": 0}
     aligned = stored(tmp_path, "alignments-of-nothing", content)
     sources = [

@@ -182,12 +182,14 @@ def _write_alignment(
             part, "token_ids_T", "segment_offsets", "doc_id_S", "segment_S"
         )
         place_of = {key: s for s, key in enumerate(zip(source_doc_id_S.tolist(), source_segment_S.tolist(), strict=True))}
-        position_T = np.full(len(ids_T), -1, np.int32)
+        position_T, ahead_T = np.full(len(ids_T), -1, np.int32), np.zeros(len(ids_T), np.uint16)
+        covers = bool(rng.integers(2))
         for s, key in enumerate(zip(doc_id_S.tolist(), segment_S.tolist(), strict=True)):
             for t in range(offsets[s], offsets[s + 1]):
                 if key in place_of and rng.random() < 0.7:
                     first, stop = source_offsets[place_of[key] : place_of[key] + 2]
                     position_T[t] = rng.integers(first, stop)
+                    ahead_T[t] = rng.integers(3) if covers else 0
                 row = facts[key[0]]
                 aligned = int(position_T[t])
                 start = int(source_offsets[place_of[key]]) if key in place_of else 0
@@ -196,12 +198,14 @@ def _write_alignment(
                      "split": row["split"], "part": part, "doc_id": key[0], "segment": key[1], "position": t - int(offsets[s]),
                      "token_id": int(ids_T[t]),
                      "token": text_of("alpha", int(ids_T[t])), "source_position": None if aligned < 0 else aligned - start,
+                     "bytes_ahead": None if aligned < 0 else int(ahead_T[t]),
                      "source_token_id": None if aligned < 0 else int(source_ids_T[aligned]),
                      "source_token": None if aligned < 0 else text_of("beta", int(source_ids_T[aligned]))}
                 )  # fmt: skip
         lengths = np.diff(offsets)
         arrays = {"source_position_T": position_T, "doc_id_S": doc_id_S, "segment_S": segment_S, "n_positions_S": lengths,
                   "n_aligned_S": np.add.reduceat(position_T >= 0, offsets[:-1]).astype(np.int64)}  # fmt: skip
+        arrays |= {"ahead_T": ahead_T} if covers else {}
         dataset.commit(part, content=PartContent(data=arrays, counts={}), seconds=1)
 
 

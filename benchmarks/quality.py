@@ -1,0 +1,137 @@
+"""How much of a source's knowledge arrives in the target's vocabulary: bits per byte of the text, by position map, vocabulary map and k.
+
+    python benchmarks/quality.py WORKSPACE SOURCE TARGET
+
+SOURCE and TARGET name distributions of the workspace, stored with the largest k asked for. A projection leaves some mass open (the tail,
+what the map lost, positions where the source does not speak); that mass goes to the target's own, so that every row is a proper
+distribution over the target's vocabulary: P = projection + open mass × target. `mixture` is half P, half the target.
+"""
+
+import argparse
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+from fuseline.align.alignments import AlignmentsStage
+from fuseline.align.maps import VocabularyMapStage
+from fuseline.align.projection import SourcePart, VocabularyMap, project
+from fuseline.align.rests import with_rests
+from fuseline.align.vocabulary import target_ids
+from fuseline.store.dataset import Dataset
+from fuseline.store.tokenizer import Tokenizer
+from fuseline.store.workspace import Workspace
+
+VARIANTS = [("span", "exact"), ("span", "prefix"), ("cover", "prefix")]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Side:
+    """One model's distributions of a workspace."""
+
+    dataset: Dataset
+    tokenizer_folder: Path
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        return Tokenizer.load(self.tokenizer_folder)
+
+    @classmethod
+    def named(cls, workspace: Workspace, name: str) -> "Side":
+        dataset = Dataset.open(workspace.folder("distributions", name))
+        return cls(dataset=dataset, tokenizer_folder=workspace.folder("tokenizers", dataset.identity["tokenizer"]))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("workspace", type=Path)
+    parser.add_argument("source")
+    parser.add_argument("target")
+    parser.add_argument("--top-k", type=int, nargs="+", default=[10, 32])
+    arguments = parser.parse_args()
+    workspace = Workspace.open(arguments.workspace)
+    source, target = (Side.named(workspace, name) for name in (arguments.source, arguments.target))
+    domains = dict(workspace.sql("SELECT doc_id, domain FROM documents").pl().iter_rows())
+    rows = list(measure(source, target, domains=domains, top_ks=arguments.top_k))
+    with pl.Config(tbl_rows=-1, tbl_cols=-1, tbl_width_chars=200, float_precision=4):
+        print(pl.DataFrame(rows))
+
+
+def measure(source: Side, target: Side, *, domains: dict[int, str], top_ks: list[int]) -> Iterator[dict[str, object]]:
+    """A row per variant."""
+    part = target.dataset.parts()[0]
+    text = Text(target, part=part, domains=domains)
+    yield {"positions": "", "map": "target alone", "k": None, "anchor": None, **text.bits_per_byte(text.own_gold_T, prefix="source")}
+    own = Text(source, part=part, domains=domains)
+    yield {"positions": "", "map": "source alone", "k": None, "anchor": None, **own.bits_per_byte(own.own_gold_T, prefix="source")}
+    maps = {rule: vocabulary(source, target, rule=rule) for rule in {rule for _, rule in VARIANTS}}
+    for positions, rule in VARIANTS:
+        stage = AlignmentsStage(
+            source.dataset, source=source.dataset, target=target.dataset, rule=positions,
+            source_tokenizer_folder=source.tokenizer_folder, target_tokenizer_folder=target.tokenizer_folder,
+        )  # fmt: skip
+        arrays = stage.compute(part).data
+        for k in top_ks:
+            for anchor in (False, True):
+                side = source_part(source, part=part, k=k, vocabulary=maps[rule], arrays=arrays)
+                projection = project(side, gold_ids_T=text.gold_ids_T, gold_anchor=anchor)
+                found_T = np.where(projection.is_aligned_T, np.nan_to_num(np.exp(projection.gold_logprob_T.astype(np.float64))), 0)
+                open_T = np.where(projection.is_aligned_T, 1 - projection.mapped_T - projection.merged_T, 1)
+                alone_T = found_T + np.maximum(open_T, 0) * text.own_gold_T
+                yield {
+                    "positions": positions, "map": rule, "k": k, "anchor": anchor,
+                    **text.bits_per_byte(alone_T, prefix="source"), **text.bits_per_byte((alone_T + text.own_gold_T) / 2, prefix="mixture"),
+                    "aligned": float(projection.is_aligned_T[text.is_scored_T].mean()),
+                    "lost": float(projection.lost_T[text.is_scored_T].mean()),
+                }  # fmt: skip
+
+
+class Text:
+    """The text in one model's tokens, and what that model gives it."""
+
+    def __init__(self, side: Side, *, part: int, domains: dict[int, str]) -> None:
+        token_ids_T, offsets, doc_id_S, gold_T, scored_S = side.dataset.read(
+            part, "token_ids_T", "segment_offsets", "doc_id_S", "gold_logprob_T", "n_bytes_S"
+        )
+        self.gold_ids_T = np.append(token_ids_T[1:], 0).astype(np.int64)
+        self.gold_ids_T[offsets[1:] - 1] = -1
+        self.is_scored_T = ~np.isnan(gold_T)
+        self.own_gold_T = np.exp(np.nan_to_num(gold_T.astype(np.float64)))
+        self._domain_S = np.array([domains[doc] for doc in doc_id_S.tolist()])
+        self._domain_T = np.repeat(self._domain_S, np.diff(offsets))
+        self._n_bytes_S = scored_S
+
+    def bits_per_byte(self, probs_T: np.ndarray, *, prefix: str) -> dict[str, float]:
+        """Of each domain: bits of the tokens that follow, over the bytes of the text."""
+        with np.errstate(divide="ignore"):
+            bits_T = np.where(self.is_scored_T, -np.log2(probs_T), 0)
+        return {
+            f"{prefix} {domain}": float(bits_T[self._domain_T == domain].sum() / self._n_bytes_S[self._domain_S == domain].sum())
+            for domain in sorted(set(self._domain_S))
+        }
+
+
+def vocabulary(source: Side, target: Side, *, rule: str) -> VocabularyMap:
+    stage = VocabularyMapStage(source.dataset, source=source.tokenizer, target=target.tokenizer, rule=rule)
+    table = stage.compute(0).data
+    return with_rests(table) if rule == "prefix" else VocabularyMap.of_tokens(target_ids(table))
+
+
+def source_part(source: Side, *, part: int, k: int, vocabulary: VocabularyMap, arrays: dict[str, np.ndarray]) -> SourcePart:
+    token_ids_U, topk_ids_UK, topk_logprobs_UK, gold_logprob_U = source.dataset.read(
+        part, "token_ids_T", "topk_ids_TK", "topk_logprobs_TK", "gold_logprob_T"
+    )
+    return SourcePart(
+        topk_ids_UK=np.ascontiguousarray(topk_ids_UK[:, :k]),
+        topk_probs_UK=np.exp(topk_logprobs_UK[:, :k].astype(np.float32)),
+        gold_ids_U=np.append(token_ids_U[1:], 0).astype(np.int64),
+        gold_logprob_U=gold_logprob_U.astype(np.float64),
+        vocabulary=vocabulary,
+        position_T=arrays["source_position_T"],
+        ahead_T=arrays.get("ahead_T"),
+    )
+
+
+if __name__ == "__main__":
+    main()
