@@ -13,12 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ..store.dataset import Dataset, PartContent
 from ..store.tokenizer import Tokenizer
 from .positions import UNALIGNED, cover_positions, match_segments, span_positions
-
-_READ = ("token_ids_T", "segment_offsets", "doc_id_S", "segment_S", "n_bytes_S")
 
 
 def alignment_identity(source: Dataset, *, target: Dataset, rule: str) -> dict[str, Any]:
@@ -57,17 +56,15 @@ class AlignmentsStage:
 
     def compute(self, part: int) -> PartContent:
         """Match the positions of one part."""
-        source_ids_T, source_offsets, source_doc_id_S, source_segment_S, source_bytes_S = self.source.read(part, *_READ)
-        target_ids_T, target_offsets, target_doc_id_S, target_segment_S, target_bytes_S = self.target.read(part, *_READ)
+        source_offsets, source_doc_id_S, source_segment_S = self.source.read(part, "segment_offsets", "doc_id_S", "segment_S")
+        target_offsets, target_doc_id_S, target_segment_S, target_bytes_S = self.target.read(
+            part, "segment_offsets", "doc_id_S", "segment_S", "n_bytes_S"
+        )
         covers = self.rule == "cover"
         sides: dict[str, Any] = {
-            "source_ends_T": self.source_tokenizer.byte_ends(
-                source_ids_T, segment_offsets=source_offsets, n_bytes_S=source_bytes_S, dummy_prefix=covers
-            ),
+            "source_ends_T": _byte_ends(self.source, part, tokenizer=self.source_tokenizer, dummy_prefix=covers),
             "source_offsets": source_offsets,
-            "target_ends_T": self.target_tokenizer.byte_ends(
-                target_ids_T, segment_offsets=target_offsets, n_bytes_S=target_bytes_S, dummy_prefix=covers
-            ),
+            "target_ends_T": _byte_ends(self.target, part, tokenizer=self.target_tokenizer, dummy_prefix=covers),
             "target_offsets": target_offsets,
             "source_segment_of_S": match_segments(
                 source_doc_id_S=source_doc_id_S,
@@ -90,3 +87,16 @@ class AlignmentsStage:
         return PartContent(
             data=arrays, counts={"segments": len(target_doc_id_S), "tokens": len(position_T), "aligned": int(aligned_before[-1])}
         )
+
+
+def _byte_ends(dataset: Dataset, part: int, *, tokenizer: Tokenizer, dummy_prefix: bool) -> NDArray[np.int64]:
+    """Byte of its segment at which each token ends: as stored where the tokenizer rewrote text, else by the tokens' lengths."""
+    arrays = dataset.arrays(part)
+    if "byte_ends_T" in arrays.names:
+        return np.maximum(arrays.read("byte_ends_T").astype(np.int64), -1 if dummy_prefix else 0)
+    return tokenizer.byte_ends(
+        arrays.read("token_ids_T"),
+        segment_offsets=arrays.read("segment_offsets"),
+        n_bytes_S=arrays.read("n_bytes_S"),
+        dummy_prefix=dummy_prefix,
+    )

@@ -52,7 +52,7 @@ def main() -> None:
     arguments = parser.parse_args()
     workspace = Workspace.open(arguments.workspace)
     source, target = (Side.named(workspace, name) for name in (arguments.source, arguments.target))
-    domains = dict(workspace.sql("SELECT doc_id, domain FROM documents").pl().iter_rows())
+    domains = dict(workspace.sql("SELECT doc_id, domain FROM documents").iter_rows())
     rows = list(measure(source, target, domains=domains, top_ks=arguments.top_k))
     with pl.Config(tbl_rows=-1, tbl_cols=-1, tbl_width_chars=200, float_precision=4):
         print(pl.DataFrame(rows))

@@ -4,6 +4,7 @@ Arrays of a part (T tokens, S segments, K entries; position j speaks of token j 
 
     token_ids_T, segment_offsets          the segments as the model reads them, with bos where it was trained with one
     doc_id_S, segment_S, n_bytes_S        which segments these are, and the length of their text in UTF-8
+    byte_ends_T                           only where the tokenizer rewrote some text (NFC): byte of its segment at which each token ends
     nll_S, n_scored_S, scored_bytes_S     negative log-likelihood (nats) of the tokens after the first, their number and their bytes
     gold_logprob_T                        log-probability of the token that follows; NaN at a segment's last position
     topk_ids_TK, topk_logprobs_TK, tail_logprob_T, entropy_T     where top_k > 0
@@ -111,6 +112,8 @@ class DistributionsStage:
         keep_S = ~np.isin(table["doc_id"].to_numpy(), bad_docs)
         keep_T = np.repeat(keep_S, np.diff(offsets))
         per_token = self._per_token(found) | {"token_ids_T": encoded.token_ids_T}
+        if encoded.byte_ends_T is not None:
+            per_token["byte_ends_T"] = encoded.byte_ends_T
         per_segment = self._per_segment(table, encoded) | {"nll_S": -_segment_sums(gold_T * self._is_scored(offsets), offsets)}
         arrays = {name: array[keep_T] for name, array in per_token.items()} | {name: array[keep_S] for name, array in per_segment.items()}
         arrays["segment_offsets"] = encoded.select(keep_S).segment_offsets
@@ -162,7 +165,9 @@ class DistributionsStage:
 
     def _per_segment(self, table: pl.DataFrame, encoded: EncodedSegments) -> dict[str, NDArray[Any]]:
         offsets = encoded.segment_offsets
-        ends_T = self.tokenizer.byte_ends(encoded.token_ids_T, segment_offsets=offsets, n_bytes_S=encoded.n_bytes_S)
+        ends_T: NDArray[Any] | None = encoded.byte_ends_T
+        if ends_T is None:
+            ends_T = self.tokenizer.byte_ends(encoded.token_ids_T, segment_offsets=offsets, n_bytes_S=encoded.n_bytes_S)
         n_bos = int(self.tokenizer.prepends_bos)
         n_scored_S = np.maximum(np.diff(offsets) - 1 - n_bos, 0)
         first_bytes_S = encoded.n_bytes_S.copy()  # of the first token; of all, where there is no second

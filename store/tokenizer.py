@@ -26,10 +26,10 @@ from numpy.typing import NDArray
 
 from . import durable
 from .arrays import id_dtype
+from .equivalence import WORD_START, places_in_text
 from .errors import DataError
 
 ROLES = ("bos", "eos", "pad", "unk")
-WORD_START = "▁"  # how SentencePiece writes a space inside a token
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
 _CONTROL_TOKEN = re.compile(r"<\|.*\|>|</?s>", re.DOTALL)
 
@@ -79,16 +79,20 @@ class EncodedSegments:
     token_ids_T: NDArray[Any]  # uint16 or uint32
     segment_offsets: NDArray[np.int64]  # segment s is token_ids_T[segment_offsets[s] : segment_offsets[s + 1]]
     n_bytes_S: NDArray[np.int64]  # length of each segment's text in UTF-8
-    is_lossless_S: NDArray[np.bool_]  # the tokens' bytes are exactly the segment's bytes
+    is_lossless_S: NDArray[np.bool_]  # the tokens' bytes are the segment's, or an equivalent's (`equivalence`)
+    # Byte offset in its segment at which each token ends, -1 for a bos with a dummy prefix to come; None where the tokens' lengths tell.
+    byte_ends_T: NDArray[np.int32] | None = None
 
     def select(self, keep_S: NDArray[np.bool_]) -> "EncodedSegments":
         """The segments for which `keep_S` is true."""
         lengths_S = np.diff(self.segment_offsets)
+        keep_T = np.repeat(keep_S, lengths_S)
         return EncodedSegments(
-            token_ids_T=self.token_ids_T[np.repeat(keep_S, lengths_S)],
+            token_ids_T=self.token_ids_T[keep_T],
             segment_offsets=np.concatenate([[0], np.cumsum(lengths_S[keep_S])]),
             n_bytes_S=self.n_bytes_S[keep_S],
             is_lossless_S=self.is_lossless_S[keep_S],
+            byte_ends_T=None if self.byte_ends_T is None else self.byte_ends_T[keep_T],
         )
 
 
@@ -218,7 +222,28 @@ class Tokenizer:
         n_bytes_S = np.fromiter(map(len, texts_bytes), np.int64, len(texts))
         decoded = self.decode_segments(token_ids_T, segment_offsets=offsets, n_bytes_S=n_bytes_S)
         lossless_S = np.fromiter(map(bytes.__eq__, texts_bytes, decoded), np.bool_, len(texts))
-        return EncodedSegments(token_ids_T=token_ids_T, segment_offsets=offsets, n_bytes_S=n_bytes_S, is_lossless_S=lossless_S)
+        ends_T = None
+        for s in np.flatnonzero(~lossless_S).tolist():
+            start, end = offsets[s : s + 2]
+            rewritten_ends_T = self._ends_in_rewritten(texts[s], token_ids_T[start:end])
+            if rewritten_ends_T is not None:
+                if ends_T is None:
+                    ends_T = self.byte_ends(token_ids_T, segment_offsets=offsets, n_bytes_S=n_bytes_S, dummy_prefix=True).astype(np.int32)
+                ends_T[start:end] = rewritten_ends_T
+                lossless_S[s] = True
+        return EncodedSegments(
+            token_ids_T=token_ids_T, segment_offsets=offsets, n_bytes_S=n_bytes_S, is_lossless_S=lossless_S, byte_ends_T=ends_T
+        )
+
+    def _ends_in_rewritten(self, text: str, token_ids_T: NDArray[Any]) -> NDArray[np.int64] | None:
+        """Byte offsets in a text at which the tokens of its equivalent end; None if the tokens are not of one."""
+        rewritten = self.token_bytes.concatenate(token_ids_T).tobytes()
+        for n_dummy in (0, 1) if self.has_dummy_prefix else (0,):
+            places = places_in_text(text, rewritten=rewritten[n_dummy:])
+            if places is not None:
+                ends_T = np.cumsum(self.token_bytes.lengths_V[token_ids_T]) - n_dummy
+                return np.where(ends_T < 0, -1, places[np.maximum(ends_T, 0)])
+        return None
 
     def decode_segments(
         self, token_ids_T: NDArray[Any], *, segment_offsets: NDArray[np.int64], n_bytes_S: NDArray[np.int64]
