@@ -33,6 +33,34 @@ def show_status(workspace: "Workspace") -> None:
     _console().print(_status(workspace))
 
 
+def show_wanted(recipe: Path, workspace: "Workspace", *, as_json: bool) -> None:
+    """What a recipe wants of the workspace: what is there, missing, or of other inputs."""
+    from .cluster.progress import size
+    from .cluster.wanted import wanted
+    from .recipe import load_recipe
+
+    found = wanted(load_recipe(recipe), workspace=workspace)
+    if as_json:
+        click.echo(json.dumps({"wanted": [dataclasses.asdict(item) for item in found]}, indent=1))
+        return
+    rows = []
+    for item in found:
+        done = getattr(item.status, "parts", 0)
+        total = "?" if item.expected_parts is None else item.expected_parts
+        parts = "" if item.kind == "training" else f"{done}/{total}"
+        rows.append([f"{item.kind}/{item.name}", item.state, parts, size(getattr(item.status, "stored_bytes", 0)) if done else ""])
+    show_table(["of the recipe", "state", "parts", "on disk"], rows, right=[False, False, True, True])
+    for item in found:
+        for line in item.differences:
+            click.echo(f"{item.kind}/{item.name}: {line}")
+    if all(item.state == "done" for item in found):
+        click.echo("Nothing is missing.")
+    elif any(item.state == "other inputs" for item in found):
+        click.echo("What is of other inputs stays as it is: give what is new another name in the recipe. `fuseline run` names a free one.")
+    else:
+        click.echo(f"What is missing is made by: fuseline run {recipe}")
+
+
 def watch_status(workspace: "Workspace") -> None:
     """The same, again and again: a table that changes in place on a terminal, lines with the time in a pipe. Ends with Ctrl-C."""
     import rich.live

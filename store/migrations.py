@@ -53,8 +53,8 @@ _TARGET_SEGMENTS = "ALTER TABLE targets RENAME TO target_segments"
 _TARGET_SOURCES = """
 CREATE TABLE target_sources (
     name VARCHAR, corpus VARCHAR, part INTEGER, doc_id BIGINT, segment BIGINT, source VARCHAR, place INTEGER, cost DOUBLE, weight DOUBLE,
-    share DOUBLE, chosen BOOLEAN, n_positions BIGINT, n_aligned BIGINT, mapped DOUBLE, merged DOUBLE, lost DOUBLE, tail DOUBLE, agreement DOUBLE,
-    nll DOUBLE, gold_nll DOUBLE, n_gold BIGINT);
+    share DOUBLE, chosen BOOLEAN, n_positions BIGINT, n_aligned BIGINT, mapped DOUBLE, merged DOUBLE, lost DOUBLE, tail DOUBLE,
+    agreement DOUBLE, nll DOUBLE, gold_nll DOUBLE, n_gold BIGINT);
 ALTER TABLE target_segments ADD COLUMN gold_nll DOUBLE;
 ALTER TABLE target_segments ADD COLUMN n_gold BIGINT;
 DELETE FROM target_segments;
