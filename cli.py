@@ -10,6 +10,7 @@ import click
 
 from . import __version__
 from .console import (
+    show_document,
     show_findings,
     show_leftovers,
     show_plan,
@@ -21,7 +22,7 @@ from .console import (
     show_wanted,
     watch_status,
 )
-from .options import Group, executor_options, models_default, recipe_options, workspace_option
+from .options import Group, StageGroup, executor_options, models_default, recipe_options, workspace_option
 from .store.errors import UsageError
 
 if TYPE_CHECKING:  # what a command needs is imported when it runs, so that --help is quick
@@ -170,10 +171,53 @@ def ingest_distributions(recipe: Path, workspace: Path | None, models_dir: Path,
         pipeline.make_distributions()
 
 
-@main.command()
+@main.group(cls=StageGroup)
+def align() -> None:
+    """Map each source's positions and vocabulary to the target's; show what comes of it.
+
+    `fuseline align RECIPE` is short for `fuseline align run RECIPE`.
+
+    Example:  fuseline align recipes/demo.toml
+    """
+
+
+@align.command("show")
+@workspace_option
+@click.option("--doc", "doc_id", type=int, required=True, help="Number of the document.")
+@click.option("--segment", type=int, help="Only this segment of it.")
+@click.option("--pair", "alignment", metavar="SOURCE--TARGET", help="Which alignment; by default the only one.")
+@click.option("--map", "vocabulary_map", metavar="NAME", help="Which vocabulary map; by default the one that fused targets were made with.")
+@click.option("--html", "html_file", type=click.Path(dir_okay=False, path_type=Path), help="Write a page for the browser instead.")
+@click.option("--details", is_flag=True, help="In the terminal: also what is said at each position, before and after the map.")
+def align_show(
+    workspace: Path | None,
+    doc_id: int,
+    segment: int | None,
+    alignment: str | None,
+    vocabulary_map: str | None,
+    html_file: Path | None,
+    details: bool,
+) -> None:
+    """Show a document's tokens under both tokenizers, and what becomes of each distribution on its way to the target.
+
+    Reads what is stored; no model is run.
+
+    \b
+    Example:  fuseline align show --doc 3 -w workspaces/demo
+              fuseline align show --doc 3 --html document-3.html
+    """
+    from .align.show import show_alignment
+
+    document = show_alignment(
+        _open_workspace(workspace), doc_id=doc_id, segment=segment, alignment=alignment, vocabulary_map=vocabulary_map
+    )
+    show_document(document, html_file=html_file, details=details)
+
+
+@align.command("run")
 @recipe_options
 @executor_options
-def align(recipe: Path, workspace: Path | None, models_dir: Path, executor: str | None, workers: int | None) -> None:
+def align_run(recipe: Path, workspace: Path | None, models_dir: Path, executor: str | None, workers: int | None) -> None:
     """Map each source's positions and vocabulary to the target's.
 
     Example:  fuseline align recipes/demo.toml

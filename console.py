@@ -16,6 +16,7 @@ if TYPE_CHECKING:  # what a command needs is imported when it runs, so that --he
     import rich.console
     import rich.table
 
+    from .align.show import ShownDocument
     from .cluster.repair import Repair
     from .store.database import QueryStats
     from .store.status import TrainingStatus
@@ -127,6 +128,17 @@ def _training_line(training: "TrainingStatus") -> str:
         saved = "no checkpoint" if training.last_checkpoint is None else f"the last checkpoint is of step {training.last_checkpoint}"
         state = f"not running, {saved}"
     return f"training {training.name}: step {training.step}/{training.steps or '?'}{loss}, {state}"
+
+
+def show_document(document: "ShownDocument", *, html_file: Path | None, details: bool) -> None:
+    """A document under two tokenizers, in the terminal or as a page."""
+    from .alignment_view import page, print_alignment
+
+    if html_file is None:
+        print_alignment(document, console=_console(), details=details)
+        return
+    html_file.write_text(page(document), encoding="utf-8")
+    click.echo(f"Written to {html_file}: open it in a browser.")
 
 
 def show_query_stats(stats: "QueryStats") -> None:

@@ -36,6 +36,19 @@ class Group(click.Group):
             raise _Shown("Stopped. Finished parts and checkpoints are kept: run the same command again to go on.", exit_code=130) from None
 
 
+class StageGroup(click.Group):
+    """A stage that has commands beside it: `fuseline align RECIPE` is `fuseline align run RECIPE`."""
+
+    def parse_args(self, context: click.Context, args: list[str]) -> list[str]:
+        if args and args[0] not in self.commands and args[0] not in context.help_option_names:
+            args = ["run", *args]
+        return super().parse_args(context, args)
+
+    def format_usage(self, context: click.Context, formatter: click.HelpFormatter) -> None:
+        formatter.write_usage(context.command_path, "[OPTIONS] RECIPE")
+        formatter.write_usage(context.command_path, "COMMAND [ARGS]...")
+
+
 def models_default() -> Path:
     """Folder in which models are looked for."""
     cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
