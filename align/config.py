@@ -27,6 +27,8 @@ class AlignmentConfig(BaseModel):
                 f'positions ("cover") needs vocabulary = "prefix", which maps what is left of tokens, and it is "{self.vocabulary}". '
                 'Use it, or positions = "span"'
             )
+        if self.positions == "cover" and not self.gold_anchor:
+            raise ValueError('positions ("cover") has the gold anchor built in: set gold_anchor = true, or positions = "span"')
         return self
 
 

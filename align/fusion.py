@@ -95,7 +95,7 @@ class FusionStage:
             part, "token_ids_T", "segment_offsets", "doc_id_S", "segment_S", "topk_ids_TK"
         )
         gold_ids_T = gold_ids(token_ids_T, offsets=offsets)
-        projections = [source.project(part, gold_ids_T=gold_ids_T, alignment=self.alignment) for source in self.sources]
+        projections = [source.project(part, gold_ids_T=gold_ids_T, gold_anchor=self.alignment.gold_anchor) for source in self.sources]
         likelihoods = [_Likelihood(source.distributions, part, doc_id_S=doc_id_S, segment_S=segment_S) for source in self.sources]
         costs_NT = self._costs(projections, likelihoods, offsets=offsets, doc_id_S=doc_id_S)
         weights_NT = self._weights(costs_NT, part=part, offsets=offsets, doc_id_S=doc_id_S)

@@ -1,17 +1,12 @@
 """Projects a source's distributions into the target's vocabulary and positions, and mixes several of them.
 
-Compiled loops over positions: a position has a dozen entries, too few for array operations and too many positions for Python.
+Compiled loops over positions: a position has a dozen entries, too few for array operations and too many positions for Python. The position
+map says which source position speaks at a target position, the vocabulary map with which target token the text of a source token goes on.
 
-Three things say what a source means at a target position. The position map says which source position speaks there, and how many bytes
-the target has read beyond it (`cover`). The vocabulary map says with which target token the text of a source token goes on. And the text
-itself is known: what the source gave it, token by token, is stored. So:
-
-- Where the target is ahead of the source position, inside the source token that follows, only the entries that agree with what the target
-  has read since count, and they are conditioned on that (Vieira et al. 2024, arXiv 2412.03719, on covers; here over the stored entries).
-- Gold anchor: the source token that follows in the text is always an entry, with its stored probability, though it be outside the top k.
-  What leads on along the text as far as the target's next token goes is that token's; the rest of it stays where the map puts it.
-
-With both, the probabilities of the text's target tokens multiply to no less than what the source gave the text.
+The text itself is known, and what the source gave it, token by token, is stored. So with the gold anchor the target token that follows in
+the text has exactly the probability that the source gave its text, wherever both its ends are source positions (Minixhofer et al. 2025,
+arXiv 2503.20083, on likelihoods between shared boundaries); what else had been mapped to it, or to its beginning, is lost. `cover` always
+has the anchor, loses less and speaks everywhere: `cover.py`.
 
 Axes: T positions of the target's part, U of the source's, V source vocabulary, B bytes of all its tokens one after another, K entries of a
 source position, C capacity of a projection, N sources.
@@ -26,6 +21,8 @@ import numpy as np
 from numba import njit
 from numba.typed import List
 from numpy.typing import NDArray
+
+from .cover import ROOM, project_cover, put
 
 NO_GOLD = -1
 Collisions = Literal["sum", "first"]
@@ -83,7 +80,7 @@ class Projection:
     is_aligned_T: NDArray[np.bool_]  # the source speaks here
     mapped_T: NDArray[np.float32]  # mass that came first to its target token
     merged_T: NDArray[np.float32]  # mass that joined a target token that had some
-    lost_T: NDArray[np.float32]  # mass of tokens that the map does not know, or of colliding ones where only the first counts
+    lost_T: NDArray[np.float32]  # mass of tokens that the map does not know, that end unforeseen, or that the anchor displaces
     tail_T: NDArray[np.float32]  # mass outside the stored entries
     gold_logprob_T: NDArray[np.float32]  # of the target token that follows; -inf without mass, NaN where unaligned or nothing follows
 
@@ -94,16 +91,16 @@ def project(source: SourcePart, *, gold_ids_T: NDArray[np.int64], gold_anchor: b
     Args:
         source: the source.
         gold_ids_T: the target token that follows each position, -1 at the last of a segment.
-        gold_anchor: give the text that follows exactly what the source gave it.
+        gold_anchor: give the target token that follows what the source gave its text; see the module.
         collisions: what becomes of several source tokens on one target token: their `sum`, or only the `first`, most probable one (the
             published code of FuseLLM).
     """
     n, k = len(source.position_T), source.topk_ids_UK.shape[1]
     vocabulary = source.vocabulary or VocabularyMap.of_tokens(np.arange(int(source.topk_ids_UK.max(initial=0)) + 1, dtype=np.int32))
-    ahead_T = np.zeros(n, np.uint16) if source.ahead_T is None else source.ahead_T
+    capacity = k + (1 if source.ahead_T is None else ROOM)  # one more for the token that follows
     projection = Projection(
-        ids_TC=np.zeros((n, k + 2), np.int32),  # two more: the token that follows, and what the rest of it is mapped to
-        probs_TC=np.zeros((n, k + 2), np.float32),
+        ids_TC=np.zeros((n, capacity), np.int32),
+        probs_TC=np.zeros((n, capacity), np.float32),
         n_T=np.zeros(n, np.int32),
         is_aligned_T=np.zeros(n, np.bool_),
         mapped_T=np.zeros(n, np.float32),
@@ -112,13 +109,24 @@ def project(source: SourcePart, *, gold_ids_T: NDArray[np.int64], gold_anchor: b
         tail_T=np.zeros(n, np.float32),
         gold_logprob_T=np.full(n, np.nan, np.float32),
     )
-    _project(
-        source.topk_ids_UK, source.topk_probs_UK, source.gold_ids_U, np.exp(source.gold_logprob_U), source.read_logprob_U,
-        source.position_T, ahead_T, vocabulary.target_ids_V, vocabulary.rest_ids_B, vocabulary.buffer_B, vocabulary.offsets_V1,
-        gold_ids_T, gold_anchor, collisions == "first",
+    filled = (
         projection.ids_TC, projection.probs_TC, projection.n_T, projection.is_aligned_T, projection.mapped_T, projection.merged_T,
-        projection.lost_T, projection.tail_T, projection.gold_logprob_T,
+        projection.lost_T, projection.tail_T,
     )  # fmt: skip
+    if source.ahead_T is None:
+        _project(
+            source.topk_ids_UK, source.topk_probs_UK, source.gold_ids_U, source.read_logprob_U, source.position_T,
+            vocabulary.target_ids_V, gold_ids_T, gold_anchor, collisions == "first", *filled,
+        )  # fmt: skip
+    else:
+        assert gold_anchor
+        assert collisions == "sum"
+        project_cover(
+            source.topk_ids_UK, source.topk_probs_UK, source.gold_ids_U, np.exp(source.gold_logprob_U), source.read_logprob_U,
+            source.position_T, source.ahead_T, vocabulary.target_ids_V, vocabulary.rest_ids_B, vocabulary.buffer_B, vocabulary.offsets_V1,
+            gold_ids_T, *filled,
+        )  # fmt: skip
+    _look_up(projection.ids_TC, projection.probs_TC, projection.n_T, projection.is_aligned_T, gold_ids_T, projection.gold_logprob_T)
     return projection
 
 
@@ -150,148 +158,42 @@ def mix(
 
 @njit(cache=True)
 def _project(
-    topk_ids_UK: Any, topk_probs_UK: Any, gold_ids_U: Any, gold_probs_U: Any, read_logprob_U: Any, position_T: Any, ahead_T: Any,
-    target_ids_V: Any, rest_ids_B: Any, buffer_B: Any, offsets_V1: Any, gold_ids_T: Any, gold_anchor: bool, only_first: bool,
-    ids_TC: Any, probs_TC: Any, n_T: Any, is_aligned_T: Any, mapped_T: Any, merged_T: Any, lost_T: Any, tail_T: Any, gold_logprob_T: Any,
+    topk_ids_UK: Any, topk_probs_UK: Any, gold_ids_U: Any, read_logprob_U: Any, position_T: Any, target_ids_V: Any, gold_ids_T: Any,
+    gold_anchor: bool, only_first: bool,
+    ids_TC: Any, probs_TC: Any, n_T: Any, is_aligned_T: Any, mapped_T: Any, merged_T: Any, lost_T: Any, tail_T: Any,
 ) -> None:  # fmt: skip
-    capacity = topk_ids_UK.shape[1] + 1
-    ids_K, probs_K = np.zeros(capacity, np.int64), np.zeros(capacity)  # the entries that count at the position at hand
-    other_ids_K, other_probs_K = np.zeros(capacity, np.int64), np.zeros(capacity)
-    n, last_u, last_ahead = 0, -1, 0
     for t in range(len(position_T)):
-        u, ahead = position_T[t], ahead_T[t]
+        u, gold_id = position_T[t], gold_ids_T[t]
         if u < 0:
-            last_u = -1
             continue
-        total = 1.0
-        if ahead > 0 and u == last_u:  # still inside the same source token: what agrees with the target token read since
-            n, total = _keep_tokens(
-                ids_K, probs_K, n, gold_ids_T[t - 1], gold_ids_U[u], last_ahead, target_ids_V, rest_ids_B, offsets_V1
-            )  # fmt: skip
-        else:
-            n = _entries(topk_ids_UK[u], topk_probs_UK[u], gold_ids_U[u], gold_probs_U[u], gold_anchor, ids_K, probs_K)
-            if ahead > 0:
-                n, total = _keep_bytes(ids_K, probs_K, n, gold_ids_U[u], ahead, buffer_B, offsets_V1)
-        last_u, last_ahead = u, ahead
-        if total <= 0:  # no entry agrees with the text
-            last_u = -1
-            continue
-        gold_id = gold_ids_T[t]
-        along = -1.0  # probability of going on along the text as far as the target's next token goes, through source positions after this
-        is_anchored = gold_anchor and gold_id >= 0 and position_T[t + 1] >= u
-        if is_anchored and position_T[t + 1] > u:
-            there, beyond = position_T[t + 1], ahead_T[t + 1]
-            along = np.exp(read_logprob_U[there] - read_logprob_U[u]) / total
-            if beyond > 0:
-                n_there = _entries(
-                    topk_ids_UK[there], topk_probs_UK[there], gold_ids_U[there], gold_probs_U[there], True, other_ids_K, other_probs_K
-                )
-                along *= _keep_bytes(other_ids_K, other_probs_K, n_there, gold_ids_U[there], beyond, buffer_B, offsets_V1)[1]
         is_aligned_T[t] = True
-        stored = 0.0
-        for entry in range(n):
-            source_id, mass = ids_K[entry], probs_K[entry] / total
+        is_anchored = gold_anchor and gold_id >= 0 and position_T[t + 1] > u
+        along = np.exp(read_logprob_U[position_T[t + 1]] - read_logprob_U[u]) if is_anchored else 0.0
+        for entry in range(topk_ids_UK.shape[1]):
+            source_id, mass = topk_ids_UK[u, entry], topk_probs_UK[u, entry]
             if mass <= 0:
                 continue
-            stored += mass
+            target_id = target_ids_V[source_id] if source_id < len(target_ids_V) else -1
             if is_anchored and source_id == gold_ids_U[u]:
-                on_gold = mass if along < 0 else min(along, mass)
-                _put(ids_TC, probs_TC, n_T, mapped_T, merged_T, lost_T, t, gold_id, on_gold, only_first)
-                mass -= on_gold
-                if mass <= 0:
-                    continue
-            target_id = _mapped(source_id, ahead, target_ids_V, rest_ids_B, offsets_V1)
-            if target_id < 0:
+                lost_T[t] += max(0.0, mass - along)
+            elif target_id < 0 or (is_anchored and target_id == gold_id):
                 lost_T[t] += mass
             else:
-                _put(ids_TC, probs_TC, n_T, mapped_T, merged_T, lost_T, t, target_id, mass, only_first)
-        tail_T[t] = max(0.0, 1.0 - stored)
-        if gold_id >= 0:
-            gold_logprob_T[t] = -np.inf
-            for c in range(n_T[t]):
-                if ids_TC[t, c] == gold_id:
-                    gold_logprob_T[t] = np.log(probs_TC[t, c])
+                put(ids_TC, probs_TC, n_T, mapped_T, merged_T, lost_T, t, target_id, mass, only_first)
+        if is_anchored:
+            put(ids_TC, probs_TC, n_T, mapped_T, merged_T, lost_T, t, gold_id, along, only_first)
+        tail_T[t] = max(0.0, 1.0 - mapped_T[t] - merged_T[t] - lost_T[t])
 
 
 @njit(cache=True)
-def _entries(topk_ids_K: Any, topk_probs_K: Any, gold_id: int, gold_prob: float, gold_anchor: bool, ids_K: Any, probs_K: Any) -> int:
-    """Copy a position's entries, and with them the token that follows; how many there are."""
-    n = len(topk_ids_K)
-    has_gold = not gold_anchor or np.isnan(gold_prob)
-    for entry in range(n):
-        ids_K[entry], probs_K[entry] = topk_ids_K[entry], topk_probs_K[entry]
-        if not has_gold and topk_ids_K[entry] == gold_id:
-            probs_K[entry] = gold_prob
-            has_gold = True
-    if has_gold:
-        return n
-    ids_K[n], probs_K[n] = gold_id, gold_prob
-    return n + 1
-
-
-@njit(cache=True)
-def _keep_bytes(ids_K: Any, probs_K: Any, n: int, gold_id: int, ahead: int, buffer_B: Any, offsets_V1: Any) -> Any:
-    """Keep the entries that begin with the first bytes of the token that follows; how many, and their mass."""
-    start = offsets_V1[gold_id]
-    kept, total = 0, 0.0
-    for entry in range(n):
-        token = ids_K[entry]
-        if token + 1 >= len(offsets_V1) or offsets_V1[token + 1] - offsets_V1[token] < ahead:
+def _look_up(ids_TC: Any, probs_TC: Any, n_T: Any, is_aligned_T: Any, gold_ids_T: Any, gold_logprob_T: Any) -> None:
+    for t in range(len(n_T)):
+        if gold_ids_T[t] < 0 or not is_aligned_T[t]:
             continue
-        agrees = True
-        for b in range(ahead):
-            if buffer_B[offsets_V1[token] + b] != buffer_B[start + b]:
-                agrees = False
-                break
-        if agrees:
-            ids_K[kept], probs_K[kept] = token, probs_K[entry]
-            total += probs_K[entry]
-            kept += 1
-    return kept, total
-
-
-@njit(cache=True)
-def _keep_tokens(
-    ids_K: Any, probs_K: Any, n: int, read_id: int, gold_id: int, ahead: int, target_ids_V: Any, rest_ids_B: Any, offsets_V1: Any
-) -> Any:
-    """Keep the entries that go on with the target token that was read; how many, and their mass."""
-    kept, total = 0, 0.0
-    for entry in range(n):
-        token = ids_K[entry]
-        if token == gold_id or _mapped(token, ahead, target_ids_V, rest_ids_B, offsets_V1) == read_id:
-            ids_K[kept], probs_K[kept] = token, probs_K[entry]
-            total += probs_K[entry]
-            kept += 1
-    return kept, total
-
-
-@njit(cache=True, inline="always")
-def _mapped(token: int, ahead: int, target_ids_V: Any, rest_ids_B: Any, offsets_V1: Any) -> int:
-    """The target token with which the text of a source token goes on after its first bytes; -1 where the map knows none."""
-    if token >= len(target_ids_V):
-        return -1
-    if ahead == 0:
-        return target_ids_V[token]
-    place = offsets_V1[token] + ahead
-    return rest_ids_B[place] if place < offsets_V1[token + 1] else -1
-
-
-@njit(cache=True, inline="always")
-def _put(
-    ids_TC: Any, probs_TC: Any, n_T: Any, mapped_T: Any, merged_T: Any, lost_T: Any, t: int, token_id: int, mass: float, only_first: bool
-) -> None:  # fmt: skip
-    for c in range(n_T[t]):
-        if ids_TC[t, c] == token_id:
-            if only_first:
-                lost_T[t] += mass
-            else:
-                probs_TC[t, c] += mass
-                merged_T[t] += mass
-            return
-    ids_TC[t, n_T[t]] = token_id
-    probs_TC[t, n_T[t]] = mass
-    mapped_T[t] += mass
-    n_T[t] += 1
+        gold_logprob_T[t] = -np.inf
+        for c in range(n_T[t]):
+            if ids_TC[t, c] == gold_ids_T[t]:
+                gold_logprob_T[t] = np.log(probs_TC[t, c])
 
 
 @njit(cache=True)

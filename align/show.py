@@ -15,7 +15,6 @@ from ..store.dataset import Dataset
 from ..store.errors import DataError, UsageError
 from ..store.tokenizer import Tokenizer, token_texts
 from ..store.workspace import Workspace
-from .config import AlignmentConfig
 from .projection import Projection
 from .sources import FusionSource, gold_ids
 
@@ -255,11 +254,10 @@ class _Pair:
             part, *read
         )
         gold_ids_T = gold_ids(self.token_ids_T, offsets=self.offsets)
-        config = AlignmentConfig(gold_anchor=gold_anchor)
         fusion_source = FusionSource(name=source.name, distributions=source, alignment=alignment, vocabulary_map=vocabulary_map)
         self.stored = fusion_source.read(part)
-        self.projection = fusion_source.project(part, gold_ids_T=gold_ids_T, alignment=config)
-        self.own = FusionSource(name=target.name, distributions=target).project(part, gold_ids_T=gold_ids_T, alignment=config)
+        self.projection = fusion_source.project(part, gold_ids_T=gold_ids_T, gold_anchor=gold_anchor)
+        self.own = FusionSource(name=target.name, distributions=target).project(part, gold_ids_T=gold_ids_T, gold_anchor=gold_anchor)
         self.ahead_T = self.stored.ahead_T if self.stored.ahead_T is not None else np.zeros(len(self.token_ids_T), np.uint16)
 
     def segments_of(self, doc_id: int, *, segment: int | None) -> list[int]:

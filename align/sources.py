@@ -11,7 +11,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..store.dataset import Dataset
-from .config import AlignmentConfig
 from .projection import NO_GOLD, Projection, SourcePart, VocabularyMap, project
 from .rests import with_rests
 from .vocabulary import target_ids
@@ -56,9 +55,9 @@ class FusionSource:
             ahead_T=ahead_T,
         )
 
-    def project(self, part: int, *, gold_ids_T: NDArray[np.int64], alignment: AlignmentConfig) -> Projection:
-        """A part at the target's positions, over its vocabulary; `gold_ids_T` as of `gold_ids`."""
-        return project(self.read(part), gold_ids_T=gold_ids_T, gold_anchor=alignment.gold_anchor)
+    def project(self, part: int, *, gold_ids_T: NDArray[np.int64], gold_anchor: bool) -> Projection:
+        """A part at the target's positions, over its vocabulary; the arguments are those of `projection.project`."""
+        return project(self.read(part), gold_ids_T=gold_ids_T, gold_anchor=gold_anchor)
 
 
 def gold_ids(token_ids_T: NDArray[Any], *, offsets: NDArray[np.int64]) -> NDArray[np.int64]:

@@ -23,6 +23,7 @@ from fuseline.store.dataset import Dataset
 from fuseline.store.tokenizer import Tokenizer
 from fuseline.store.workspace import Workspace
 
+_ROUNDING = 1e-4  # of a row of entries in float16: with less left open, nothing can be said of the rest
 VARIANTS = [("span", "exact"), ("span", "prefix"), ("cover", "prefix")]
 
 
@@ -62,9 +63,8 @@ def measure(source: Side, target: Side, *, domains: dict[int, str], top_ks: list
     """A row per variant."""
     part = target.dataset.parts()[0]
     text = Text(target, part=part, domains=domains)
-    yield {"positions": "", "map": "target alone", "k": None, "anchor": None, **text.bits_per_byte(text.own_gold_T, prefix="source")}
-    own = Text(source, part=part, domains=domains)
-    yield {"positions": "", "map": "source alone", "k": None, "anchor": None, **own.bits_per_byte(own.own_gold_T, prefix="source")}
+    for name, alone in (("target alone", text), ("source alone", Text(source, part=part, domains=domains))):
+        yield {"positions": "", "map": name, "k": None, "anchor": None, **alone.bits_per_byte(alone.own_gold_T, prefix="source")}
     maps = {rule: vocabulary(source, target, rule=rule) for rule in {rule for _, rule in VARIANTS}}
     for positions, rule in VARIANTS:
         stage = AlignmentsStage(
@@ -73,12 +73,15 @@ def measure(source: Side, target: Side, *, domains: dict[int, str], top_ks: list
         )  # fmt: skip
         arrays = stage.compute(part).data
         for k in top_ks:
-            for anchor in (False, True):
+            for anchor in (True,) if positions == "cover" else (False, True):
                 side = source_part(source, part=part, k=k, vocabulary=maps[rule], arrays=arrays)
                 projection = project(side, gold_ids_T=text.gold_ids_T, gold_anchor=anchor)
+                here_T = projection_is_anchored(side, gold_ids_T=text.gold_ids_T) & anchor
                 found_T = np.where(projection.is_aligned_T, np.nan_to_num(np.exp(projection.gold_logprob_T.astype(np.float64))), 0)
-                open_T = np.where(projection.is_aligned_T, 1 - projection.mapped_T - projection.merged_T, 1)
-                alone_T = found_T + np.maximum(open_T, 0) * text.own_gold_T
+                open_T = (
+                    np.where(projection.is_aligned_T, np.maximum(1 - projection.mapped_T - projection.merged_T, _ROUNDING), 1) * ~here_T
+                )
+                alone_T = found_T + open_T * text.own_gold_T
                 yield {
                     "positions": positions, "map": rule, "k": k, "anchor": anchor,
                     **text.bits_per_byte(alone_T, prefix="source"), **text.bits_per_byte((alone_T + text.own_gold_T) / 2, prefix="mixture"),
@@ -87,27 +90,35 @@ def measure(source: Side, target: Side, *, domains: dict[int, str], top_ks: list
                 }  # fmt: skip
 
 
+def projection_is_anchored(side: SourcePart, *, gold_ids_T: np.ndarray) -> np.ndarray:
+    """Where the anchor knows the source's probability of the token that follows: nothing open is its."""
+    next_T = np.append(side.position_T[1:], -1)
+    is_there_T = (gold_ids_T >= 0) & (side.position_T >= 0) & (next_T >= 0)
+    return is_there_T if side.ahead_T is not None else is_there_T & (next_T > side.position_T)
+
+
 class Text:
     """The text in one model's tokens, and what that model gives it."""
 
     def __init__(self, side: Side, *, part: int, domains: dict[int, str]) -> None:
-        token_ids_T, offsets, doc_id_S, gold_T, scored_S = side.dataset.read(
-            part, "token_ids_T", "segment_offsets", "doc_id_S", "gold_logprob_T", "n_bytes_S"
+        token_ids_T, offsets, doc_id_S, gold_T, self._scored_bytes_S = side.dataset.read(
+            part, "token_ids_T", "segment_offsets", "doc_id_S", "gold_logprob_T", "scored_bytes_S"
         )
         self.gold_ids_T = np.append(token_ids_T[1:], 0).astype(np.int64)
         self.gold_ids_T[offsets[1:] - 1] = -1
         self.is_scored_T = ~np.isnan(gold_T)
+        if side.tokenizer.prepends_bos:  # which predicts a text's first token: without it, nothing does
+            self.is_scored_T[offsets[:-1]] = False
         self.own_gold_T = np.exp(np.nan_to_num(gold_T.astype(np.float64)))
         self._domain_S = np.array([domains[doc] for doc in doc_id_S.tolist()])
         self._domain_T = np.repeat(self._domain_S, np.diff(offsets))
-        self._n_bytes_S = scored_S
 
     def bits_per_byte(self, probs_T: np.ndarray, *, prefix: str) -> dict[str, float]:
         """Of each domain: bits of the tokens that follow, over the bytes of the text."""
         with np.errstate(divide="ignore"):
             bits_T = np.where(self.is_scored_T, -np.log2(probs_T), 0)
         return {
-            f"{prefix} {domain}": float(bits_T[self._domain_T == domain].sum() / self._n_bytes_S[self._domain_S == domain].sum())
+            f"{prefix} {domain}": float(bits_T[self._domain_T == domain].sum() / self._scored_bytes_S[self._domain_S == domain].sum())
             for domain in sorted(set(self._domain_S))
         }
 

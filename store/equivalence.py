@@ -5,7 +5,7 @@ Two rewritings count as reading the text: composition (NFC; Qwen's and GPT-NeoX'
 """
 
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,21 +27,21 @@ def places_in_text(text: str, *, rewritten: bytes) -> NDArray[np.int64] | None:
     for as_space in (False, True):
         read = text.replace(WORD_START, " ") if as_space else text
         if read.encode() == rewritten:
-            return _places(text, read, clusters=((index, index + 1) for index in range(len(read))), n_bytes=len(rewritten))
+            return _places(zip(text, read, strict=True))
         if unicodedata.normalize("NFC", read).encode() == rewritten:
-            return _places(text, read, clusters=_clusters(read), n_bytes=len(rewritten))
+            places = _places((text[start:end], unicodedata.normalize("NFC", read[start:end])) for start, end in _clusters(read))
+            return places if len(places) == len(rewritten) + 1 else None
     return None
 
 
-def _places(text: str, read: str, *, clusters: Iterator[tuple[int, int]], n_bytes: int) -> NDArray[np.int64] | None:
-    places, in_text = [np.zeros(1, np.int64)], 0
-    for start, end in clusters:
-        original, composed = text[start:end], unicodedata.normalize("NFC", read[start:end])
-        size = len(composed.encode())
-        in_text += len(original.encode())
-        places.append(in_text - size + 1 + np.arange(size) if composed == original else np.full(size, in_text))
-    found = np.concatenate(places)
-    return found if len(found) == n_bytes + 1 else None
+def _places(pieces: Iterable[tuple[str, str]]) -> NDArray[np.int64]:
+    """`pieces` are those of the text and what became of them."""
+    places, at = [np.zeros(1, np.int64)], 0
+    for original, found in pieces:
+        size = len(found.encode())
+        at += len(original.encode())
+        places.append(at - size + 1 + np.arange(size) if found == original else np.full(size, at))
+    return np.concatenate(places)
 
 
 def _clusters(text: str) -> Iterator[tuple[int, int]]:

@@ -187,7 +187,7 @@ def three(tmp_path):
 
 def fused(sources, *, corpus=None, top_k: int = V, **config) -> PartContent:
     stage = FusionStage(
-        sources[0].distributions, sources=list(sources), alignment=AlignmentConfig(gold_anchor=False),
+        sources[0].distributions, sources=list(sources), alignment=AlignmentConfig(positions="span", gold_anchor=False),
         fusion=FusionConfig(**config), top_k=top_k, corpus=corpus,
     )  # fmt: skip
     return stage.compute(0)

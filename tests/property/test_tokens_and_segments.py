@@ -169,14 +169,6 @@ def test_a_megabyte_without_a_space(byte_level, sentencepiece):
         assert np.median(lengths_S) > 1024, "segments much shorter than the context waste it"
 
 
-@pytest.mark.parametrize("text", ["▁", "a▁b", "▁a", " ▁", "▁▁▁ x", "caf\u00e9▁"])
-def test_a_literal_word_start_mark_is_reported_where_it_would_be_changed(byte_level, sentencepiece, text):
-    assert byte_level.encode_segments([text]).is_lossless_S.tolist() == [True]
-    assert sentencepiece.encode_segments(["before", text, "after"]).is_lossless_S.tolist() == [True, False, True]
-    (segments,) = segment_documents([text * 100], tokenizers=[byte_level, sentencepiece], context_length=16)
-    assert "".join(segments) == text * 100
-
-
 @pytest.mark.parametrize("bad", ["\ud800", "a\udfffb", "\udc00\ud800", "fine " * 100 + "\ud83d"])
 def test_a_lone_surrogate_is_told_with_the_text_it_is_in(tokenizer, bad):
     for entrance in (

@@ -6,6 +6,8 @@ import numpy as np
 import polars as pl
 import pytest
 import tokenizers
+from fuseline.align.maps import VocabularyMapStage
+from fuseline.align.rests import with_rests
 from fuseline.align.vocabulary import target_ids, vocabulary_map
 from fuseline.store.tokenizer import Tokenizer
 from tokenizers import models, normalizers
@@ -178,3 +180,45 @@ def test_the_first_piece_is_the_one_in_mid_text_and_not_the_longest_nor_the_one_
     table = vocabulary_map(source, target=target, rule="prefix")
     assert table.row(600, named=True)["target_bytes"] == b"a"
     assert table.row(601, named=True)["target_bytes"] == b" a"
+
+
+def test_what_is_left_of_a_token_goes_on_with_its_first_piece(source_and_target):
+    source, target = source_and_target
+    table = VocabularyMapStage(None, source=source, target=target, rule="prefix").compute(0).data
+    lists = table["rest_target_ids"].to_list()
+    assert [len(rests) for rests in lists] == [max(len(piece) - 1, 0) for piece in source.token_bytes.to_list()]
+    n_exact = n_first = 0
+    for source_id, rests in enumerate(lists):
+        for n, target_id in enumerate(rests, start=1):
+            rest = source.token_bytes[source_id][n:]
+            same = tokens_with(target, rest)
+            if same:
+                n_exact += 1
+                assert target_id in same
+            else:
+                n_first += 1
+                assert rest.startswith(target.token_bytes[target_id])
+                if rest.isascii():
+                    assert target_id == pieces_in_mid_text(target, rest.decode())[0]
+    assert min(n_exact, n_first) > 50
+    arrays = with_rests(table)
+    offsets = arrays.offsets_V1
+    for source_id, rests in enumerate(lists):
+        assert arrays.rest_ids_B[offsets[source_id] + 1 : offsets[source_id + 1]].tolist() == rests
+        assert bytes(arrays.buffer_B[offsets[source_id] : offsets[source_id + 1]]) == source.token_bytes[source_id]
+
+
+def test_what_is_left_and_has_no_target_token_stays_unmapped(pair):
+    """A tokenizer of a few letters knows nothing of most bytes."""
+    vocabulary = {"<unk>": 0, "a": 1, "b": 2, "ab": 3}
+    backend = tokenizers.Tokenizer(models.BPE(vocabulary, [("a", "b")], unk_token="<unk>"))
+    backend.normalizer = normalizers.Replace(" ", "▁")
+    small = Tokenizer(backend.to_str(), roles=dict.fromkeys(("bos", "eos", "pad", "unk")) | {"unk": 0}, prepends_bos=False)
+    source = pair["byte_level"]
+    table = VocabularyMapStage(None, source=source, target=small, rule="prefix").compute(0).data
+    arrays = with_rests(table)
+    starts = {1: b"a", 2: b"b", 3: b"ab"}
+    for source_id, token in enumerate(source.token_bytes.to_list()):
+        for n in range(1, len(token)):
+            target_id = int(arrays.rest_ids_B[arrays.offsets_V1[source_id] + n])
+            assert token[n:].startswith(starts[target_id]) if target_id >= 0 else token[n : n + 1] not in (b"a", b"b")

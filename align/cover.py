@@ -1,0 +1,206 @@
+"""The compiled loop of `cover`: what a source says at every target position, also inside of its own tokens.
+
+The target's tokens are read one after another, and with them goes a set of readings: source tokens that the text may be in the middle of,
+each with the bytes of it that were read, and the boundary, where the source's own tokens of the text end too. Their masses sum to 1. At a
+position the boundary is spread over the source's entries there, and each reading says how the text goes on: with the first piece, in the
+target's vocabulary, of what is left of its token. Then the target's next token is read: readings that said so stay, with their masses over
+that token's probability, and the others go. So the source's `internationally` still predicts `ly` after the target's `international`,
+though the source itself, after a token `international` of its own, does not.
+
+It is the marginal over covers (Vieira et al. 2024, arXiv 2412.03719) as far as the stored entries know it. The path, the source's own token
+that follows in the text, is always among the entries, with its stored probability; where the target's next token goes on beyond it, that
+token's mass is what the source gave the text up to there, and the rest of the path's mass stays where the map puts it. So the probabilities
+of the text's target tokens multiply to no less than what the source gave the text.
+
+Axes: T target positions, U source positions, V source vocabulary, B bytes of its tokens, K stored entries, C entries of a projection,
+H readings.
+"""
+
+from typing import Any
+
+import numpy as np
+from numba import njit
+
+KEPT = 8  # readings beside the path that are kept when a token is read; what does not fit is lost (up to 6 of ten entries were seen)
+ROOM = KEPT + 3  # beside the stored entries: those, the path, the token that follows it, and the target's next token
+
+
+@njit(cache=True)
+def project_cover(
+    topk_ids_UK: Any, topk_probs_UK: Any, gold_ids_U: Any, gold_probs_U: Any, read_logprob_U: Any, position_T: Any, ahead_T: Any,
+    target_ids_V: Any, rest_ids_B: Any, buffer_B: Any, offsets_V1: Any, gold_ids_T: Any,
+    ids_TC: Any, probs_TC: Any, n_T: Any, is_aligned_T: Any, mapped_T: Any, merged_T: Any, lost_T: Any, tail_T: Any,
+) -> None:  # fmt: skip
+    """Fill the arrays of a `Projection`, whose capacity C is at least K + ROOM."""
+    n_most = topk_ids_UK.shape[1] + ROOM
+    tokens_H, read_H, mass_H = np.zeros(n_most, np.int64), np.zeros(n_most, np.int64), np.zeros(n_most)
+    n, path, boundary, ended = 0, -1, 0.0, 0.0
+    starts = True  # nothing was read before this position
+    for t in range(len(position_T)):
+        u, ahead = position_T[t], ahead_T[t]
+        if u < 0:
+            starts = True
+            continue
+        if starts and ahead == 0:
+            n, boundary, ended = 0, 1.0, 0.0
+        elif starts:
+            total = _mass_of_beginning(
+                topk_ids_UK[u], topk_probs_UK[u], gold_ids_U[u], gold_probs_U[u], ahead, buffer_B, offsets_V1
+            )  # fmt: skip
+            if not total > 0:
+                continue
+            boundary, ended = 0.0, 0.0
+            n, path = _begin(
+                topk_ids_UK[u], topk_probs_UK[u], gold_ids_U[u], gold_probs_U[u], ahead, buffer_B, offsets_V1, 0, 1 / total,
+                tokens_H, read_H, mass_H,
+            )  # fmt: skip
+        if ahead == 0:
+            n, path, tail_T[t] = _spread(
+                topk_ids_UK[u], topk_probs_UK[u], gold_ids_U[u], gold_probs_U[u], n, boundary, tokens_H, read_H, mass_H
+            )  # fmt: skip
+        is_aligned_T[t] = True
+        lost_T[t] = ended
+
+        # What the source gives the text from here to the end of the target's next token.
+        gold_id, along, beginning = gold_ids_T[t], 0.0, 1.0
+        starts = gold_id < 0 or path < 0 or position_T[t + 1] < u
+        if not starts:
+            there, beyond = position_T[t + 1], ahead_T[t + 1]
+            along = mass_H[path]
+            if there > u:
+                along *= np.exp(read_logprob_U[there] - read_logprob_U[u + 1])
+                if beyond > 0:
+                    beginning = _mass_of_beginning(
+                        topk_ids_UK[there], topk_probs_UK[there], gold_ids_U[there], gold_probs_U[there], beyond, buffer_B, offsets_V1
+                    )  # fmt: skip
+                    along *= min(1.0, beginning)
+            starts = not along > 0
+        for h in range(n):
+            mass = mass_H[h]
+            if h == path and not starts:
+                put(ids_TC, probs_TC, n_T, mapped_T, merged_T, lost_T, t, gold_id, along, False)
+                mass -= along
+            target_id = _mapped(tokens_H[h], read_H[h], target_ids_V, rest_ids_B, offsets_V1)
+            if mass > 0 and target_id < 0:
+                lost_T[t] += mass
+            elif mass > 0:
+                put(ids_TC, probs_TC, n_T, mapped_T, merged_T, lost_T, t, target_id, mass, False)
+        if starts:
+            continue
+
+        # Read it.
+        n_read = np.int64(beyond) - np.int64(ahead)
+        for step in range(u, there):
+            n_read += offsets_V1[gold_ids_U[step] + 1] - offsets_V1[gold_ids_U[step]]
+        total, boundary, ended, kept, path_token, path_mass = along, 0.0, 0.0, 0, tokens_H[path], mass_H[path]
+        for h in range(n):
+            if h == path or _mapped(tokens_H[h], read_H[h], target_ids_V, rest_ids_B, offsets_V1) != gold_id:
+                continue
+            total += mass_H[h]
+            left = offsets_V1[tokens_H[h] + 1] - offsets_V1[tokens_H[h]] - read_H[h] - n_read
+            if left > 0 and kept < KEPT:
+                tokens_H[kept], read_H[kept], mass_H[kept] = tokens_H[h], read_H[h] + n_read, mass_H[h]
+                kept += 1
+            elif left == 0 and beyond == 0:
+                boundary += mass_H[h]  # other tokens of the same text, which is taken to go on as after the source's own
+            else:
+                ended += mass_H[h]
+        n, path = kept, -1
+        if there == u:
+            tokens_H[n], read_H[n], mass_H[n] = path_token, beyond, path_mass
+            n, path = n + 1, n
+        elif beyond == 0:
+            boundary += along
+        else:
+            n, path = _begin(
+                topk_ids_UK[there], topk_probs_UK[there], gold_ids_U[there], gold_probs_U[there], beyond, buffer_B, offsets_V1, n,
+                along / beginning, tokens_H, read_H, mass_H,
+            )  # fmt: skip
+        for h in range(n):
+            mass_H[h] /= total
+        boundary, ended = boundary / total, ended / total
+
+
+@njit(cache=True)
+def _spread(
+    topk_ids_K: Any, topk_probs_K: Any, gold_id: int, gold_prob: float, n: int, boundary: float, tokens_H: Any, read_H: Any, mass_H: Any
+) -> Any:
+    """Add the entries of a source position; how many readings there are, which is the path, and the mass outside of the entries."""
+    path, tail = -1, boundary
+    for entry in range(len(topk_ids_K)):
+        prob = topk_probs_K[entry]
+        if topk_ids_K[entry] == gold_id and not np.isnan(gold_prob):
+            path, prob = n, gold_prob
+        tokens_H[n], read_H[n], mass_H[n] = topk_ids_K[entry], 0, boundary * prob
+        tail -= mass_H[n]
+        n += 1
+    if path < 0 and not np.isnan(gold_prob):
+        tokens_H[n], read_H[n], mass_H[n] = gold_id, 0, boundary * gold_prob
+        tail -= mass_H[n]
+        n, path = n + 1, n
+    return n, path, max(0.0, tail)
+
+
+@njit(cache=True)
+def _begin(
+    topk_ids_K: Any, topk_probs_K: Any, gold_id: int, gold_prob: float, n_bytes: int, buffer_B: Any, offsets_V1: Any, n: int,
+    scale: float, tokens_H: Any, read_H: Any, mass_H: Any,
+) -> Any:  # fmt: skip
+    """Add the entries of a source position that begin as the token that follows; how many readings there are, and which is the path."""
+    for entry in range(len(topk_ids_K)):
+        token = topk_ids_K[entry]
+        if token != gold_id and _begin_alike(token, gold_id, n_bytes, buffer_B, offsets_V1):
+            tokens_H[n], read_H[n], mass_H[n] = token, n_bytes, scale * topk_probs_K[entry]
+            n += 1
+    tokens_H[n], read_H[n], mass_H[n] = gold_id, n_bytes, scale * gold_prob
+    return n + 1, n
+
+
+@njit(cache=True)
+def _mass_of_beginning(
+    topk_ids_K: Any, topk_probs_K: Any, gold_id: int, gold_prob: float, n_bytes: int, buffer_B: Any, offsets_V1: Any
+) -> float:
+    """The mass of the entries that `_begin` adds, unscaled; NaN where nothing follows."""
+    total = gold_prob
+    for entry in range(len(topk_ids_K)):
+        if topk_ids_K[entry] != gold_id and _begin_alike(topk_ids_K[entry], gold_id, n_bytes, buffer_B, offsets_V1):
+            total += topk_probs_K[entry]
+    return total
+
+
+@njit(cache=True, inline="always")
+def _begin_alike(token: int, other: int, n_bytes: int, buffer_B: Any, offsets_V1: Any) -> bool:
+    if token + 1 >= len(offsets_V1) or offsets_V1[token + 1] - offsets_V1[token] < n_bytes:
+        return False
+    a, b = offsets_V1[token], offsets_V1[other]
+    return np.all(buffer_B[a : a + n_bytes] == buffer_B[b : b + n_bytes])
+
+
+@njit(cache=True, inline="always")
+def _mapped(token: int, read: int, target_ids_V: Any, rest_ids_B: Any, offsets_V1: Any) -> int:
+    """The target token with which the text of a source token goes on after its first bytes; -1 where the map knows none."""
+    if token >= len(target_ids_V):
+        return -1
+    if read == 0:
+        return target_ids_V[token]
+    place = offsets_V1[token] + read
+    return rest_ids_B[place] if place < offsets_V1[token + 1] else -1
+
+
+@njit(cache=True, inline="always")
+def put(
+    ids_TC: Any, probs_TC: Any, n_T: Any, mapped_T: Any, merged_T: Any, lost_T: Any, t: int, token_id: int, mass: float, only_first: bool
+) -> None:  # fmt: skip
+    """Add mass to a target token at a position."""
+    for c in range(n_T[t]):
+        if ids_TC[t, c] == token_id:
+            if only_first:
+                lost_T[t] += mass
+            else:
+                probs_TC[t, c] += mass
+                merged_T[t] += mass
+            return
+    ids_TC[t, n_T[t]] = token_id
+    probs_TC[t, n_T[t]] = mass
+    mapped_T[t] += mass
+    n_T[t] += 1
