@@ -342,8 +342,9 @@ def sql(query: str | None, workspace: Path | None, style: str | None, output: Pa
     Results stream: one of any size can be written to a file.
 
     Of stored arrays, read only as far as a query needs them: distributions (a row per position and rank), positions, alignments, targets;
-    and texts, vocab_map_entries. Of the catalog: corpora, documents, models, tokenizers, datasets, parts, segments, quarantine, vocab_maps,
-    alignment_coverage, target_segments, target_sources, runs, checkpoints, metrics, evaluations. docs/sql.md is a cookbook.
+    and texts, vocab_map_entries, token_matches. Of the catalog: corpora, documents, models, tokenizers, datasets, parts, segments,
+    quarantine, vocab_maps, alignment_coverage, target_segments, target_sources, runs, checkpoints, metrics, evaluations. docs/sql.md is a
+    cookbook.
 
     \b
     Example:  fuseline sql "SELECT model, domain, avg(entropy) FROM positions GROUP BY ALL ORDER BY ALL"

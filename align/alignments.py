@@ -6,27 +6,35 @@ Arrays of a part (T positions and S segments of the target's part):
     ahead_T                           of `cover`: bytes that the target position has read beyond the source position
     doc_id_S, segment_S               which segments these are
     n_positions_S, n_aligned_S        positions of the segment, and those with a source position that has read the same: its coverage
+    cost_S                            of `dtw`: cost of the segment's path, in characters
 """
 
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from ..store.dataset import Dataset, PartContent
-from ..store.tokenizer import Tokenizer
-from .positions import UNALIGNED, cover_positions, match_segments, span_positions
+from .dtw import Match, agreeing_positions
+from .pair import PairStage
+from .positions import UNALIGNED
+from .vocabulary import target_ids
 
 
-def alignment_identity(source: Dataset, *, target: Dataset, rule: str) -> dict[str, Any]:
-    """What determines the position maps between two models' distributions."""
-    return {"stage": "alignments/1", "source": source.fingerprint, "target": target.fingerprint, "positions": rule}
+def alignment_identity(
+    source: Dataset, *, target: Dataset, rule: str, match: Match | None = None, vocabulary_map: Dataset | None = None
+) -> dict[str, Any]:
+    """What determines the position maps between two models' distributions; of `dtw` also which matched tokens agree, and by which map."""
+    identity = {"stage": "alignments/1", "source": source.fingerprint, "target": target.fingerprint, "positions": rule}
+    if match is not None:
+        identity["match"] = match
+    if vocabulary_map is not None:
+        identity["vocabulary"] = vocabulary_map.fingerprint
+    return identity
 
 
-class AlignmentsStage:
-    """Aligns one source's positions to the target's. Pickles as its arguments."""
+class AlignmentsStage(PairStage):
+    """Aligns one source's positions to the target's."""
 
     def __init__(
         self,
@@ -37,66 +45,50 @@ class AlignmentsStage:
         rule: str,
         source_tokenizer_folder: Path,
         target_tokenizer_folder: Path,
+        match: Match | None = None,
+        vocabulary_map: Dataset | None = None,
     ) -> None:
-        self.dataset, self.source, self.target, self.rule = dataset, source, target, rule
-        self.source_tokenizer_folder, self.target_tokenizer_folder = source_tokenizer_folder, target_tokenizer_folder
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if not name.endswith("_tokenizer")}
-
-    @cached_property
-    def source_tokenizer(self) -> Tokenizer:
-        """The source's tokenizer, from the store."""
-        return Tokenizer.load(self.source_tokenizer_folder)
-
-    @cached_property
-    def target_tokenizer(self) -> Tokenizer:
-        """The target's tokenizer, from the store."""
-        return Tokenizer.load(self.target_tokenizer_folder)
+        """`match` says, for `dtw`, which matched tokens agree; `vocabulary_map` by which map, where that asks for one."""
+        super().__init__(
+            dataset,
+            source=source,
+            target=target,
+            source_tokenizer_folder=source_tokenizer_folder,
+            target_tokenizer_folder=target_tokenizer_folder,
+        )
+        self.rule, self.match, self.vocabulary_map = rule, match, vocabulary_map
 
     def compute(self, part: int) -> PartContent:
         """Match the positions of one part."""
-        source_offsets, source_doc_id_S, source_segment_S = self.source.read(part, "segment_offsets", "doc_id_S", "segment_S")
-        target_offsets, target_doc_id_S, target_segment_S, target_bytes_S = self.target.read(
-            part, "segment_offsets", "doc_id_S", "segment_S", "n_bytes_S"
-        )
-        covers = self.rule == "cover"
-        sides: dict[str, Any] = {
-            "source_ends_T": _byte_ends(self.source, part, tokenizer=self.source_tokenizer, dummy_prefix=covers),
-            "source_offsets": source_offsets,
-            "target_ends_T": _byte_ends(self.target, part, tokenizer=self.target_tokenizer, dummy_prefix=covers),
-            "target_offsets": target_offsets,
-            "source_segment_of_S": match_segments(
-                source_doc_id_S=source_doc_id_S,
-                source_segment_S=source_segment_S,
-                target_doc_id_S=target_doc_id_S,
-                target_segment_S=target_segment_S,
-            ),
-            "n_bytes_S": target_bytes_S,
+        pair = self.read(part)
+        offsets = pair.target.side.offsets
+        arrays: dict[str, Any] = {
+            "doc_id_S": pair.target.doc_id_S,
+            "segment_S": pair.target.segment_S,
+            "n_positions_S": np.diff(offsets).astype(np.uint32),
         }
-        arrays = {"doc_id_S": target_doc_id_S, "segment_S": target_segment_S, "n_positions_S": np.diff(target_offsets).astype(np.uint32)}
-        if covers:
-            position_T, ahead_T = cover_positions(**sides)
-            aligned_T = (position_T != UNALIGNED) & (ahead_T == 0)
-            arrays["ahead_T"] = ahead_T
-        else:
-            position_T = span_positions(**sides)
-            aligned_T = position_T != UNALIGNED
+        match self.rule:
+            case "cover":
+                position_T, ahead_T = pair.cover()
+                arrays["ahead_T"] = ahead_T
+                aligned_T = (position_T != UNALIGNED) & (ahead_T == 0)
+            case "span":
+                position_T = pair.span()
+                aligned_T = position_T != UNALIGNED
+            case "dtw":
+                assert self.match is not None
+                matches = pair.warp(self.spellings)
+                position_T = agreeing_positions(
+                    matches,
+                    source=pair.source.side,
+                    target=pair.target.side,
+                    spellings=self.spellings,
+                    match=self.match,
+                    target_ids_V=target_ids(self.vocabulary_map.table(0)) if self.vocabulary_map else None,
+                )
+                arrays["cost_S"] = matches.cost_S
+                aligned_T = position_T != UNALIGNED
         aligned_before = np.concatenate([[0], np.cumsum(aligned_T)])
-        arrays |= {"source_position_T": position_T, "n_aligned_S": np.diff(aligned_before[target_offsets]).astype(np.uint32)}
-        return PartContent(
-            data=arrays, counts={"segments": len(target_doc_id_S), "tokens": len(position_T), "aligned": int(aligned_before[-1])}
-        )
-
-
-def _byte_ends(dataset: Dataset, part: int, *, tokenizer: Tokenizer, dummy_prefix: bool) -> NDArray[np.int64]:
-    """Byte of its segment at which each token ends: as stored where the tokenizer rewrote text, else by the tokens' lengths."""
-    arrays = dataset.arrays(part)
-    if "byte_ends_T" in arrays.names:
-        return np.maximum(arrays.read("byte_ends_T").astype(np.int64), -1 if dummy_prefix else 0)
-    return tokenizer.byte_ends(
-        arrays.read("token_ids_T"),
-        segment_offsets=arrays.read("segment_offsets"),
-        n_bytes_S=arrays.read("n_bytes_S"),
-        dummy_prefix=dummy_prefix,
-    )
+        arrays |= {"source_position_T": position_T, "n_aligned_S": np.diff(aligned_before[offsets]).astype(np.uint32)}
+        counts = {"segments": len(offsets) - 1, "tokens": len(position_T), "aligned": int(aligned_before[-1])}
+        return PartContent(data=arrays, counts=counts)

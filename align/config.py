@@ -1,6 +1,6 @@
 """The `[alignment]` and `[fusion]` of a recipe."""
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -10,26 +10,77 @@ class AlignmentConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
-    positions: Literal["cover", "span"] = Field(
+    positions: Literal["cover", "span", "dtw"] = Field(
         "cover",
         description="position map: `span` pairs positions whose prefixes end at the same byte; `cover` also has a source position speak of "
-        "what lies inside the token that follows it, by those of its entries that agree with the text so far",
+        "what lies inside the token that follows it, by those of its entries that agree with the text so far; `dtw` warps the token "
+        "strings by their edit distances (FuseLLM)",
     )
-    vocabulary: Literal["prefix", "exact"] = Field(
-        "prefix", description="vocabulary map: `exact` pairs tokens of the same bytes; `prefix` falls back to the target's first piece"
+    dtw_match: Literal["em", "mined", "fusechat"] = Field(
+        "mined",
+        description="with positions `dtw`, which matched tokens count: one source token of the same spelling (`em`); or that the "
+        "vocabulary map takes to the target's (`mined`); or also the last of a group that ends the same (`fusechat`)",
     )
-    gold_anchor: bool = Field(True, description="give the token that follows in the text exactly the source's probability of that text")
+    vocabulary: Literal["prefix", "exact", "mined", "stat", "mined_published"] = Field(
+        "prefix",
+        description="vocabulary map: `exact` pairs tokens of the same bytes; others fall back to the target's first piece (`prefix`), the "
+        "token at the smallest edit distance (`mined`), or the one most often matched in the corpus (`stat`); `mined_published` is what "
+        "FuseLLM's code does, over raw spellings",
+    )
+    collisions: Literal["sum", "first"] = Field(
+        "sum", description="several source tokens on one target token: their `sum`, or only the most probable, `first` one (FuseLLM's code)"
+    )
+    gold_anchor: bool = Field(
+        True,
+        description="give the token that follows in the text exactly the source's probability of that text; false with positions `dtw`, "
+        "which pairs prefixes that do not end at the same byte",
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_anchor_with_dtw(cls, data: Any) -> Any:
+        return {"gold_anchor": False, **data} if isinstance(data, dict) and data.get("positions") == "dtw" else data
 
     @model_validator(mode="after")
     def _check_cover(self) -> Self:
         if self.positions == "cover" and self.vocabulary != "prefix":
             raise ValueError(
                 f'positions ("cover") needs vocabulary = "prefix", which maps what is left of tokens, and it is "{self.vocabulary}". '
-                'Use it, or positions = "span"'
+                'Use it, or positions = "span" or "dtw"'
             )
         if self.positions == "cover" and not self.gold_anchor:
             raise ValueError('positions ("cover") has the gold anchor built in: set gold_anchor = true, or positions = "span"')
         return self
+
+    @model_validator(mode="after")
+    def _check_dtw(self) -> Self:
+        if self.positions == "dtw" and self.gold_anchor:
+            raise ValueError(
+                'gold_anchor (true) needs positions whose prefixes end at the same byte, and positions ("dtw") pairs others. '
+                'Set it to false, or use positions = "span" or "cover"'
+            )
+        if self.positions != "dtw" and "dtw_match" in self.model_fields_set:
+            raise ValueError(f'dtw_match ("{self.dtw_match}") is of positions = "dtw", and they are "{self.positions}". Remove it')
+        return self
+
+    @property
+    def reads_map(self) -> bool:
+        """Whether the position map depends on the vocabulary map."""
+        return self.positions == "dtw" and self.dtw_match != "em"
+
+    def matches_name(self, pair: str) -> str:
+        """Name of the token matches of a pair, `<source>--<target>`."""
+        return f"{pair}--{self.positions}"
+
+    def map_name(self, pair: str) -> str:
+        """Name of the vocabulary map of a pair; each kind has its own, so that several can be compared."""
+        return f"{pair}--{self.vocabulary}" + (f"-{self.positions}" if self.vocabulary == "stat" else "")
+
+    def alignment_name(self, pair: str) -> str:
+        """Name of the alignment of a pair; each kind of `dtw` has its own."""
+        if self.positions != "dtw":
+            return pair
+        return f"{pair}--dtw-{self.dtw_match}" + (f"-{self.vocabulary}" if self.reads_map else "")
 
 
 Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]

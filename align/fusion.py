@@ -48,6 +48,7 @@ def fusion_identity(
             for source in sources
         ],
         "gold_anchor": alignment.gold_anchor,
+        **({} if alignment.collisions == "sum" else {"collisions": alignment.collisions}),
         **fusion.model_dump(include={"method", "unit", "metric"}),
         "top_k": top_k,
         # Targets from before there was a choice have no such keys.
@@ -95,7 +96,8 @@ class FusionStage:
             part, "token_ids_T", "segment_offsets", "doc_id_S", "segment_S", "topk_ids_TK"
         )
         gold_ids_T = gold_ids(token_ids_T, offsets=offsets)
-        projections = [source.project(part, gold_ids_T=gold_ids_T, gold_anchor=self.alignment.gold_anchor) for source in self.sources]
+        how: dict[str, Any] = self.alignment.model_dump(include={"gold_anchor", "collisions"})
+        projections = [source.project(part, gold_ids_T=gold_ids_T, **how) for source in self.sources]
         likelihoods = [_Likelihood(source.distributions, part, doc_id_S=doc_id_S, segment_S=segment_S) for source in self.sources]
         costs_NT = self._costs(projections, likelihoods, offsets=offsets, doc_id_S=doc_id_S)
         weights_NT = self._weights(costs_NT, part=part, offsets=offsets, doc_id_S=doc_id_S)

@@ -116,14 +116,14 @@ def show_alignment(
     """
     aligned = _chosen(workspace, "alignments", alignment)
     source, target = (_distributions(workspace, aligned, role=role) for role in ("source", "target"))
-    mapped, gold_anchor = _vocabulary_map(workspace, aligned, source=source, target=target, name=vocabulary_map)
+    mapped, how = _vocabulary_map(workspace, aligned, source=source, target=target, name=vocabulary_map)
     part, domain = _place(workspace, aligned, doc_id=doc_id)
     for dataset in (source, target, aligned):
         if part not in dataset.parts():
             raise DataError(
                 f"{dataset.kind}/{dataset.name} lacks part {part}, where document {doc_id} is. Make it with: fuseline run RECIPE."
             )
-    pair = _Pair(source, target=target, alignment=aligned, vocabulary_map=mapped, gold_anchor=gold_anchor, part=part)
+    pair = _Pair(source, target=target, alignment=aligned, vocabulary_map=mapped, how=how, part=part)
     chosen = pair.segments_of(doc_id, segment=segment)
     rows: list[Row] = []
     source_positions: list[SourcePosition] = []
@@ -196,27 +196,28 @@ def _distributions(workspace: Workspace, alignment: Dataset, *, role: str) -> Da
 
 def _vocabulary_map(
     workspace: Workspace, alignment: Dataset, *, source: Dataset, target: Dataset, name: str | None
-) -> tuple[Dataset, bool]:
-    """The vocabulary map, and whether the gold anchor holds, as fused targets have them."""
+) -> tuple[Dataset, dict[str, Any]]:
+    """The vocabulary map, and how the source is projected, as fused targets have them."""
     digests = {"source": source.identity["tokenizer"], "target": target.identity["tokenizer"]}
     maps = {
         dataset.fingerprint: dataset
         for dataset in workspace.datasets()
         if dataset.kind == "vocab_maps" and {key: dataset.identity[key] for key in digests} == digests
     }
-    gold_anchor, used = True, []
+    how: dict[str, Any] = {"gold_anchor": alignment.identity["positions"] != "dtw"}
+    used = []
     for dataset in workspace.datasets():
         for parts in dataset.identity["sources"] if dataset.kind == "targets" else ():
             if parts[1:2] == [alignment.fingerprint] and parts[2] in maps:
                 used.append(maps[parts[2]])
-                gold_anchor = dataset.identity["gold_anchor"]
+                how = {"gold_anchor": dataset.identity["gold_anchor"], "collisions": dataset.identity.get("collisions", "sum")}
     candidates = {dataset.name: dataset for dataset in used or maps.values()}
     if name is not None:
         candidates = {dataset.name: dataset for dataset in maps.values() if dataset.name == name}
     if len(candidates) != 1:
         names = ", ".join(sorted(dataset.name for dataset in maps.values())) or "none: make one with fuseline align RECIPE"
         raise UsageError(f"Say with --map which vocabulary map to show alignments/{alignment.name} with; there are: {names}.")
-    return next(iter(candidates.values())), gold_anchor
+    return next(iter(candidates.values())), how
 
 
 def _place(workspace: Workspace, alignment: Dataset, *, doc_id: int) -> tuple[int, str | None]:
@@ -245,7 +246,7 @@ class _Pair:
     """A part of both models, and the source's distributions before and after the map."""
 
     def __init__(
-        self, source: Dataset, *, target: Dataset, alignment: Dataset, vocabulary_map: Dataset, gold_anchor: bool, part: int
+        self, source: Dataset, *, target: Dataset, alignment: Dataset, vocabulary_map: Dataset, how: dict[str, Any], part: int
     ) -> None:
         self.source, self.target, self.part = source, target, part
         read = ("token_ids_T", "segment_offsets", "doc_id_S", "segment_S", "n_bytes_S", "nll_S", "n_scored_S", "scored_bytes_S")
@@ -256,8 +257,8 @@ class _Pair:
         gold_ids_T = gold_ids(self.token_ids_T, offsets=self.offsets)
         fusion_source = FusionSource(name=source.name, distributions=source, alignment=alignment, vocabulary_map=vocabulary_map)
         self.stored = fusion_source.read(part)
-        self.projection = fusion_source.project(part, gold_ids_T=gold_ids_T, gold_anchor=gold_anchor)
-        self.own = FusionSource(name=target.name, distributions=target).project(part, gold_ids_T=gold_ids_T, gold_anchor=gold_anchor)
+        self.projection = fusion_source.project(part, gold_ids_T=gold_ids_T, **how)
+        self.own = FusionSource(name=target.name, distributions=target).project(part, gold_ids_T=gold_ids_T, **how)
         self.ahead_T = self.stored.ahead_T if self.stored.ahead_T is not None else np.zeros(len(self.token_ids_T), np.uint16)
 
     def segments_of(self, doc_id: int, *, segment: int | None) -> list[int]:

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..store.dataset import Dataset
-from .projection import NO_GOLD, Projection, SourcePart, VocabularyMap, project
+from .projection import NO_GOLD, Collisions, Projection, SourcePart, VocabularyMap, project
 from .rests import with_rests
 from .vocabulary import target_ids
 
@@ -55,9 +55,9 @@ class FusionSource:
             ahead_T=ahead_T,
         )
 
-    def project(self, part: int, *, gold_ids_T: NDArray[np.int64], gold_anchor: bool) -> Projection:
+    def project(self, part: int, *, gold_ids_T: NDArray[np.int64], gold_anchor: bool, collisions: Collisions = "sum") -> Projection:
         """A part at the target's positions, over its vocabulary; the arguments are those of `projection.project`."""
-        return project(self.read(part), gold_ids_T=gold_ids_T, gold_anchor=gold_anchor)
+        return project(self.read(part), gold_ids_T=gold_ids_T, gold_anchor=gold_anchor, collisions=collisions)
 
 
 def gold_ids(token_ids_T: NDArray[Any], *, offsets: NDArray[np.int64]) -> NDArray[np.int64]:

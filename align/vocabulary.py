@@ -1,8 +1,14 @@
 """Vocabulary maps: which target token is meant by each source token.
 
-`exact`: the target token with the same bytes. `prefix`: that, else the first piece of the source token's bytes under the target's
-tokenizer in mid-text position: if the source says that the text goes on with these bytes, the target's next token is their first piece.
-Special tokens are mapped by their role, never by their text.
+    exact     the target token with the same bytes
+    prefix    that, else the first piece of the source token's bytes under the target's tokenizer in mid-text position: if the source says
+              that the text goes on with these bytes, the target's next token is their first piece
+    mined     that of `exact`, else the token at the smallest edit distance (FuseLLM, arXiv 2401.10491, section 3.2)
+    stat      that of `exact`, else the token with which it is most often matched in the corpus, else that of `mined` (FuseChat, arXiv
+              2408.07990, section 3.1; its released code prefers the rarer partner, since it multiplies the distance by sigmoid(count))
+
+Edit distances are between texts: word-start marks are spaces, and a byte that is no character by itself counts as one of its own. Special
+tokens are mapped by their role, never by their text, and nothing else is mapped to them.
 """
 
 from itertools import accumulate
@@ -11,47 +17,124 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
-from ..store.tokenizer import Tokenizer
+from ..store.tokenizer import ROLES, Tokenizer
+from .edit_distance import distances, nearest
 
 UNMAPPED = -1
-_MAPPED_ROLES = ("bos", "eos")
 _ANCHOR = "\n"  # put before a piece so that a dummy space is not put there
+_SCHEMA = {
+    "source_id": pl.UInt32, "target_id": pl.UInt32, "rule": pl.String, "distance": pl.UInt32, "count": pl.UInt64,
+    "source_bytes": pl.Binary, "target_bytes": pl.Binary,
+}  # fmt: skip
 
 
-def vocabulary_map(source: Tokenizer, *, target: Tokenizer, rule: str) -> pl.DataFrame:
+class TokenPairs:
+    """A vocabulary map in the making: for each source token its target token, which rule said so, and the distance of their texts."""
+
+    def __init__(self, source_texts: list[bytes], *, target_texts: list[bytes]) -> None:
+        self.source_texts, self.target_texts = source_texts, target_texts
+        self.target_ids = [UNMAPPED] * len(source_texts)
+        self.rules = ["none"] * len(source_texts)
+        self.distances: list[int | None] = [None] * len(source_texts)
+
+    def put(self, source_id: int, target_id: int, *, rule: str, distance: int | None = None) -> None:
+        """Say what a source token is mapped to."""
+        self.target_ids[source_id], self.rules[source_id], self.distances[source_id] = target_id, rule, distance
+
+    def missing(self) -> list[int]:
+        """Source tokens that have a text and are not mapped yet."""
+        return [v for v, text in enumerate(self.source_texts) if text and self.target_ids[v] == UNMAPPED]
+
+    def table(self, *, matches: pl.DataFrame | None = None) -> pl.DataFrame:
+        """The map as `vocabulary_map` returns it."""
+        columns = {
+            "source_id": range(len(self.target_ids)),
+            "target_id": [None if target_id == UNMAPPED else target_id for target_id in self.target_ids],
+            "rule": self.rules,
+            "distance": self.distances,
+            "count": [None] * len(self.target_ids),
+            "source_bytes": self.source_texts,
+            "target_bytes": [None if target_id == UNMAPPED else self.target_texts[target_id] for target_id in self.target_ids],
+        }
+        table = pl.DataFrame(columns, schema=_SCHEMA)
+        if matches is None:
+            return table
+        counted = table.drop("count").join(matches, on=["source_id", "target_id"], how="left", maintain_order="left")
+        count = pl.when(pl.col("target_id").is_not_null()).then(pl.col("count").fill_null(0))
+        return counted.with_columns(count=count).select(pl.col(name).cast(dtype) for name, dtype in _SCHEMA.items())
+
+
+def vocabulary_map(source: Tokenizer, *, target: Tokenizer, rule: str, matches: pl.DataFrame | None = None) -> pl.DataFrame:
     """Map every token of the source's vocabulary.
 
     Args:
         source: tokenizer whose tokens are mapped.
         target: tokenizer into whose vocabulary.
-        rule: `exact` or `prefix`.
+        rule: `exact`, `prefix`, `mined` or `stat`.
+        matches: for `stat`, how often tokens are matched in the corpus: source_id, target_id and count, a row per pair (`token_matches`).
 
     Returns:
-        One row per source id: source_id, target_id (null where unmapped), rule (`exact`, `prefix`, `role` or `none`), source_bytes,
-        target_bytes.
+        One row per source id: source_id; target_id (null where unmapped); rule, which one said so (`exact`, `prefix`, `mined`, `stat`,
+        `role` or `none`); distance (Levenshtein, in characters; null where none was asked for); count (how often the two are matched in
+        the corpus; null without `matches`); source_bytes; target_bytes.
     """
-    source_bytes, target_bytes = source.token_bytes.to_list(), target.token_bytes.to_list()
+    pairs = TokenPairs(source.token_bytes.to_list(), target_texts=target.token_bytes.to_list())
     by_bytes = _ids_by_bytes(target)
-    ids = [by_bytes.get(piece, UNMAPPED) if piece else UNMAPPED for piece in source_bytes]
-    rules = ["none" if target_id == UNMAPPED else "exact" for target_id in ids]
-    if rule == "prefix":
-        rest = [v for v, piece in enumerate(source_bytes) if piece and ids[v] == UNMAPPED]
-        firsts = first_pieces([source_bytes[v] for v in rest], target=target)
-        for v, first in zip(rest, firsts, strict=True):
-            ids[v], rules[v] = first, "none" if first == UNMAPPED else "prefix"
-    for role in _MAPPED_ROLES:
+    for v in pairs.missing():
+        if pairs.source_texts[v] in by_bytes:
+            pairs.put(v, by_bytes[pairs.source_texts[v]], rule="exact", distance=0)
+    match rule:
+        case "prefix":
+            rest = pairs.missing()
+            firsts = first_pieces([pairs.source_texts[v] for v in rest], target=target)
+            for v, first in zip(rest, firsts, strict=True):
+                pairs.put(v, first, rule="none" if first == UNMAPPED else "prefix")
+        case "mined":
+            _put_nearest(pairs, target=target, by_bytes=by_bytes)
+        case "stat":
+            assert matches is not None
+            _put_partners(pairs, matches=matches)
+            _put_nearest(pairs, target=target, by_bytes=by_bytes)
+    of_role: dict[int, int] = {}
+    for role in ROLES:
         source_id, target_id = source.roles[role], target.roles[role]
         if source_id is not None and target_id is not None:
-            ids[source_id], rules[source_id] = target_id, "role"
-    columns = {
-        "source_id": range(len(ids)),
-        "target_id": [None if target_id == UNMAPPED else target_id for target_id in ids],
-        "rule": rules,
-        "source_bytes": source_bytes,
-        "target_bytes": [None if target_id == UNMAPPED else target_bytes[target_id] for target_id in ids],
-    }
-    schema = {"source_id": pl.UInt32, "target_id": pl.UInt32, "rule": pl.String, "source_bytes": pl.Binary, "target_bytes": pl.Binary}
-    return pl.DataFrame(columns, schema=schema)
+            of_role.setdefault(source_id, target_id)  # of a token with several roles the first counts: eos, of one that is also pad
+    for source_id, target_id in of_role.items():
+        pairs.put(source_id, target_id, rule="role")
+    return pairs.table(matches=matches)
+
+
+def _put_nearest(pairs: TokenPairs, *, target: Tokenizer, by_bytes: dict[bytes, int]) -> None:
+    """Map what is left to the token at the smallest edit distance; of several, to the lowest id.
+
+    Tokens in which SentencePiece writes stray bytes mean parts of characters, which they are equal to or not: none is near to another text.
+    """
+    candidates = sorted((token_id, text) for text, token_id in by_bytes.items() if token_id not in target.byte_fallback_ids)
+    rest = pairs.missing()
+    index_N, distance_N = nearest([_text(pairs.source_texts[v]) for v in rest], candidates=[_text(text) for _, text in candidates])
+    for v, index, distance in zip(rest, index_N.tolist(), distance_N.tolist(), strict=True):
+        if index >= 0:
+            pairs.put(v, candidates[index][0], rule="mined", distance=distance)
+
+
+def _put_partners(pairs: TokenPairs, *, matches: pl.DataFrame) -> None:
+    """Map what is left to its most frequent partner; of several, to the one at the smallest edit distance, then the lowest id."""
+    rest = pl.DataFrame({"source_id": pairs.missing()}, schema={"source_id": pl.UInt32})
+    with_text = pl.DataFrame({"target_id": [w for w, text in enumerate(pairs.target_texts) if text]}, schema={"target_id": pl.UInt32})
+    tied = (
+        matches.join(rest, on="source_id", how="semi")
+        .join(with_text, on="target_id", how="semi")
+        .filter(pl.col("count") == pl.col("count").max().over("source_id"))
+    )
+    texts = ([_text(pairs.source_texts[v]) for v in tied["source_id"]], [_text(pairs.target_texts[w]) for w in tied["target_id"]])
+    chosen = tied.with_columns(distance=distances(*texts)).sort("source_id", "distance", "target_id").unique("source_id", keep="first")
+    for source_id, target_id, distance in chosen.select("source_id", "target_id", "distance").iter_rows():
+        pairs.put(source_id, target_id, rule="stat", distance=distance)
+
+
+def _text(data: bytes) -> str:
+    return data.decode(errors="surrogateescape")
 
 
 def target_ids(table: pl.DataFrame) -> NDArray[np.int32]:

@@ -39,6 +39,7 @@ class StageResources(BaseModel):
 
     corpus: Resources = Field(Resources(), description="cutting documents into segments")
     distributions: Resources = Field(Resources(), description="forward passes")
+    token_matches: Resources = Field(Resources(), description="counts of matched tokens, for the vocabulary map `stat`")
     vocab_maps: Resources = Field(Resources(), description="vocabulary maps")
     alignments: Resources = Field(Resources(), description="position maps")
     targets: Resources = Field(Resources(), description="fusion")

@@ -6,11 +6,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from .. import __version__
 from ..align.alignments import AlignmentsStage, alignment_identity
 from ..align.config import FusionConfig
 from ..align.fusion import FusionStage, fusion_identity
 from ..align.maps import VocabularyMapStage, vocabulary_map_identity
+from ..align.matches import TokenMatchesStage, matches_identity
 from ..align.sources import FusionSource
 from ..ingest.corpus import CorpusStage, corpus_identity
 from ..ingest.distributions import DistributionsStage, distributions_identity
@@ -25,8 +25,9 @@ from ..store.workspace import Workspace
 from ..train.config import TrainingConfig, TrainJob
 from ..train.launch import launch
 from ..train.records import read_done, require_identity
-from .conflicts import Conflict, fusion_conflicts, require_free, training_conflicts
+from .conflicts import Conflict, fusion_conflicts, require_domains, require_free, training_conflicts
 from .executor import Executor
+from .origin import lineage
 from .progress import Progress, size
 from .work import Stage
 
@@ -84,7 +85,7 @@ class Pipeline:
 
     def _check_identities(self) -> None:
         """Meet every mismatch with what the workspace holds before hours are spent on what comes before it."""
-        self._check_domains()
+        require_domains(self.recipe.fusion, known=self.corpus.plan.documents["domain"].unique())
         conflicts = self._fusion_conflicts()  # opens the datasets of all stages up to the fusion
         for job in self._jobs(self._parts_of("train")):
             key = ("training", "name") if job.config.name == self.recipe.training.name else ("evaluation", "clm_name")
@@ -152,9 +153,12 @@ class Pipeline:
         """
         if not (self.corpus.dataset.folder / "plan.json").exists():
             raise UsageError("The corpus is not there yet. Make it first: fuseline ingest corpus RECIPE.")
-        parts = [index for index, part in enumerate(self.corpus.plan.parts) if part["split"] == split]
+        parts = self._planned_parts(split)
         self._require(self.corpus.dataset, parts=parts, command="ingest corpus")
         return parts
+
+    def _planned_parts(self, split: str) -> list[int]:
+        return [index for index, part in enumerate(self.corpus.plan.parts) if part["split"] == split]
 
     def _tokenizer_folder(self, model: ModelFolder) -> Path:
         folder = self.workspace.folder("tokenizers", model.tokenizer.digest)
@@ -212,13 +216,13 @@ class Pipeline:
         for dataset in self.distributions.values():
             self._require(dataset, parts=parts, command="ingest distributions")
         for source in self.recipe.sources:
-            self.make(f"vocabulary map {self._pair(source)}", self._vocabulary_stage(source), parts=[0])
-            self.make(f"alignment {self._pair(source)}", self._alignment_stage(source), parts=parts)
+            for title, stage in self._alignment_stages(source):
+                self.make(title, stage, parts=[0] if isinstance(stage, VocabularyMapStage) else parts)
 
     def make_targets(self) -> None:
         """The fused targets."""
         parts = self._parts_of("train")
-        self._check_domains()
+        require_domains(self.recipe.fusion, known=self.corpus.plan.documents["domain"].unique())
         stage = self._fusion_stage
         for source in stage.sources:
             for dataset, needed, command in (
@@ -237,24 +241,49 @@ class Pipeline:
     def _pair(self, source: ModelConfig) -> str:
         return f"{source.name}--{self.recipe.target.name}"
 
+    def _alignment_stages(self, source: ModelConfig) -> Iterator[tuple[str, Stage]]:
+        """The stages that align a source to the target, in order, with their titles."""
+        if self.recipe.alignment.vocabulary == "stat":
+            yield f"token matches {self._pair(source)}", self._matches_stage(source)
+        yield f"vocabulary map {self._pair(source)}", self._vocabulary_stage(source)
+        yield f"alignment {self._pair(source)}", self._alignment_stage(source)
+
+    def _sides(self, source: ModelConfig) -> dict[str, Any]:
+        """What a stage over a source and the target reads."""
+        return {
+            "source": self.distributions[source.name],
+            "target": self.distributions[self.recipe.target.name],
+            "source_tokenizer_folder": self._tokenizer_folder(self.models[source.name]),
+            "target_tokenizer_folder": self._tokenizer_folder(self.models[self.recipe.target.name]),
+        }
+
+    def _matches_stage(self, source: ModelConfig) -> TokenMatchesStage:
+        sides, positions = self._sides(source), self.recipe.alignment.positions
+        identity = matches_identity(sides["source"], target=sides["target"], positions=positions)
+        name = self.recipe.alignment.matches_name(self._pair(source))
+        dataset = self.workspace.dataset("token_matches", name, identity=identity, description=self._of_corpus)
+        return TokenMatchesStage(dataset, positions=positions, **sides)
+
     def _vocabulary_stage(self, source: ModelConfig) -> VocabularyMapStage:
         source_tokenizer, target_tokenizer = (self.models[name].tokenizer for name in (source.name, self.recipe.target.name))
-        rule = self.recipe.alignment.vocabulary
-        identity = vocabulary_map_identity(source_tokenizer, target=target_tokenizer, rule=rule)
-        dataset = self.workspace.dataset("vocab_maps", f"{self._pair(source)}--{rule}", identity=identity)
-        return VocabularyMapStage(dataset, source=source_tokenizer, target=target_tokenizer, rule=rule)
+        alignment = self.recipe.alignment
+        rule = alignment.vocabulary
+        matches = self._matches_stage(source).dataset if rule == "stat" else None
+        identity = vocabulary_map_identity(source_tokenizer, target=target_tokenizer, rule=rule, matches=matches)
+        dataset = self.workspace.dataset("vocab_maps", alignment.map_name(self._pair(source)), identity=identity)
+        parts = self._planned_parts("train") if matches else []
+        return VocabularyMapStage(dataset, source=source_tokenizer, target=target_tokenizer, rule=rule, matches=matches, parts=parts)
 
     def _alignment_stage(self, source: ModelConfig) -> AlignmentsStage:
-        distributions, target = self.distributions[source.name], self.distributions[self.recipe.target.name]
-        identity = alignment_identity(distributions, target=target, rule=self.recipe.alignment.positions)
-        return AlignmentsStage(
-            self.workspace.dataset("alignments", self._pair(source), identity=identity, description=self._of_corpus),
-            source=distributions,
-            target=target,
-            rule=self.recipe.alignment.positions,
-            source_tokenizer_folder=self._tokenizer_folder(self.models[source.name]),
-            target_tokenizer_folder=self._tokenizer_folder(self.models[self.recipe.target.name]),
+        sides, alignment = self._sides(source), self.recipe.alignment
+        match = alignment.dtw_match if alignment.positions == "dtw" else None
+        vocabulary_map = self._vocabulary_stage(source).dataset if alignment.reads_map else None
+        identity = alignment_identity(
+            sides["source"], target=sides["target"], rule=alignment.positions, match=match, vocabulary_map=vocabulary_map
         )
+        name = alignment.alignment_name(self._pair(source))
+        dataset = self.workspace.dataset("alignments", name, identity=identity, description=self._of_corpus)
+        return AlignmentsStage(dataset, rule=alignment.positions, match=match, vocabulary_map=vocabulary_map, **sides)
 
     @cached_property
     def _fusion_sources(self) -> list[FusionSource]:
@@ -297,14 +326,6 @@ class Pipeline:
             codec=recipe.distributions.codec,
             corpus=self.corpus.dataset,
         )
-
-    def _check_domains(self) -> None:
-        known = set(self.corpus.plan.documents["domain"].unique())
-        unknown = sorted(self.recipe.fusion.domain_weights.keys() - known)
-        if unknown:
-            raise UsageError(
-                f"fusion.domain_weights: {', '.join(unknown)} must be among the corpus's domains: {', '.join(sorted(known - {None}))}."
-            )
 
     # ---- training and evaluation -------------------------------------------------------------------------------------------------------
 
@@ -361,17 +382,6 @@ class Pipeline:
     def _job(self, training: TrainingConfig, *, parts: list[int]) -> TrainJob:
         targets_fingerprint = fingerprint(self._fusion_identity)
         start = self.models[self.recipe.target.name]
-        lineage = {
-            "fuseline": __version__,
-            "corpus": {"name": self.recipe.corpus.name, "path": self.recipe.corpus.path, "fingerprint": self.corpus.dataset.fingerprint},
-            "start": {"model": start.config.model, "weights": start.weights_digest},
-            "sources": {
-                source.name: {"model": source.model, "weights": self.models[source.name].weights_digest} for source in self.recipe.sources
-            },
-            "alignment": self.recipe.alignment.model_dump(),
-            "fusion": self.recipe.fusion.model_dump(),
-            "targets": targets_fingerprint,
-        }
         return TrainJob(
             run_folder=self.workspace.folder("runs", training.name).absolute(),
             model_folder=start.folder.absolute(),
@@ -381,7 +391,7 @@ class Pipeline:
             tokens_fingerprint=self.distributions[self.recipe.target.name].fingerprint,
             parts=parts,
             export_folder=self.workspace.folder("exports", training.name).absolute(),
-            lineage=lineage,
+            lineage=lineage(self.recipe, models=self.models, corpus=self.corpus.dataset, targets_fingerprint=targets_fingerprint),
             config=training,
         )
 
@@ -413,8 +423,7 @@ class Pipeline:
         for model in self.models.values():
             yield f"distributions {model.config.name}", self._forward_stage(model)
         for source in self.recipe.sources:
-            yield f"vocabulary map {self._pair(source)}", self._vocabulary_stage(source)
-            yield f"alignment {self._pair(source)}", self._alignment_stage(source)
+            yield from self._alignment_stages(source)
         yield f"targets {self.recipe.fusion.name}", self._fusion_stage
         for model in self.models.values():
             yield f"evaluation {model.config.name}", self._forward_stage(model, kind="evaluations")

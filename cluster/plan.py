@@ -20,6 +20,7 @@ UTILISATION = 0.4  # share of it that a good forward pass or training step reach
 _SCALAR_BYTES, _ID_BYTES_U16, _ID_BYTES_U32 = 6.4, 1.35, 1.44
 _VALUE_BYTES = {"f16": 1.12, "q8": 0.74}
 _SMALL_VOCABULARY = 65_536
+_MATCHES_BYTES = 0.3  # of a token: a part of 1M has about 60,000 different pairs
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,9 +73,14 @@ def plan(recipe: Recipe, *, base: Path, models_dir: Path, workspace: Workspace) 
         stages.append(planned(f"distributions {model.name}", f"distributions/{model.name}", parts=train.parts, stored=stored, flops=flops))
     for model in models[1:]:
         pair = f"{model.name}--{target.name}"
-        map_name = f"{pair}--{recipe.alignment.vocabulary}"
-        stages.append(planned(f"vocabulary map {pair}", f"vocab_maps/{map_name}", parts=1, tokens=0, stored=14 * model.vocab_size))
-        stages.append(planned(f"alignment {pair}", f"alignments/{pair}", parts=train.parts, stored=1.5 * tokens))
+        alignment = recipe.alignment
+        if alignment.vocabulary == "stat":
+            folder = f"token_matches/{alignment.matches_name(pair)}"
+            stages.append(planned(f"token matches {pair}", folder, parts=train.parts, stored=_MATCHES_BYTES * tokens))
+        folder = f"vocab_maps/{alignment.map_name(pair)}"
+        stages.append(planned(f"vocabulary map {pair}", folder, parts=1, tokens=0, stored=14 * model.vocab_size))
+        folder = f"alignments/{alignment.alignment_name(pair)}"
+        stages.append(planned(f"alignment {pair}", folder, parts=train.parts, stored=1.5 * tokens))
     stored = tokens * (3.5 + recipe.top_k * _entry_bytes(target, codec))
     stages.append(planned(f"targets {recipe.fusion.name}", f"targets/{recipe.fusion.name}", parts=train.parts, stored=stored))
     stages += [_training(training, target=target, tokens=tokens, workspace=workspace) for training in recipe.trainings]

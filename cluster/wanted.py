@@ -53,9 +53,11 @@ def _before_training(recipe: Recipe) -> Iterator[tuple[str, str]]:
     yield "corpus", recipe.corpus.name
     yield from (("distributions", model.name) for model in recipe.models)
     for source in recipe.sources:
-        pair = f"{source.name}--{recipe.target.name}"
-        yield "vocab_maps", f"{pair}--{recipe.alignment.vocabulary}"
-        yield "alignments", pair
+        pair, alignment = f"{source.name}--{recipe.target.name}", recipe.alignment
+        if alignment.vocabulary == "stat":
+            yield "token_matches", alignment.matches_name(pair)
+        yield "vocab_maps", alignment.map_name(pair)
+        yield "alignments", alignment.alignment_name(pair)
     yield "targets", recipe.fusion.name
 
 
@@ -124,8 +126,8 @@ def _fusion_differences(recipe: Recipe, *, workspace: Workspace) -> list[str]:
         if model.name == recipe.target.name:
             sources.append(FusionSource(name=model.name, distributions=distributions))
             continue
-        alignment = _open(workspace.folder("alignments", pair))
-        vocabulary_map = _open(workspace.folder("vocab_maps", f"{pair}--{recipe.alignment.vocabulary}"))
+        alignment = _open(workspace.folder("alignments", recipe.alignment.alignment_name(pair)))
+        vocabulary_map = _open(workspace.folder("vocab_maps", recipe.alignment.map_name(pair)))
         if alignment is None or vocabulary_map is None:
             return [f"sources: asked for {model.name}, which is not aligned yet"]
         sources.append(FusionSource(name=model.name, distributions=distributions, alignment=alignment, vocabulary_map=vocabulary_map))

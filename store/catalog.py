@@ -163,6 +163,7 @@ _TABLES_OF_KIND = {
     "corpus": {"corpora": "corpus", "documents": "corpus"},
     "distributions": {"segments": "name", "quarantine": "name", "models": "model"},
     "evaluations": {"segments": "name", "quarantine": "name"},
+    "token_matches": {},
     "vocab_maps": {"vocab_maps": "name"},
     "alignments": {"alignment_coverage": "name"},
     "targets": {"target_segments": "name", "target_sources": "name"},

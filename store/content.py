@@ -30,7 +30,7 @@ def check_content(dataset: Dataset, part: int) -> None:
     where = dataset.folder / manifest.payload
     if manifest.payload.endswith(".parquet"):
         table = dataset.table(part)
-        problem = _problem_of_texts(table) if dataset.kind == "corpus" else None
+        problem = _PROBLEMS_OF_TABLES.get(dataset.kind, lambda table: None)(table)
     else:
         arrays = dataset.arrays(part)
         found = {name: arrays.read(name) for name in arrays.names}
@@ -101,3 +101,19 @@ def _problem_of_texts(table: pl.DataFrame) -> str | None:
         if hashlib.sha256("".join(texts).encode()).hexdigest() != sha256:
             return f"the text of document {doc_id} does not hash to its sha256"
     return None
+
+
+def _problem_of_matches(table: pl.DataFrame) -> str | None:
+    if not (table["count"] > 0).all():
+        return "a pair of tokens has count 0, which must be at least 1"
+    return "a pair of tokens has several rows" if table.select("source_id", "target_id").is_duplicated().any() else None
+
+
+def _problem_of_map(table: pl.DataFrame) -> str | None:
+    if table["source_id"].to_list() != list(range(len(table))):
+        return f"source_id must count from 0 to {len(table) - 1}"
+    unmapped = table.filter(pl.col("target_id").is_null() != (pl.col("rule") == "none"))
+    return f"token {unmapped['source_id'][0]} has a target_id or not, and its rule says otherwise" if len(unmapped) else None
+
+
+_PROBLEMS_OF_TABLES = {"corpus": _problem_of_texts, "token_matches": _problem_of_matches, "vocab_maps": _problem_of_map}

@@ -121,7 +121,7 @@ class Dataset:
 
     @property
     def kind(self) -> str:
-        """`corpus`, `distributions`, `vocab_maps`, `alignments`, `targets` or `evaluations`."""
+        """`corpus`, `distributions`, `token_matches`, `vocab_maps`, `alignments`, `targets` or `evaluations`."""
         return self.folder.parent.name
 
     def require(self, identity: Identity) -> None:

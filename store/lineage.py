@@ -29,7 +29,7 @@ def check_inputs(datasets: Sequence[Dataset], *, tokenizers: set[str]) -> Iterat
 
 
 def check_counts(datasets: Sequence[Dataset]) -> Iterator[tuple[Dataset, int, str]]:
-    """Parts of alignments and targets that have other numbers of tokens or segments than the target model's part, with the problem.
+    """Parts of what is made over a target model's positions that have other numbers of tokens or segments than its part, with the problem.
 
     All parts must have readable manifests.
     """
@@ -43,7 +43,7 @@ def check_counts(datasets: Sequence[Dataset]) -> Iterator[tuple[Dataset, int, st
             if own is not None and part in own_parts:
                 expected = own.manifest(part).counts
                 for what in ("tokens", "segments"):
-                    if counts[what] != expected[what]:
+                    if what in counts and counts[what] != expected[what]:
                         yield dataset, part, f"has {counts[what]} {what}, and {own.kind}/{own.name} has {expected[what]} in this part"
             planned = plans.get(dataset.fingerprint, {}).get(part)
             if planned is not None and counts["documents"] != planned:
@@ -56,8 +56,12 @@ def input_fingerprints(dataset: Dataset) -> list[str]:
     match dataset.kind:
         case "distributions" | "evaluations":
             return [identity["corpus"]]
-        case "alignments":
+        case "token_matches":
             return [identity["source"], identity["target"]]
+        case "vocab_maps":
+            return [identity["matches"]] if "matches" in identity else []
+        case "alignments":
+            return [identity[key] for key in ("source", "target", "vocabulary") if key in identity]
         case "targets":
             return list(dict.fromkeys(fingerprint for source in identity["sources"] for fingerprint in source))
         case _:
@@ -81,7 +85,7 @@ def tokenizer_digests(dataset: Dataset) -> set[str]:
 def _positions_of(dataset: Dataset) -> str | None:
     """Fingerprint of the distributions whose positions a dataset has."""
     match dataset.kind:
-        case "alignments":
+        case "alignments" | "token_matches":
             return dataset.identity["target"]
         case "targets":
             return dataset.identity["sources"][0][0]

@@ -1,4 +1,4 @@
-"""The lazy tables over stored Parquet parts: `texts` (the corpora's segments) and `vocab_map_entries`."""
+"""The lazy tables over stored Parquet parts: `texts` (the corpora's segments), `vocab_map_entries` and `token_matches`."""
 
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
@@ -94,7 +94,7 @@ class VocabMapEntries(ParquetTable):
     columns = pa.schema(
         [
             ("name", pa.string()), ("source_id", pa.uint32()), ("target_id", pa.uint32()), ("rule", pa.string()),
-            ("source_bytes", pa.binary()), ("target_bytes", pa.binary()),
+            ("distance", pa.uint32()), ("count", pa.uint64()), ("source_bytes", pa.binary()), ("target_bytes", pa.binary()),
         ]
     )  # fmt: skip
 
@@ -104,4 +104,19 @@ class VocabMapEntries(ParquetTable):
             yield (row["name"], row["part"]), pc.field("name") == row["name"], pc.scalar(True)
 
 
-PARQUET_TABLES = (Texts, VocabMapEntries)
+class TokenMatches(ParquetTable):
+    """A row per pair of tokens that a position map matches in a part of the corpus, with how often it does."""
+
+    name, kind = "token_matches", "token_matches"
+    columns = pa.schema(
+        [("name", pa.string()), ("part", pa.int32()), ("source_id", pa.uint32()), ("target_id", pa.uint32()), ("count", pa.uint64())]
+    )
+
+    def known(self) -> Iterator[tuple[_PartKey, pc.Expression, pc.Expression]]:
+        """The name of the matches and the part."""
+        for row in self.store.catalog_rows("SELECT name, part FROM parts WHERE kind = 'token_matches' ORDER BY ALL"):
+            given = (pc.field("name") == row["name"]) & (pc.field("part") == pa.scalar(row["part"], pa.int32()))
+            yield (row["name"], row["part"]), given, pc.scalar(True)
+
+
+PARQUET_TABLES = (Texts, VocabMapEntries, TokenMatches)

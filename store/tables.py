@@ -242,7 +242,7 @@ class Alignments(Source):
 
     name = "alignments"
     part_class = _AlignmentsPart
-    own_columns = (("source", LABEL), ("target", LABEL))
+    own_columns = (("name", LABEL), ("source", LABEL), ("target", LABEL))  # a pair may have several alignments
     row_columns = (
         *_TOKEN, ("source_position", pa.int32()), ("bytes_ahead", pa.uint16()), ("source_token_id", pa.uint32()),
         ("source_token", pa.string()),

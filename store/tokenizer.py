@@ -30,6 +30,7 @@ from .equivalence import WORD_START, places_in_text
 from .errors import DataError
 
 ROLES = ("bos", "eos", "pad", "unk")
+BYTE_LEVEL_WORD_START = "Ġ"  # how byte-level BPE does
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
 _CONTROL_TOKEN = re.compile(r"<\|.*\|>|</?s>", re.DOTALL)
 
@@ -185,6 +186,20 @@ class Tokenizer:
         if self.roles["unk"] is not None:
             special_V[self.roles["unk"]], table[self.roles["unk"]] = True, b""
         return TokenBytes.from_list(table, is_special_V=special_V)
+
+    @cached_property
+    def pieces(self) -> list[str]:
+        """How the vocabulary spells each token (`Ġthe`, `▁the`, `<0x0A>`), by id; empty where an id has no token."""
+        vocabulary = self.backend.get_vocab(with_added_tokens=True)
+        table = [""] * self.vocab_size
+        for piece in sorted(vocabulary):
+            table[vocabulary[piece]] = piece
+        return table
+
+    @property
+    def word_start(self) -> str:
+        """The character that stands for a space inside the pieces."""
+        return BYTE_LEVEL_WORD_START if self.is_byte_level else WORD_START
 
     @cached_property
     def byte_fallback_ids(self) -> frozenset[int]:

@@ -4,7 +4,7 @@
   catalog.duckdb                                      index of all of it; can be rebuilt
   tokenizers/<digest>/                                tokenizer.json, token_bytes.parquet
   corpus/<name>/  distributions/<model>/  alignments/<source>--<target>/  targets/<name>/  evaluations/<model>/
-  vocab_maps/<source>--<target>/                      a table each, in the same form as the others
+  token_matches/<source>--<target>--<positions>/  vocab_maps/<source>--<target>--<rule>/     tables, in the same form as the others
   runs/<run>/                                         one execution of a stage: run.json; of training also checkpoints, metrics, logs
   exports/<name>/                                     models in the Hugging Face format
 """
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from .database import Database, Parameters
 
 # In the order of the pipeline, which is also the order in which the catalog folds them.
-DATASET_KINDS = ("corpus", "distributions", "vocab_maps", "alignments", "targets", "evaluations")
+DATASET_KINDS = ("corpus", "distributions", "token_matches", "vocab_maps", "alignments", "targets", "evaluations")
 
 _RUN_KEYS = ("run", "stage", "dataset", "parameters", "fuseline", "host", "started_at", "ended_at", "status", "metrics")  # of a run.json
 

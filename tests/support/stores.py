@@ -201,7 +201,8 @@ def _write_alignment(
                 aligned = int(position_T[t])
                 start = int(source_offsets[place_of[key]]) if key in place_of else 0
                 rows["alignments"].append(
-                    {"source": f"beta-{corpus}", "target": f"alpha-{corpus}", "corpus": corpus, "domain": row["domain"],
+                    {"name": dataset.name,
+                     "source": f"beta-{corpus}", "target": f"alpha-{corpus}", "corpus": corpus, "domain": row["domain"],
                      "split": row["split"], "part": part, "doc_id": key[0], "segment": key[1], "position": t - int(offsets[s]),
                      "token_id": int(ids_T[t]),
                      "token": text_of("alpha", int(ids_T[t])), "source_position": None if aligned < 0 else aligned - start,

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import fuseline
 import pytest
+from fuseline.align.config import AlignmentConfig
 from fuseline.recipe import line_of, load_recipe
 from fuseline.store.errors import UsageError
 
@@ -295,3 +296,38 @@ def test_a_recipe_that_is_not_there_is_told(tmp_path):
     for path in (tmp_path / "nowhere.toml", tmp_path):
         with pytest.raises(UsageError, match=rf"The recipe {path} cannot be read: "):
             load_recipe(path)
+
+
+@pytest.mark.parametrize(
+    ("alignment", "what"),
+    [
+        ('vocabulary = "mined"', 'positions ("cover") needs vocabulary = "prefix", which maps what is left of tokens, and it is "mined"'),
+        ('positions = "span"\ndtw_match = "em"', 'dtw_match ("em") is of positions = "dtw", and they are "span". Remove it'),
+        ('positions = "dtw"\ngold_anchor = true', "gold_anchor (true) needs positions whose prefixes end at the same byte"),
+    ],
+)
+def test_ways_to_align_that_do_not_go_together_are_told(tmp_path, alignment, what):
+    text = f"{GOOD}[alignment]\n{alignment}\n"
+    ((number, key, told_what),) = told(tmp_path, text)
+    assert (number, key) == (line(text, "[alignment]"), "alignment")
+    assert told_what.startswith(what)
+
+
+def test_dtw_has_no_gold_anchor_unless_other_positions_are_asked_for(tmp_path):
+    for alignment, expected in (('positions = "dtw"', ("mined", False)), ('positions = "span"', ("mined", True)), ("", ("mined", True))):
+        (tmp_path / "recipe.toml").write_text(f"{GOOD}[alignment]\n{alignment}\n")
+        found = load_recipe(tmp_path / "recipe.toml").alignment
+        assert (found.dtw_match, found.gold_anchor) == expected
+
+
+def test_each_way_to_align_has_its_own_place_in_the_workspace():
+    ways = [
+        {"positions": "dtw", "dtw_match": match, "vocabulary": vocabulary}
+        for match in ("em", "mined", "fusechat")
+        for vocabulary in ("exact", "prefix", "mined", "stat", "mined_published")
+    ]
+    configs = [AlignmentConfig.model_validate(way) for way in [*ways, {"positions": "span"}, {"positions": "span", "vocabulary": "stat"}]]
+    assert len({config.alignment_name("a--b") for config in configs}) == 1 + 10 + 1, "em does not read the map, span has one"
+    assert len({config.map_name("a--b") for config in configs}) == 6, "stat counts by dtw, or by span"
+    assert {config.matches_name("a--b") for config in configs} == {"a--b--dtw", "a--b--span"}
+    assert all(name.startswith("a--b") for config in configs for name in (config.alignment_name("a--b"), config.map_name("a--b")))

@@ -205,6 +205,62 @@ def test_sources_of_targets_that_make_no_sense_are_told_by_reading_everything(wo
         assert message in problem
 
 
+def counted_matches(workspace: Workspace, rows: list[tuple[int, int, int]]) -> Dataset:
+    """Token matches of part 0 with these rows, and a vocabulary map that was made from them."""
+    source, target = (dataset(workspace, f"distributions/{name}") for name in ("source", "target"))
+    identity = {"source": source.fingerprint, "target": target.fingerprint, "positions": "span"}
+    matches = workspace.dataset("token_matches", "source--target--span", identity=identity, description={"corpus": "corpus"})
+    table = pl.DataFrame(rows, schema={"source_id": pl.UInt32, "target_id": pl.UInt32, "count": pl.UInt64}, orient="row")
+    matches.commit(0, content=PartContent(data=table, counts={"tokens": target.manifest(0).counts["tokens"]}), seconds=0)
+    tokenizer = target.identity["tokenizer"]
+    identity = {"source": tokenizer, "target": tokenizer, "matches": matches.fingerprint}
+    vocab_map = workspace.dataset("vocab_maps", "source--target--stat-span", identity=identity)
+    rules = pl.DataFrame({"source_id": [0, 1], "target_id": [0, None], "rule": ["stat", "none"]})
+    vocab_map.commit(0, content=PartContent(data=rules, counts={"mapped": 1}), seconds=0)
+    catalog.fold(workspace)
+    return matches
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([(1, 2, 3), (1, 3, 1), (2, 2, 1)], None),
+        ([(1, 2, 3), (1, 3, 0)], "a pair of tokens has count 0"),
+        ([(1, 2, 3), (1, 2, 1)], "a pair of tokens has several rows"),
+    ],
+)
+def test_counts_of_matches_that_make_no_sense_are_told(workspace, rows, message):
+    counted_matches(workspace, rows)
+    assert problems(workspace) == []
+    found = problems(workspace, full=True)
+    assert [(where, message in problem) for where, problem in found] == (
+        [("token_matches/source--target--span/part-00000.json", True)] if message else []
+    )
+
+
+def test_a_map_whose_matches_are_gone_is_told(workspace):
+    matches = counted_matches(workspace, [(1, 2, 3)])
+    shutil.rmtree(matches.folder)
+    catalog.fold(workspace)
+    assert "was made from a dataset that is not here" in dict(problems(workspace))["vocab_maps/source--target--stat-span/dataset.json"]
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        ({"source_id": [0, 2], "target_id": [0, None], "rule": ["exact", "none"]}, "source_id must count from 0 to 1"),
+        ({"source_id": [0, 1], "target_id": [0, None], "rule": ["exact", "mined"]}, "token 1 has a target_id or not"),
+    ],
+)
+def test_a_vocabulary_map_that_makes_no_sense_is_told(workspace, columns, message):
+    vocab_map = dataset(workspace, "vocab_maps/source--target")
+    vocab_map.drop(0)
+    vocab_map.commit(0, content=PartContent(data=pl.DataFrame(columns), counts={"mapped": 1}), seconds=0)
+    assert problems(workspace) == []
+    ((_, problem),) = problems(workspace, full=True)
+    assert message in problem
+
+
 def test_text_that_is_not_its_documents_is_told(workspace):
     corpus = dataset(workspace, "corpus/corpus")
     table, counts = corpus.table(0), corpus.manifest(0).counts

@@ -102,7 +102,7 @@ def test_the_word_start_of_one_family_is_the_space_of_the_other(pair):
         assert pair[target].backend.id_to_token(token_id) == {"sentencepiece": "▁the", "byte_level": "Ġthe"}[target]
 
 
-@pytest.mark.parametrize("rule", ["exact", "prefix"])
+@pytest.mark.parametrize("rule", ["exact", "prefix", "mined"])
 @pytest.mark.parametrize("name", ["byte_level", "sentencepiece"])
 def test_a_tokenizer_maps_to_itself(pair, name, rule):
     tokenizer = pair[name]
@@ -110,7 +110,7 @@ def test_a_tokenizer_maps_to_itself(pair, name, rule):
     for row in table.iter_rows(named=True):
         token_id = row["source_id"]
         if tokenizer.token_bytes.is_special_V[token_id]:
-            is_role = token_id in (tokenizer.roles["bos"], tokenizer.roles["eos"])
+            is_role = token_id in tokenizer.roles.values()
             assert (row["target_id"], row["rule"]) == ((token_id, "role") if is_role else (None, "none"))
         elif len(tokens_with(tokenizer, row["source_bytes"])) == 1:
             assert row["target_id"] == token_id
@@ -120,7 +120,7 @@ def test_a_tokenizer_maps_to_itself(pair, name, rule):
 
 def test_special_tokens_are_mapped_by_their_role_and_by_nothing_else(source_and_target):
     source, target = source_and_target
-    for rule in ("exact", "prefix"):
+    for rule in ("exact", "prefix", "mined"):
         table = vocabulary_map(source, target=target, rule=rule)
         by_id = {row["source_id"]: row for row in table.iter_rows(named=True)}
         eos = by_id[source.roles["eos"]]
