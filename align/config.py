@@ -77,10 +77,11 @@ class AlignmentConfig(BaseModel):
         return f"{pair}--{self.vocabulary}" + (f"-{self.positions}" if self.vocabulary == "stat" else "")
 
     def alignment_name(self, pair: str) -> str:
-        """Name of the alignment of a pair; each kind of `dtw` has its own."""
-        if self.positions != "dtw":
+        """Name of the alignment of a pair; each kind has its own, and `cover` that of the pair."""
+        if self.positions == "cover":
             return pair
-        return f"{pair}--dtw-{self.dtw_match}" + (f"-{self.vocabulary}" if self.reads_map else "")
+        kind = f"dtw-{self.dtw_match}" if self.positions == "dtw" else self.positions
+        return f"{pair}--{kind}" + (f"-{self.vocabulary}" if self.reads_map else "")
 
 
 Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]

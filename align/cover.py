@@ -173,7 +173,7 @@ def _begin_alike(token: int, other: int, n_bytes: int, buffer_B: Any, offsets_V1
     if token + 1 >= len(offsets_V1) or offsets_V1[token + 1] - offsets_V1[token] < n_bytes:
         return False
     a, b = offsets_V1[token], offsets_V1[other]
-    return np.all(buffer_B[a : a + n_bytes] == buffer_B[b : b + n_bytes])
+    return bool(np.all(buffer_B[a : a + n_bytes] == buffer_B[b : b + n_bytes]))
 
 
 @njit(cache=True, inline="always")

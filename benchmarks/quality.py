@@ -8,6 +8,7 @@ distribution over the target's vocabulary: P = projection + open mass × target.
 """
 
 import argparse
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,15 +17,17 @@ import numpy as np
 import polars as pl
 from fuseline.align.alignments import AlignmentsStage
 from fuseline.align.maps import VocabularyMapStage
+from fuseline.align.matches import TokenMatchesStage
 from fuseline.align.projection import SourcePart, VocabularyMap, project
 from fuseline.align.rests import with_rests
 from fuseline.align.vocabulary import target_ids
+from fuseline.cluster.work import Stage
 from fuseline.store.dataset import Dataset
 from fuseline.store.tokenizer import Tokenizer
 from fuseline.store.workspace import Workspace
 
 _ROUNDING = 1e-4  # of a row of entries in float16: with less left open, nothing can be said of the rest
-VARIANTS = [("span", "exact"), ("span", "prefix"), ("cover", "prefix")]
+VARIANTS = [(positions, rule) for positions in ("span", "dtw") for rule in ("exact", "mined", "stat", "prefix")] + [("cover", "prefix")]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,16 +68,12 @@ def measure(source: Side, target: Side, *, domains: dict[int, str], top_ks: list
     text = Text(target, part=part, domains=domains)
     for name, alone in (("target alone", text), ("source alone", Text(source, part=part, domains=domains))):
         yield {"positions": "", "map": name, "k": None, "anchor": None, **alone.bits_per_byte(alone.own_gold_T, prefix="source")}
-    maps = {rule: vocabulary(source, target, rule=rule) for rule in {rule for _, rule in VARIANTS}}
     for positions, rule in VARIANTS:
-        stage = AlignmentsStage(
-            source.dataset, source=source.dataset, target=target.dataset, rule=positions,
-            source_tokenizer_folder=source.tokenizer_folder, target_tokenizer_folder=target.tokenizer_folder,
-        )  # fmt: skip
-        arrays = stage.compute(part).data
+        with tempfile.TemporaryDirectory() as folder:
+            mapped, arrays = aligned(source, target, part=part, positions=positions, rule=rule, folder=Path(folder))
         for k in top_ks:
-            for anchor in (True,) if positions == "cover" else (False, True):
-                side = source_part(source, part=part, k=k, vocabulary=maps[rule], arrays=arrays)
+            for anchor in {"cover": (True,), "span": (False, True), "dtw": (False,)}[positions]:
+                side = source_part(source, part=part, k=k, vocabulary=mapped, arrays=arrays)
                 projection = project(side, gold_ids_T=text.gold_ids_T, gold_anchor=anchor)
                 here_T = projection_is_anchored(side, gold_ids_T=text.gold_ids_T) & anchor
                 found_T = np.where(projection.is_aligned_T, np.nan_to_num(np.exp(projection.gold_logprob_T.astype(np.float64))), 0)
@@ -123,10 +122,27 @@ class Text:
         }
 
 
-def vocabulary(source: Side, target: Side, *, rule: str) -> VocabularyMap:
-    stage = VocabularyMapStage(source.dataset, source=source.tokenizer, target=target.tokenizer, rule=rule)
-    table = stage.compute(0).data
-    return with_rests(table) if rule == "prefix" else VocabularyMap.of_tokens(target_ids(table))
+def aligned(
+    source: Side, target: Side, *, part: int, positions: str, rule: str, folder: Path
+) -> tuple[VocabularyMap, dict[str, np.ndarray]]:
+    """The vocabulary map and the arrays of the alignment, as the stages make them; `folder` is for what they store in between."""
+    sides = {
+        "source": source.dataset, "target": target.dataset,
+        "source_tokenizer_folder": source.tokenizer_folder, "target_tokenizer_folder": target.tokenizer_folder,
+    }  # fmt: skip
+
+    def committed(name: str, stage: Stage) -> Dataset:
+        dataset = Dataset.create(folder / name, identity={})
+        dataset.commit(part if name == "matches" else 0, content=stage.compute(part if name == "matches" else 0), seconds=0)
+        return dataset
+
+    matches = committed("matches", TokenMatchesStage(source.dataset, positions=positions, **sides)) if rule == "stat" else None
+    maps = VocabularyMapStage(source.dataset, source=source.tokenizer, target=target.tokenizer, rule=rule, matches=matches, parts=[part])
+    stored = committed("map", maps)
+    match = {"match": "mined", "vocabulary_map": stored} if positions == "dtw" else {}
+    arrays = AlignmentsStage(source.dataset, rule=positions, **match, **sides).compute(part).data
+    table = stored.table(0)
+    return with_rests(table) if positions == "cover" else VocabularyMap.of_tokens(target_ids(table)), arrays
 
 
 def source_part(source: Side, *, part: int, k: int, vocabulary: VocabularyMap, arrays: dict[str, np.ndarray]) -> SourcePart:

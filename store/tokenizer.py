@@ -109,7 +109,7 @@ class Tokenizer:
         self.definition, self.roles, self.prepends_bos = definition, roles, prepends_bos
         self.backend = _backend(definition)
         self.is_byte_level = "ByteLevel" in repr(self.backend.pre_tokenizer) + repr(self.backend.decoder)
-        if not self.is_byte_level and WORD_START not in definition and '"Metaspace"' not in definition:
+        if not self.is_byte_level and not any(mark in definition for mark in (WORD_START, r"\u2581", '"Metaspace"')):
             raise DataError(
                 "The tokenizer is neither byte-level nor SentencePiece-style; one that loses text (WordPiece) cannot be aligned."
             )

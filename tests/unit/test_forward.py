@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+import shutil
 
 import numpy as np
 import polars as pl
@@ -257,20 +258,44 @@ def test_the_books_of_a_part_are_right(tmp_path, models_dir, name, top_k):
     assert made.dataset.read(0, "nll_S")[0].tolist() == arrays["nll_S"].tolist()
 
 
-def test_documents_that_the_tokenizer_cannot_represent_or_that_do_not_fit_are_left_out_with_their_reason(tmp_path, models_dir):
-    rows = [(1, 0, "fine"), (2, 0, "fine so far"), (2, 1, "a ▁ mark"), (3, 0, "word " * 100), (4, 0, "fine too")]
-    content = stage(tmp_path, corpus=corpus(tmp_path, rows), model_folder=models_dir / "tiny-source").compute(0)
+@pytest.fixture
+def lower_casing(tmp_path, models_dir):
+    """A model whose tokenizer loses capitals."""
+    folder = tmp_path / "lower-casing"
+    shutil.copytree(models_dir / "tiny-source", folder)
+    definition = json.loads((folder / "tokenizer.json").read_text())
+    definition["normalizer"]["normalizers"].insert(0, {"type": "Lowercase"})
+    (folder / "tokenizer.json").write_text(json.dumps(definition))
+    return folder
+
+
+def test_documents_that_the_tokenizer_cannot_represent_or_that_do_not_fit_are_left_out_with_their_reason(tmp_path, lower_casing):
+    rows = [(1, 0, "fine"), (2, 0, "fine so far"), (2, 1, "a Capital"), (3, 0, "word " * 100), (4, 0, "fine too")]
+    content = stage(tmp_path, corpus=corpus(tmp_path, rows), model_folder=lower_casing).compute(0)
     assert content.data["doc_id_S"].tolist() == [1, 4]
     reasons = {entry["doc_id"]: entry["reason"] for entry in content.attributes["quarantined"]}
     assert reasons.keys() == {2, 3}
     assert "cannot represent" in reasons[2]
     assert "more than context_length (64)" in reasons[3]
     assert content.counts["quarantined"] == 2
-    alone = stage(
-        tmp_path / "alone", corpus=corpus(tmp_path / "alone", [rows[0], rows[4]]), model_folder=models_dir / "tiny-source"
-    ).compute(0)
+    alone = stage(tmp_path / "alone", corpus=corpus(tmp_path / "alone", [rows[0], rows[4]]), model_folder=lower_casing).compute(0)
     for name, array in alone.data.items():
         np.testing.assert_array_equal(content.data[name], array, err_msg=name)
+
+
+def test_where_a_tokenizer_writes_text_in_another_way_its_places_in_the_text_are_stored(tmp_path, models_dir):
+    rows = [(1, 0, "fine"), (2, 0, "a ▁ mark"), (3, 0, "fine too")]
+    content = stage(tmp_path, corpus=corpus(tmp_path, rows), model_folder=models_dir / "tiny-source").compute(0)
+    assert content.data["doc_id_S"].tolist() == [1, 2, 3]
+    ends_T, offsets = content.data["byte_ends_T"], content.data["segment_offsets"]
+    assert (ends_T.dtype, len(ends_T)) == (np.int32, offsets[-1])
+    for (start, end), (_, _, text) in zip(itertools.pairwise(offsets), rows, strict=True):
+        assert (ends_T[start], ends_T[end - 1]) == (-1, len(text.encode())), "from bos, before the dummy prefix, to the end"
+    assert content.data["scored_bytes_S"][1] <= len("a ▁ mark".encode())
+    without = stage(tmp_path / "without", corpus=corpus(tmp_path / "without", [rows[0]]), model_folder=models_dir / "tiny-source").compute(
+        0
+    )
+    assert "byte_ends_T" not in without.data
 
 
 @pytest.fixture(scope="module")
