@@ -1,17 +1,16 @@
 """The command line: one command per stage, each a thin shell over the package."""
 
 import functools
-import os
 import sys
-from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING
 
 import click
 
 from . import __version__
 from .console import (
+    show_document,
     show_findings,
     show_leftovers,
     show_plan,
@@ -20,93 +19,17 @@ from .console import (
     show_report,
     show_status,
     show_usage,
+    show_wanted,
     watch_status,
 )
-from .store.errors import FuselineError, UsageError
+from .options import Group, StageGroup, executor_options, models_default, recipe_options, workspace_option
+from .store.errors import UsageError
 
 if TYPE_CHECKING:  # what a command needs is imported when it runs, so that --help is quick
     from collections.abc import Iterator
 
     from .cluster.pipeline import Pipeline
     from .store.workspace import Workspace
-
-Command = TypeVar("Command", bound=Callable[..., Any])
-
-
-class _Shown(click.ClickException):
-    def __init__(self, text: str, *, exit_code: int) -> None:
-        super().__init__(text)
-        self.exit_code = exit_code  # type: ignore[misc]  # click reads it from the instance
-
-
-class _Group(click.Group):
-    """Shows a user's error as one message, without a traceback."""
-
-    def invoke(self, context: click.Context) -> Any:
-        try:
-            return super().invoke(context)
-        except FuselineError as error:
-            raise _Shown(str(error), exit_code=error.exit_code) from error
-        except BrokenPipeError:
-            raise  # click ends quietly when nobody reads on
-        except OSError as error:
-            where = f" ({error.filename})" if error.filename else ""
-            text = f"{error.strerror or error}{where}. What was committed before is safe; mend this and run the same command again."
-            raise _Shown(text, exit_code=1) from error
-        except KeyboardInterrupt:
-            raise _Shown("Stopped. Finished parts and checkpoints are kept: run the same command again to go on.", exit_code=130) from None
-
-
-def _models_default() -> Path:
-    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
-    return Path(os.environ.get("FUSELINE_MODELS", cache / "fuseline" / "models"))
-
-
-def _recipe_options(command: Command) -> Command:
-    for decorate in (
-        click.option(
-            "--models",
-            "models_dir",
-            type=click.Path(file_okay=False, path_type=Path),
-            default=_models_default,
-            show_default="$FUSELINE_MODELS or ~/.cache/fuseline/models",
-            help="Folder with models by the last part of their hub id; looked into before the Hugging Face hub.",
-        ),
-        click.option(
-            "--workspace",
-            "-w",
-            type=click.Path(file_okay=False, path_type=Path),
-            envvar="FUSELINE_WORKSPACE",
-            show_default="workspaces/<name of the recipe>",
-            help="Folder that holds everything of the project.",
-        ),
-        click.argument("recipe", type=click.Path(dir_okay=False, path_type=Path)),
-    ):
-        command = decorate(command)
-    return command
-
-
-_workspace_option = click.option(
-    "--workspace",
-    "-w",
-    type=click.Path(file_okay=False, path_type=Path),
-    envvar="FUSELINE_WORKSPACE",
-    show_default="the only one in workspaces/",
-    help="Folder that holds everything of the project.",
-)
-
-
-def _executor_options(command: Command) -> Command:
-    for decorate in (
-        click.option("--workers", type=click.IntRange(min=1), help="Parts computed at the same time. Overrides the recipe."),
-        click.option(
-            "--executor",
-            type=click.Choice(["local", "slurm", "ray"]),
-            help="What runs the parts: processes here, a Slurm job array, or a Ray cluster. Overrides the recipe.",
-        ),
-    ):
-        command = decorate(command)
-    return command
 
 
 @contextmanager
@@ -162,7 +85,13 @@ def _open_workspace(workspace: Path | None) -> "Workspace":
     return Workspace.open(workspace)
 
 
-@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+def _workspace_of(recipe: Path | None) -> Path | None:
+    """The workspace that a recipe has unless another one is named, if it is there."""
+    folder = Path("workspaces") / recipe.stem if recipe else None
+    return folder if folder and (folder / "workspace.json").exists() else None
+
+
+@click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(__version__, prog_name="fuseline")
 def main() -> None:
     """Fuse the knowledge of several language models into one.
@@ -175,8 +104,8 @@ def main() -> None:
 
 
 @main.command()
-@_recipe_options
-@_executor_options
+@recipe_options
+@executor_options
 @click.option("--dry-run", is_flag=True, help="Only say what would be done, and what it would take.")
 def run(recipe: Path, workspace: Path | None, models_dir: Path, dry_run: bool, executor: str | None, workers: int | None) -> None:
     """Do everything of RECIPE that is missing, in order.
@@ -205,7 +134,7 @@ def demo(workspace: Path, models_dir: Path | None) -> None:
     from .ingest.demo_models import fetch_demo_models
 
     if models_dir is None:
-        models_dir = _models_default()
+        models_dir = models_default()
         fetch_demo_models(models_dir, on_progress=lambda text: click.echo(text, err=True))
     recipe = Path(__file__).parent / "recipes" / "demo.toml"
     with _pipeline(recipe, workspace, models_dir) as pipeline:
@@ -219,8 +148,8 @@ def ingest() -> None:
 
 
 @ingest.command("corpus")
-@_recipe_options
-@_executor_options
+@recipe_options
+@executor_options
 def ingest_corpus(recipe: Path, workspace: Path | None, models_dir: Path, executor: str | None, workers: int | None) -> None:
     """Read, de-duplicate, shuffle and segment the corpus.
 
@@ -231,8 +160,8 @@ def ingest_corpus(recipe: Path, workspace: Path | None, models_dir: Path, execut
 
 
 @ingest.command("distributions")
-@_recipe_options
-@_executor_options
+@recipe_options
+@executor_options
 def ingest_distributions(recipe: Path, workspace: Path | None, models_dir: Path, executor: str | None, workers: int | None) -> None:
     """Store every model's top-k next-token distributions on the train split.
 
@@ -242,10 +171,53 @@ def ingest_distributions(recipe: Path, workspace: Path | None, models_dir: Path,
         pipeline.make_distributions()
 
 
-@main.command()
-@_recipe_options
-@_executor_options
-def align(recipe: Path, workspace: Path | None, models_dir: Path, executor: str | None, workers: int | None) -> None:
+@main.group(cls=StageGroup)
+def align() -> None:
+    """Map each source's positions and vocabulary to the target's; show what comes of it.
+
+    `fuseline align RECIPE` is short for `fuseline align run RECIPE`.
+
+    Example:  fuseline align recipes/demo.toml
+    """
+
+
+@align.command("show")
+@workspace_option
+@click.option("--doc", "doc_id", type=int, required=True, help="Number of the document.")
+@click.option("--segment", type=int, help="Only this segment of it.")
+@click.option("--pair", "alignment", metavar="SOURCE--TARGET", help="Which alignment; by default the only one.")
+@click.option("--map", "vocabulary_map", metavar="NAME", help="Which vocabulary map; by default the one that fused targets were made with.")
+@click.option("--html", "html_file", type=click.Path(dir_okay=False, path_type=Path), help="Write a page for the browser instead.")
+@click.option("--details", is_flag=True, help="In the terminal: also what is said at each position, before and after the map.")
+def align_show(
+    workspace: Path | None,
+    doc_id: int,
+    segment: int | None,
+    alignment: str | None,
+    vocabulary_map: str | None,
+    html_file: Path | None,
+    details: bool,
+) -> None:
+    """Show a document's tokens under both tokenizers, and what becomes of each distribution on its way to the target.
+
+    Reads what is stored; no model is run.
+
+    \b
+    Example:  fuseline align show --doc 3 -w workspaces/demo
+              fuseline align show --doc 3 --html document-3.html
+    """
+    from .align.show import show_alignment
+
+    document = show_alignment(
+        _open_workspace(workspace), doc_id=doc_id, segment=segment, alignment=alignment, vocabulary_map=vocabulary_map
+    )
+    show_document(document, html_file=html_file, details=details)
+
+
+@align.command("run")
+@recipe_options
+@executor_options
+def align_run(recipe: Path, workspace: Path | None, models_dir: Path, executor: str | None, workers: int | None) -> None:
     """Map each source's positions and vocabulary to the target's.
 
     Example:  fuseline align recipes/demo.toml
@@ -255,8 +227,8 @@ def align(recipe: Path, workspace: Path | None, models_dir: Path, executor: str 
 
 
 @main.command()
-@_recipe_options
-@_executor_options
+@recipe_options
+@executor_options
 def fuse(recipe: Path, workspace: Path | None, models_dir: Path, executor: str | None, workers: int | None) -> None:
     """Fuse the aligned distributions into one target distribution per position.
 
@@ -267,7 +239,7 @@ def fuse(recipe: Path, workspace: Path | None, models_dir: Path, executor: str |
 
 
 @main.command()
-@_recipe_options
+@recipe_options
 @click.option("--only", metavar="NAME", help="Train only this one: training.name of the recipe, or clm for the baseline.")
 @click.option("--prepare", is_flag=True, help="Start nothing: write the job files, and say how to start the ranks with torchrun.")
 def train(recipe: Path, workspace: Path | None, models_dir: Path, only: str | None, prepare: bool) -> None:
@@ -287,8 +259,8 @@ def train(recipe: Path, workspace: Path | None, models_dir: Path, only: str | No
 
 
 @main.command("eval")
-@_recipe_options
-@_executor_options
+@recipe_options
+@executor_options
 def evaluate(recipe: Path, workspace: Path | None, models_dir: Path, executor: str | None, workers: int | None) -> None:
     """Measure bits per byte and perplexity of all models on the held-out text.
 
@@ -300,7 +272,7 @@ def evaluate(recipe: Path, workspace: Path | None, models_dir: Path, executor: s
 
 
 @main.command()
-@_workspace_option
+@workspace_option
 def report(workspace: Path | None) -> None:
     """Show the models' results side by side.
 
@@ -312,23 +284,32 @@ def report(workspace: Path | None) -> None:
 
 
 @main.command()
-@_workspace_option
+@click.argument("recipe", required=False, type=click.Path(dir_okay=False, path_type=Path))
+@workspace_option
 @click.option("--json", "as_json", is_flag=True, help="For scripts.")
 @click.option("--watch", is_flag=True, help="Show it again and again, until Ctrl-C.")
-def status(workspace: Path | None, as_json: bool, watch: bool) -> None:
+def status(recipe: Path | None, workspace: Path | None, as_json: bool, watch: bool) -> None:
     """Show what exists, what is missing, what runs or failed, sizes, rates and the time left.
+
+    With RECIPE, show what that recipe makes: what of it is there already, missing, or there from other inputs.
 
     Reads nothing but the workspace's files: it works while a run is going on, on any machine that sees them.
 
+    \b
     Example:  fuseline status -w workspaces/demo --watch
+              fuseline status with-one-more-source.toml -w workspaces/demo
     """
     import dataclasses
     import json
 
     from .store.status import dataset_statuses, training_statuses
 
-    opened = _open_workspace(workspace)
-    if watch:
+    opened = _open_workspace(workspace or _workspace_of(recipe))
+    if recipe is not None:
+        if watch:
+            raise UsageError("--watch shows the whole workspace: leave RECIPE out.")
+        show_wanted(recipe, opened, as_json=as_json)
+    elif watch:
         if as_json:
             raise UsageError("--json and --watch do not go together: call `fuseline status --json` again and again.")
         watch_status(opened)
@@ -344,7 +325,7 @@ def status(workspace: Path | None, as_json: bool, watch: bool) -> None:
 
 @main.command()
 @click.argument("query", required=False)
-@_workspace_option
+@workspace_option
 @click.option(
     "--format",
     "style",
@@ -362,7 +343,8 @@ def sql(query: str | None, workspace: Path | None, style: str | None, output: Pa
 
     Of stored arrays, read only as far as a query needs them: distributions (a row per position and rank), positions, alignments, targets;
     and texts, vocab_map_entries, token_matches. Of the catalog: corpora, documents, models, tokenizers, datasets, parts, segments,
-    quarantine, vocab_maps, alignment_coverage, target_segments, runs, checkpoints, metrics, evaluations. docs/sql.md is a cookbook.
+    quarantine, vocab_maps, alignment_coverage, target_segments, target_sources, runs, checkpoints, metrics, evaluations. docs/sql.md is a
+    cookbook.
 
     \b
     Example:  fuseline sql "SELECT model, domain, avg(entropy) FROM positions GROUP BY ALL ORDER BY ALL"
@@ -393,7 +375,7 @@ def store() -> None:
 
 
 @store.command()
-@_workspace_option
+@workspace_option
 def rebuild(workspace: Path | None) -> None:
     """Make the catalog anew from what is on disk.
 
@@ -408,7 +390,7 @@ def rebuild(workspace: Path | None) -> None:
 
 
 @store.command()
-@_workspace_option
+@workspace_option
 @click.option("--full", is_flag=True, help="Read everything: checksums of all files, contents of all arrays, texts.")
 @click.option("--json", "as_json", is_flag=True, help="For scripts.")
 def verify(workspace: Path | None, full: bool, as_json: bool) -> None:
@@ -427,8 +409,8 @@ def verify(workspace: Path | None, full: bool, as_json: bool) -> None:
 
 
 @store.command()
-@_recipe_options
-@_executor_options
+@recipe_options
+@executor_options
 @click.option("--full", is_flag=True, help="Look also for damage that only reading everything shows.")
 @click.option("--dry-run", is_flag=True, help="Only say what would be made again.")
 def repair(
@@ -458,7 +440,7 @@ def repair(
 
 
 @store.command()
-@_workspace_option
+@workspace_option
 @click.option("--delete", is_flag=True, help="Remove what is listed.")
 def gc(workspace: Path | None, delete: bool) -> None:
     """List what nothing refers to: payloads without a manifest, what dead writers left, tokenizers without a dataset.
@@ -480,7 +462,7 @@ def gc(workspace: Path | None, delete: bool) -> None:
 
 
 @store.command()
-@_workspace_option
+@workspace_option
 @click.option("--json", "as_json", is_flag=True, help="For scripts.")
 def du(workspace: Path | None, as_json: bool) -> None:
     """Show what each dataset and each of its arrays takes up, in all and per token.

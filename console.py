@@ -16,6 +16,7 @@ if TYPE_CHECKING:  # what a command needs is imported when it runs, so that --he
     import rich.console
     import rich.table
 
+    from .align.show import ShownDocument
     from .cluster.repair import Repair
     from .store.database import QueryStats
     from .store.status import TrainingStatus
@@ -31,6 +32,34 @@ _PLAIN_SECONDS = 10.0  # in a pipe
 def show_status(workspace: "Workspace") -> None:
     """How far each dataset and each training is."""
     _console().print(_status(workspace))
+
+
+def show_wanted(recipe: Path, workspace: "Workspace", *, as_json: bool) -> None:
+    """What a recipe wants of the workspace: what is there, missing, or of other inputs."""
+    from .cluster.progress import size
+    from .cluster.wanted import wanted
+    from .recipe import load_recipe
+
+    found = wanted(load_recipe(recipe), workspace=workspace)
+    if as_json:
+        click.echo(json.dumps({"wanted": [dataclasses.asdict(item) for item in found]}, indent=1))
+        return
+    rows = []
+    for item in found:
+        done = getattr(item.status, "parts", 0)
+        total = "?" if item.expected_parts is None else item.expected_parts
+        parts = "" if item.kind == "training" else f"{done}/{total}"
+        rows.append([f"{item.kind}/{item.name}", item.state, parts, size(getattr(item.status, "stored_bytes", 0)) if done else ""])
+    show_table(["of the recipe", "state", "parts", "on disk"], rows, right=[False, False, True, True])
+    for item in found:
+        for line in item.differences:
+            click.echo(f"{item.kind}/{item.name}: {line}")
+    if all(item.state == "done" for item in found):
+        click.echo("Nothing is missing.")
+    elif any(item.state == "other inputs" for item in found):
+        click.echo("What is of other inputs stays as it is: give what is new another name in the recipe. `fuseline run` names a free one.")
+    else:
+        click.echo(f"What is missing is made by: fuseline run {recipe}")
 
 
 def watch_status(workspace: "Workspace") -> None:
@@ -99,6 +128,17 @@ def _training_line(training: "TrainingStatus") -> str:
         saved = "no checkpoint" if training.last_checkpoint is None else f"the last checkpoint is of step {training.last_checkpoint}"
         state = f"not running, {saved}"
     return f"training {training.name}: step {training.step}/{training.steps or '?'}{loss}, {state}"
+
+
+def show_document(document: "ShownDocument", *, html_file: Path | None, details: bool) -> None:
+    """A document under two tokenizers, in the terminal or as a page."""
+    from .alignment_view import page, print_alignment
+
+    if html_file is None:
+        print_alignment(document, console=_console(), details=details)
+        return
+    html_file.write_text(page(document), encoding="utf-8")
+    click.echo(f"Written to {html_file}: open it in a browser.")
 
 
 def show_query_stats(stats: "QueryStats") -> None:

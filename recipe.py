@@ -60,6 +60,11 @@ class Recipe(BaseModel):
         return self.fusion.top_k or self.distributions.top_k
 
     @property
+    def pack_length(self) -> int:
+        """Target tokens in a pack, where the sources are compared pack by pack."""
+        return self.fusion.pack_length or self.corpus.context_length
+
+    @property
     def trainings(self) -> list[TrainingConfig]:
         """The training on fused targets, and the baseline where one is wanted."""
         if not self.evaluation.clm_baseline:
@@ -218,3 +223,25 @@ def _impossible(recipe: Recipe) -> Iterator[Problem]:
         yield Problem(("training", "clm_weight"), "1 is what the baseline trains with: set evaluation.clm_baseline = false")
     if recipe.evaluation.split == "train":
         yield Problem(("evaluation", "split"), "'train' is what the models are trained on: choose another split")
+    yield from _impossible_fusion(recipe)
+
+
+def _impossible_fusion(recipe: Recipe) -> Iterator[Problem]:
+    fusion = recipe.fusion
+    models = ", ".join(model.name for model in recipe.models)
+    if fusion.pack_length is not None and fusion.unit != "pack":
+        yield Problem(("fusion", "pack_length"), f"is only for unit = 'pack' (unit is {fusion.unit!r}): remove it, or set unit")
+    if fusion.method != "fixed":
+        for key in ("weights", "domain_weights"):
+            if key in fusion.model_fields_set:
+                yield Problem(("fusion", key), f"is only for method = 'fixed' (method is {fusion.method!r}): remove it, or set method")
+        return
+    tables: dict[KeyPath, Mapping[str, float]] = {("fusion", "weights"): fusion.weights}
+    tables |= {("fusion", "domain_weights", domain): weights for domain, weights in fusion.domain_weights.items()}
+    for path, weights in tables.items():
+        for name in weights.keys() - {model.name for model in recipe.models}:
+            yield Problem((*path, name), f"{name!r} is none of the models: {models}")
+        if not any(weights.values()):
+            yield Problem(path, f"method = 'fixed' needs a weight above 0 here, for at least one of the models: {models}")
+    if fusion.domain_weights and recipe.corpus.domain_column is None:
+        yield Problem(("fusion", "domain_weights"), "needs to know the documents' domains: say corpus.domain_column")

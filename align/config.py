@@ -1,6 +1,6 @@
 """The `[alignment]` and `[fusion]` of a recipe."""
 
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -84,17 +84,39 @@ class AlignmentConfig(BaseModel):
         return f"{pair}--{kind}" + (f"-{self.vocabulary}" if self.reads_map else "")
 
 
+Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
 class FusionConfig(BaseModel):
     """How the sources' aligned distributions become one."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
     name: str = Field("fused", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="name of the targets in the workspace")
-    method: Literal["mince", "avgce"] = Field(
-        "mince", description="`mince` takes the best source, `avgce` averages them by how good they are"
+    method: Literal["mince", "avgce", "entropy", "confidence", "fixed"] = Field(
+        "mince",
+        description="`mince` takes the source that predicts the text best; the others are means: `avgce` weighs by how well each predicts "
+        "the text, `entropy` and `confidence` by how sure each is, `fixed` as `weights` says",
     )
-    unit: Literal["segment"] = Field("segment", description="unit of text over which the sources are compared")
+    unit: Literal["token", "segment", "document", "pack"] = Field(
+        "segment", description="unit of text over which the sources are compared; `pack`: consecutive segments of `pack_length` tokens"
+    )
     metric: Literal["bpb", "ce"] = Field(
-        "bpb", description="`bpb` (bits per byte) compares across tokenizers; `ce` (nats per token) is the papers'"
+        "bpb",
+        description="`bpb` (bits per byte) compares across tokenizers; `ce` (nats per token) is the papers'; of one token the two are one",
+    )
+    pack_length: int | None = Field(
+        None, ge=2, description="with unit `pack`: target tokens in a pack, at most; by default corpus.context_length"
+    )
+    weights: dict[str, Weight] = Field(
+        {}, description="with method `fixed`: weight by name of the model, the target's own start included; 0 where left out"
+    )
+    domain_weights: dict[str, dict[str, Weight]] = Field(
+        {}, description="with method `fixed`: other weights for documents of some domains, as `[fusion.domain_weights.<domain>]`"
+    )
+    fallback: Literal["target", "one_hot", "one_hot_published"] = Field(
+        "target",
+        description="where no chosen source has a distribution: the `target`'s own start, or all mass on the token that follows; published "
+        "code of FuseLLM puts it on the token itself",
     )
     top_k: int | None = Field(None, ge=1, le=1024, description="entries of each fused distribution; by default as in [distributions]")

@@ -2,18 +2,22 @@
 
 Fusion is a function of stored distributions, alignments and parameters; it is materialised so that the trainer reads one sequential stream.
 
-Arrays of a part (T positions and S segments of the target's part, K entries; position j speaks of token j + 1 of its segment):
+Arrays of a part (T positions and S segments of the target's part, K entries, N sources; position j speaks of token j + 1 of its segment):
 
     token_ids_T, segment_offsets, doc_id_S, segment_S     the target's tokens
     topk_ids_TK, topk_logprobs_TK     the fused distribution, by falling probability; -inf where there are fewer than K entries
     tail_logprob_T                    log of the mass outside these entries
-    source_T                          which source the distribution is from, by its place in the attribute `sources`; 255 for a mean
-    source_S                          which source `mince` chose for the segment; 255 for `avgce`
+    source_T                          which source the distribution is from, by its place in the attribute `sources`; 255 for a mean,
+                                      254 for all mass on one token (the attribute `one_hot` says which)
+    source_S                          the source that has all the weight in the segment; 255 where several have some
     lost_mass_S                       mean over the segment's positions of the mass that the vocabulary map lost
+    gold_nll_S, n_gold_S              nats of the text's tokens under the fused distributions, and how many have any probability
+    …_SN                              what each source brings to each segment (`contributions`)
+
+What each source counts, and of which unit of text, is in `weights`.
 """
 
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -22,22 +26,15 @@ from numpy.typing import NDArray
 from ..store.arrays import Encoding
 from ..store.dataset import Dataset, PartContent
 from .config import AlignmentConfig, FusionConfig
+from .contributions import contributions, means, sums
 from .positions import match_segments
-from .projection import NO_GOLD, SourcePart, VocabularyMap, mix, project
-from .rests import with_rests
-from .vocabulary import target_ids
+from .projection import NO_GOLD, Projection, mix
+from .sources import FusionSource, gold_ids
+from .weights import fixed_weights, position_costs, source_weights, speaking_weights, unit_costs, units
 
 SEVERAL = 255  # in source_T and source_S: a mean of several sources
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class FusionSource:
-    """One source of a fusion. The target's own start is one, without maps: its alignment is the identity."""
-
-    name: str
-    distributions: Dataset
-    alignment: Dataset | None = None
-    vocabulary_map: Dataset | None = None
+ONE_HOT = 254  # in source_T: all mass on one token
+_ONE_HOT_TOKEN = {"target": "", "one_hot": "next token", "one_hot_published": "this token"}  # no model's name has a space
 
 
 def fusion_identity(
@@ -54,31 +51,19 @@ def fusion_identity(
         **({} if alignment.collisions == "sum" else {"collisions": alignment.collisions}),
         **fusion.model_dump(include={"method", "unit", "metric"}),
         "top_k": top_k,
-        **({} if codec == "f16" else {"codec": codec}),  # targets from before there was a choice have no such key
+        # Targets from before there was a choice have no such keys.
+        **({} if codec == "f16" else {"codec": codec}),
+        **({} if fusion.fallback == "target" else {"fallback": fusion.fallback}),
+        **({} if fusion.unit != "pack" else {"pack_length": fusion.pack_length}),
+        **({} if fusion.method != "fixed" else _fixed_identity(fusion, names=[source.name for source in sources])),
     }
 
 
-def segment_costs(
-    nll_S: NDArray[np.float64], *, n_scored_S: NDArray[Any], scored_bytes_S: NDArray[Any], metric: str
-) -> NDArray[np.float64]:
-    """How badly a model predicts each segment: bits per byte, or nats per token; inf where it predicts nothing."""
-    amount_S = scored_bytes_S * np.log(2) if metric == "bpb" else n_scored_S
-    return np.divide(nll_S, amount_S, out=np.full(len(nll_S), np.inf), where=amount_S > 0)
-
-
-def source_weights(costs_NS: NDArray[np.float64], *, method: str) -> NDArray[np.float64]:
-    """Weight of each of N sources in each segment (FuseLLM, arXiv 2401.10491, section 3.3).
-
-    `mince`: 1 for the source with the lowest cost, the first of equals. `avgce`: softmax over the sources of exp(-cost). A source with
-    infinite cost has weight 0; where all have, the first one has weight 1.
-    """
-    known_NS = np.isfinite(costs_NS)
-    best_S = np.argmin(costs_NS, axis=0)
-    one_hot_NS = (np.arange(len(costs_NS))[:, None] == best_S).astype(np.float64)
-    if method == "mince":
-        return one_hot_NS
-    weights_NS = np.where(known_NS, np.exp(np.exp(-np.where(known_NS, costs_NS, 0))), 0)
-    return np.where(known_NS.any(axis=0), weights_NS / np.maximum(weights_NS.sum(axis=0), 1e-300), one_hot_NS)
+def _fixed_identity(fusion: FusionConfig, *, names: Sequence[str]) -> dict[str, Any]:
+    return {
+        "weights": [fusion.weights.get(name, 0.0) for name in names],
+        "domain_weights": {domain: [of.get(name, 0.0) for name in names] for domain, of in fusion.domain_weights.items()},
+    }
 
 
 class FusionStage:
@@ -93,105 +78,171 @@ class FusionStage:
         fusion: FusionConfig,
         top_k: int,
         codec: Encoding = "f16",
+        corpus: Dataset | None = None,
     ) -> None:
-        """`sources[0]` is the target's own start, whose tokens and positions the result has."""
+        """`sources[0]` is the target's own start, whose tokens and positions the result has.
+
+        `corpus` is needed for weights by domain, and `fusion.pack_length` must be given with unit `pack`.
+        """
         assert sources[0].alignment is None
+        assert fusion.unit != "pack" or fusion.pack_length
         self.dataset, self.sources, self.alignment, self.fusion = dataset, sources, alignment, fusion
-        self.top_k, self.codec = top_k, codec
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name != "_vocabularies"}
-
-    @cached_property
-    def _vocabularies(self) -> list[VocabularyMap | None]:
-        return [self._vocabulary(source.vocabulary_map) if source.vocabulary_map else None for source in self.sources]
-
-    def _vocabulary(self, dataset: Dataset) -> VocabularyMap:
-        table = dataset.table(0)
-        return with_rests(table) if self.alignment.positions == "cover" else VocabularyMap.of_tokens(target_ids(table))
+        self.top_k, self.codec, self.corpus = top_k, codec, corpus
 
     def compute(self, part: int) -> PartContent:
         """Fuse one part."""
         own = self.sources[0].distributions
-        token_ids_T, offsets, doc_id_S, segment_S = own.read(part, "token_ids_T", "segment_offsets", "doc_id_S", "segment_S")
-        lengths_S = np.diff(offsets)
-        gold_ids_T = _gold_ids(token_ids_T, offsets=offsets)
-        weights_NS = source_weights(self._costs(part, doc_id_S=doc_id_S, segment_S=segment_S), method=self.fusion.method)
-        parts = [self._source_part(index, part=part, n_positions=len(token_ids_T)) for index in range(len(self.sources))]
-        alignment = self.alignment
-        projections = [
-            project(source, gold_ids_T=gold_ids_T, gold_anchor=alignment.gold_anchor, collisions=alignment.collisions) for source in parts
-        ]
-        weights_NT = np.repeat(weights_NS, lengths_S, axis=1) * [projection.is_aligned_T for projection in projections]
-        total_T = weights_NT.sum(axis=0)
-        weights_NT[0, total_T == 0] = 1  # no chosen source speaks here: the target's own start does
-        weights_NT /= np.where(total_T == 0, 1, total_T)
-        ids_TK, probs_TK, tail_T = mix(projections, weights_NT=weights_NT, top_k=self.top_k, gold_ids_T=gold_ids_T)
-
-        used_NT = weights_NT > 0
-        source_T = np.where(used_NT.sum(axis=0) == 1, used_NT.argmax(axis=0), SEVERAL).astype(np.uint8)
-        lost_T = (weights_NT * [projection.lost_T for projection in projections]).sum(axis=0)
-        lost_before = np.concatenate([[0], np.cumsum(lost_T)])
+        token_ids_T, offsets, doc_id_S, segment_S, topk_ids_TK = own.read(
+            part, "token_ids_T", "segment_offsets", "doc_id_S", "segment_S", "topk_ids_TK"
+        )
+        gold_ids_T = gold_ids(token_ids_T, offsets=offsets)
+        how: dict[str, Any] = self.alignment.model_dump(include={"gold_anchor", "collisions"})
+        projections = [source.project(part, gold_ids_T=gold_ids_T, **how) for source in self.sources]
+        likelihoods = [_Likelihood(source.distributions, part, doc_id_S=doc_id_S, segment_S=segment_S) for source in self.sources]
+        costs_NT = self._costs(projections, likelihoods, offsets=offsets, doc_id_S=doc_id_S)
+        weights_NT = self._weights(costs_NT, part=part, offsets=offsets, doc_id_S=doc_id_S)
+        shares_NT, is_silent_T = speaking_weights(weights_NT, is_aligned_NT=np.array([each.is_aligned_T for each in projections]))
+        stand_in = self._fall_back(shares_NT, is_silent_T, token_ids_T=token_ids_T, gold_ids_T=gold_ids_T)
+        ids_TK, probs_TK, tail_T = mix(
+            [*projections, stand_in],
+            weights_NT=np.vstack([shares_NT, stand_in.is_aligned_T]),
+            top_k=self.top_k,
+            gold_ids_T=gold_ids_T,
+        )
+        gold_prob_T = np.where(ids_TK == gold_ids_T[:, None], probs_TK, 0).sum(axis=1)
+        used_NT = shares_NT > 0
+        source_T = np.where(used_NT.sum(axis=0) == 1, used_NT.argmax(axis=0), SEVERAL)
+        source_T[stand_in.is_aligned_T] = ONE_HOT
+        lost_T = (shares_NT * [each.lost_T for each in projections]).sum(axis=0)
         with np.errstate(divide="ignore"):
             arrays = {
                 "token_ids_T": token_ids_T,
                 "segment_offsets": offsets,
                 "doc_id_S": doc_id_S,
                 "segment_S": segment_S,
-                "topk_ids_TK": ids_TK.astype(parts[0].topk_ids_UK.dtype),
+                "topk_ids_TK": ids_TK.astype(topk_ids_TK.dtype),
                 "topk_logprobs_TK": np.log(probs_TK),
                 "tail_logprob_T": np.log(tail_T),
-                "source_T": source_T,
-                "source_S": (weights_NS.argmax(axis=0) if self.fusion.method == "mince" else np.full(len(lengths_S), SEVERAL)).astype(
-                    np.uint8
-                ),
-                "lost_mass_S": (np.diff(lost_before[offsets]) / np.maximum(lengths_S, 1)).astype(np.float32),
+                "source_T": source_T.astype(np.uint8),
+                "source_S": _only_sources(weights_NT, offsets=offsets),
+                "lost_mass_S": np.nan_to_num(means(lost_T, where_T=np.ones(len(lost_T), np.bool_), offsets=offsets)),
+                "gold_nll_S": sums(-np.log(np.where(gold_prob_T > 0, gold_prob_T, 1)), offsets=offsets).astype(np.float32),
+                "n_gold_S": sums(gold_prob_T > 0, offsets=offsets).astype(np.uint32),
             }
-        counts = {"segments": len(lengths_S), "tokens": len(token_ids_T)}
+        nll_NS = np.array([each.nll_S for each in likelihoods])
+        arrays |= contributions(projections, offsets=offsets, costs_NT=costs_NT, weights_NT=weights_NT, shares_NT=shares_NT, nll_NS=nll_NS)
+        counts = {"segments": len(doc_id_S), "tokens": len(token_ids_T)}
         counts |= {f"from_{source.name}": int((source_T == index).sum()) for index, source in enumerate(self.sources)}
         return PartContent(
             data=arrays,
             counts=counts,
-            attributes={"sources": [source.name for source in self.sources]},
+            attributes={"sources": [source.name for source in self.sources], "one_hot": _ONE_HOT_TOKEN[self.fusion.fallback]},
             encodings={"topk_logprobs_TK": self.codec, "tail_logprob_T": self.codec},
         )
 
-    def _costs(self, part: int, *, doc_id_S: NDArray[Any], segment_S: NDArray[Any]) -> NDArray[np.float64]:
-        costs_NS = np.full((len(self.sources), len(doc_id_S)), np.inf)
-        for index, source in enumerate(self.sources):
-            source_doc_id_S, source_segment_S, nll_S, n_scored_S, scored_bytes_S = source.distributions.read(
-                part, "doc_id_S", "segment_S", "nll_S", "n_scored_S", "scored_bytes_S"
-            )
-            place_S = match_segments(
-                source_doc_id_S=source_doc_id_S, source_segment_S=source_segment_S, target_doc_id_S=doc_id_S, target_segment_S=segment_S
-            )
-            costs_S = segment_costs(nll_S, n_scored_S=n_scored_S, scored_bytes_S=scored_bytes_S, metric=self.fusion.metric)
-            costs_NS[index, place_S >= 0] = costs_S[place_S[place_S >= 0]]
-        return costs_NS
+    def _costs(
+        self, projections: Sequence[Projection], likelihoods: "Sequence[_Likelihood]", *, offsets: NDArray[np.int64], doc_id_S: NDArray[Any]
+    ) -> NDArray[np.float64]:
+        """What each source costs at each position: there, or in the unit around it."""
+        if self.fusion.unit == "token":
+            return np.array([position_costs(projection, method=self.fusion.method) for projection in projections])
+        lengths_S = np.diff(offsets)
+        unit_S = units(self.fusion.unit, doc_id_S=doc_id_S, lengths_S=lengths_S, pack_length=self.fusion.pack_length or 0)
+        costs_NX = [each.costs(self.fusion, unit_S=unit_S) for each in likelihoods]
+        return np.repeat(np.array(costs_NX)[:, unit_S], lengths_S, axis=1)
 
-    def _source_part(self, index: int, *, part: int, n_positions: int) -> SourcePart:
-        source = self.sources[index]
-        token_ids_U, topk_ids_UK, topk_logprobs_UK, gold_logprob_U = source.distributions.read(
-            part, "token_ids_T", "topk_ids_TK", "topk_logprobs_TK", "gold_logprob_T"
+    def _weights(
+        self, costs_NT: NDArray[np.float64], *, part: int, offsets: NDArray[np.int64], doc_id_S: NDArray[Any]
+    ) -> NDArray[np.float64]:
+        if self.fusion.method != "fixed":
+            return source_weights(costs_NT, method=self.fusion.method)
+        domains: dict[int, str | None] = {}
+        if self.fusion.domain_weights:
+            assert self.corpus is not None
+            domains = dict(self.corpus.table(part).select("doc_id", "domain").iter_rows())
+        weights_NS = fixed_weights(
+            self.fusion.weights,
+            domain_weights=self.fusion.domain_weights,
+            names=[source.name for source in self.sources],
+            domain_S=[domains.get(doc_id) for doc_id in doc_id_S.tolist()],
         )
-        position_T, ahead_T = np.arange(n_positions, dtype=np.int32), None
-        if source.alignment and self.alignment.positions == "cover":
-            position_T, ahead_T = source.alignment.read(part, "source_position_T", "ahead_T")
-        elif source.alignment:
-            (position_T,) = source.alignment.read(part, "source_position_T")
-        return SourcePart(
-            topk_ids_UK=topk_ids_UK,
-            topk_probs_UK=np.exp(topk_logprobs_UK.astype(np.float32)),
-            gold_ids_U=np.append(token_ids_U[1:], 0).astype(np.int64),
-            gold_logprob_U=gold_logprob_U.astype(np.float64),
-            vocabulary=self._vocabularies[index],
-            position_T=position_T,
-            ahead_T=ahead_T,
+        return np.repeat(weights_NS, np.diff(offsets), axis=1)
+
+    def _fall_back(
+        self, shares_NT: NDArray[np.float64], is_silent_T: NDArray[np.bool_], *, token_ids_T: NDArray[Any], gold_ids_T: NDArray[np.int64]
+    ) -> Projection:
+        """Where no chosen source speaks, give the share to the target's own start, or make up all mass on one token.
+
+        The reference puts it on the token at the position, though the distribution is about the next one (FuseAI `packing`); FuseChat
+        corrects that by shifting. Nothing follows the last position of a segment: there it is the target's own start.
+        """
+        ids_T = token_ids_T.astype(np.int32) if self.fusion.fallback == "one_hot_published" else gold_ids_T.astype(np.int32)
+        is_one_hot_T = is_silent_T & (self.fusion.fallback != "target") & (ids_T != NO_GOLD)
+        shares_NT[0, is_silent_T & ~is_one_hot_T] = 1
+        return _one_hot(ids_T, where_T=is_one_hot_T)
+
+
+class _Likelihood:
+    """How well one source predicts each segment of the target's part, S, and how sure it is."""
+
+    def __init__(self, distributions: Dataset, part: int, *, doc_id_S: NDArray[Any], segment_S: NDArray[Any]) -> None:
+        self._distributions, self._part = distributions, part
+        source_doc_id_S, source_segment_S, self._nll, self._n_scored, self._scored_bytes = distributions.read(
+            part, "doc_id_S", "segment_S", "nll_S", "n_scored_S", "scored_bytes_S"
+        )
+        self._place_S = match_segments(
+            source_doc_id_S=source_doc_id_S, source_segment_S=source_segment_S, target_doc_id_S=doc_id_S, target_segment_S=segment_S
         )
 
+    @property
+    def nll_S(self) -> NDArray[np.float64]:
+        """Nats of each segment; NaN where the source left it out."""
+        return self._at_segments(self._nll, missing=np.nan)
 
-def _gold_ids(token_ids_T: NDArray[Any], *, offsets: NDArray[np.int64]) -> NDArray[np.int64]:
-    """The token that follows each position, -1 at the last position of a segment."""
-    gold_ids_T = np.append(token_ids_T[1:], 0).astype(np.int64)
-    gold_ids_T[offsets[1:][np.diff(offsets) > 0] - 1] = NO_GOLD
-    return gold_ids_T
+    def costs(self, fusion: FusionConfig, *, unit_S: NDArray[np.int64]) -> NDArray[np.float64]:
+        """What each unit costs the source by the fusion's method and metric."""
+        nats = self._surety(fusion.method) if fusion.method in ("entropy", "confidence") else self._nll
+        return unit_costs(
+            self._at_segments(nats, missing=0),
+            n_scored_S=self._at_segments(self._n_scored, missing=0),
+            scored_bytes_S=self._at_segments(self._scored_bytes, missing=0),
+            unit_S=unit_S,
+            metric=fusion.metric,
+        )
+
+    def _at_segments(self, values: NDArray[Any], *, missing: float) -> NDArray[np.float64]:
+        return np.append(values.astype(np.float64), missing)[self._place_S]  # -1, where there is none, is the last place
+
+    def _surety(self, method: str) -> NDArray[np.float64]:
+        """Entropy or min-entropy over the scored tokens of each of the source's segments."""
+        offsets, n_scored = self._distributions.read(self._part, "segment_offsets", "n_scored_S")
+        if method == "entropy":
+            (nats_U,) = self._distributions.read(self._part, "entropy_T")
+        else:
+            (logprobs_UK,) = self._distributions.read(self._part, "topk_logprobs_TK")
+            nats_U = -logprobs_UK.astype(np.float64).max(axis=1)
+        before = np.concatenate([[0.0], np.cumsum(nats_U, dtype=np.float64)])
+        last = np.maximum(offsets[1:] - 1, 0)  # nothing follows there, and the tokens that are scored are the last ones
+        return before[last] - before[np.maximum(last - n_scored.astype(np.int64), 0)]
+
+
+def _only_sources(weights_NT: NDArray[np.float64], *, offsets: NDArray[np.int64]) -> NDArray[np.uint8]:
+    """The source with all the weight in each segment, or SEVERAL."""
+    has_weight_NS = np.array([sums(weight_T > 0, offsets=offsets) > 0 for weight_T in weights_NT])
+    return np.where(has_weight_NS.sum(axis=0) == 1, has_weight_NS.argmax(axis=0), SEVERAL).astype(np.uint8)
+
+
+def _one_hot(ids_T: NDArray[np.int32], *, where_T: NDArray[np.bool_]) -> Projection:
+    """A made-up source that gives one token everything, at some positions."""
+    mass_T, nothing_T = where_T.astype(np.float32), np.zeros(len(ids_T), np.float32)
+    return Projection(
+        ids_TC=np.maximum(ids_T, 0)[:, None],
+        probs_TC=mass_T[:, None],
+        n_T=where_T.astype(np.int32),
+        is_aligned_T=where_T,
+        mapped_T=mass_T,
+        merged_T=nothing_T,
+        lost_T=nothing_T,
+        tail_T=nothing_T,
+        gold_logprob_T=nothing_T,
+    )

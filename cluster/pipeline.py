@@ -6,11 +6,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from .. import __version__
 from ..align.alignments import AlignmentsStage, alignment_identity
-from ..align.fusion import FusionSource, FusionStage, fusion_identity
+from ..align.config import FusionConfig
+from ..align.fusion import FusionStage, fusion_identity
 from ..align.maps import VocabularyMapStage, vocabulary_map_identity
 from ..align.matches import TokenMatchesStage, matches_identity
+from ..align.sources import FusionSource
 from ..ingest.corpus import CorpusStage, corpus_identity
 from ..ingest.distributions import DistributionsStage, distributions_identity
 from ..ingest.models import ModelConfig, ModelFolder, find_model
@@ -19,11 +20,14 @@ from ..recipe import Recipe
 from ..store import catalog, durable, journal
 from ..store.dataset import Dataset, Manifest
 from ..store.errors import FuselineError, UsageError, WorkspaceBusy
+from ..store.fingerprint import fingerprint
 from ..store.workspace import Workspace
 from ..train.config import TrainingConfig, TrainJob
 from ..train.launch import launch
 from ..train.records import read_done, require_identity
+from .conflicts import Conflict, fusion_conflicts, require_domains, require_free, training_conflicts
 from .executor import Executor
+from .origin import lineage
 from .progress import Progress, size
 from .work import Stage
 
@@ -81,7 +85,12 @@ class Pipeline:
 
     def _check_identities(self) -> None:
         """Meet every mismatch with what the workspace holds before hours are spent on what comes before it."""
-        self._fusion_stage  # noqa: B018  # opens the datasets of all stages up to the fusion
+        require_domains(self.recipe.fusion, known=self.corpus.plan.documents["domain"].unique())
+        conflicts = self._fusion_conflicts()  # opens the datasets of all stages up to the fusion
+        for job in self._jobs(self._parts_of("train")):
+            key = ("training", "name") if job.config.name == self.recipe.training.name else ("evaluation", "clm_name")
+            conflicts += training_conflicts(job, key=key)
+        require_free(conflicts, workspace=self.workspace)
         for model in self.models.values():
             self._forward_stage(model, kind="evaluations")
 
@@ -213,6 +222,7 @@ class Pipeline:
     def make_targets(self) -> None:
         """The fused targets."""
         parts = self._parts_of("train")
+        require_domains(self.recipe.fusion, known=self.corpus.plan.documents["domain"].unique())
         stage = self._fusion_stage
         for source in stage.sources:
             for dataset, needed, command in (
@@ -276,10 +286,10 @@ class Pipeline:
         return AlignmentsStage(dataset, rule=alignment.positions, match=match, vocabulary_map=vocabulary_map, **sides)
 
     @cached_property
-    def _fusion_stage(self) -> FusionStage:
+    def _fusion_sources(self) -> list[FusionSource]:
         recipe = self.recipe
-        sources = [FusionSource(name=recipe.target.name, distributions=self.distributions[recipe.target.name])]
-        sources += [
+        own = FusionSource(name=recipe.target.name, distributions=self.distributions[recipe.target.name])
+        return [own] + [
             FusionSource(
                 name=source.name,
                 distributions=self.distributions[source.name],
@@ -288,30 +298,57 @@ class Pipeline:
             )
             for source in recipe.sources
         ]
-        codec = recipe.distributions.codec
-        identity = fusion_identity(sources, alignment=recipe.alignment, fusion=recipe.fusion, top_k=recipe.top_k, codec=codec)
-        dataset = self.workspace.dataset("targets", recipe.fusion.name, identity=identity, description=self._of_corpus)
-        return FusionStage(dataset, sources=sources, alignment=recipe.alignment, fusion=recipe.fusion, top_k=recipe.top_k, codec=codec)
+
+    @property
+    def _fusion_config(self) -> FusionConfig:
+        return self.recipe.fusion.model_copy(update={"pack_length": self.recipe.pack_length})
+
+    @cached_property
+    def _fusion_identity(self) -> dict[str, Any]:
+        recipe, codec = self.recipe, self.recipe.distributions.codec
+        return fusion_identity(
+            self._fusion_sources, alignment=recipe.alignment, fusion=self._fusion_config, top_k=recipe.top_k, codec=codec
+        )
+
+    def _fusion_conflicts(self) -> list[Conflict]:
+        return fusion_conflicts(self.workspace, name=self.recipe.fusion.name, identity=self._fusion_identity)
+
+    @cached_property
+    def _fusion_stage(self) -> FusionStage:
+        recipe = self.recipe
+        require_free(self._fusion_conflicts(), workspace=self.workspace)
+        return FusionStage(
+            self.workspace.dataset("targets", recipe.fusion.name, identity=self._fusion_identity, description=self._of_corpus),
+            sources=self._fusion_sources,
+            alignment=recipe.alignment,
+            fusion=self._fusion_config,
+            top_k=recipe.top_k,
+            codec=recipe.distributions.codec,
+            corpus=self.corpus.dataset,
+        )
 
     # ---- training and evaluation -------------------------------------------------------------------------------------------------------
 
     def train(self, *, names: Sequence[str] | None = None) -> None:
         """Train on the fused targets, and the baseline; `names` chooses among them."""
-        for job in self._jobs(names):
+        for job in self._jobs(self._parts_to_train_on(), names=names):
             self._train(job)
 
     def prepare_training(self, *, names: Sequence[str] | None = None) -> None:
         """Write the job files alone, for ranks that somebody else starts."""
-        for job in self._jobs(names):
+        for job in self._jobs(self._parts_to_train_on(), names=names):
             job.save()
             self.progress.say(
                 f"training {job.config.name} is prepared for {job.config.world_size} ranks. On one machine, start them with:\n"
                 f"  torchrun --nproc-per-node {job.config.world_size} -m fuseline.train {job.run_folder}"
             )
 
-    def _jobs(self, names: Sequence[str] | None) -> list[TrainJob]:
+    def _parts_to_train_on(self) -> list[int]:
         parts = self._parts_of("train")
         self._require(self._fusion_stage.dataset, parts=parts, command="fuse")
+        return parts
+
+    def _jobs(self, parts: list[int], *, names: Sequence[str] | None = None) -> list[TrainJob]:
         return [self._job(training, parts=parts) for training in self.recipe.trainings if names is None or training.name in names]
 
     def _train(self, job: TrainJob) -> None:
@@ -343,29 +380,18 @@ class Pipeline:
         return done.exists() and (exported / "config.json").exists()
 
     def _job(self, training: TrainingConfig, *, parts: list[int]) -> TrainJob:
-        targets = self._fusion_stage.dataset
+        targets_fingerprint = fingerprint(self._fusion_identity)
         start = self.models[self.recipe.target.name]
-        lineage = {
-            "fuseline": __version__,
-            "corpus": {"name": self.recipe.corpus.name, "path": self.recipe.corpus.path, "fingerprint": self.corpus.dataset.fingerprint},
-            "start": {"model": start.config.model, "weights": start.weights_digest},
-            "sources": {
-                source.name: {"model": source.model, "weights": self.models[source.name].weights_digest} for source in self.recipe.sources
-            },
-            "alignment": self.recipe.alignment.model_dump(),
-            "fusion": self.recipe.fusion.model_dump(),
-            "targets": targets.fingerprint,
-        }
         return TrainJob(
             run_folder=self.workspace.folder("runs", training.name).absolute(),
             model_folder=start.folder.absolute(),
             model_fingerprint=start.weights_digest,
-            targets_folder=targets.folder.absolute(),
-            targets_fingerprint=targets.fingerprint,
+            targets_folder=self.workspace.folder("targets", self.recipe.fusion.name).absolute(),
+            targets_fingerprint=targets_fingerprint,
             tokens_fingerprint=self.distributions[self.recipe.target.name].fingerprint,
             parts=parts,
             export_folder=self.workspace.folder("exports", training.name).absolute(),
-            lineage=lineage,
+            lineage=lineage(self.recipe, models=self.models, corpus=self.corpus.dataset, targets_fingerprint=targets_fingerprint),
             config=training,
         )
 

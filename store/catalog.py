@@ -166,7 +166,7 @@ _TABLES_OF_KIND = {
     "token_matches": {},
     "vocab_maps": {"vocab_maps": "name"},
     "alignments": {"alignment_coverage": "name"},
-    "targets": {"target_segments": "name"},
+    "targets": {"target_segments": "name", "target_sources": "name"},
 }
 _TABLES_WITH_KIND = ("segments", "quarantine")
 
@@ -250,13 +250,24 @@ def _alignment_frames(dataset: Dataset, part: int) -> dict[str, pl.DataFrame]:
 
 
 def _target_frames(dataset: Dataset, part: int) -> dict[str, pl.DataFrame]:
-    names = ("doc_id_S", "segment_S", "lost_mass_S")
-    *columns, source_S, offsets = dataset.read(part, *names, "source_S", "segment_offsets")
-    names_of_sources: Any = dataset.arrays(part).attributes["sources"]
-    by_index = dict(enumerate(names_of_sources))
-    arrays = dict(zip(names, columns, strict=True)) | {"n_positions_S": np.diff(offsets)}
-    frame = _frame({"name": dataset.name, "corpus": dataset.description["corpus"], "part": part}, arrays)
-    return {"target_segments": frame.with_columns(source=pl.Series([by_index.get(int(index)) for index in source_S], dtype=pl.String))}
+    arrays = dataset.arrays(part)
+    keys = {name: arrays.read(name) for name in ("doc_id_S", "segment_S")} | {"n_positions_S": np.diff(arrays.read("segment_offsets"))}
+    labels = {"name": dataset.name, "corpus": dataset.description["corpus"], "part": part}
+    names: Any = arrays.attributes["sources"]
+    facts = {name: arrays.read(name) for name in ("lost_mass_S", "gold_nll_S", "n_gold_S") if name in arrays.names}
+    by_index = dict(enumerate(names))
+    segments = _frame(labels, keys | facts).with_columns(
+        source=pl.Series([by_index.get(int(index)) for index in arrays.read("source_S")], dtype=pl.String)
+    )
+    # Parts of an earlier version have no arrays by source: the columns stay unknown.
+    by_source = {name: arrays.read(name) for name in arrays.names if name.endswith("_SN")}
+    chosen_S = by_source["weight_SN"].argmax(axis=1) if by_source else None
+    frames = []
+    for index, source in enumerate(names):
+        columns = {name.removesuffix("N"): array_SN[:, index] for name, array_SN in by_source.items()}
+        frame = _frame(labels, keys | columns).with_columns(pl.selectors.float().fill_nan(None), source=pl.lit(source), place=pl.lit(index))
+        frames.append(frame if chosen_S is None else frame.with_columns(chosen=pl.Series(chosen_S == index)))
+    return {"target_segments": segments, "target_sources": pl.concat(frames)}
 
 
 def _vocabulary_frames(dataset: Dataset, part: int) -> dict[str, pl.DataFrame]:

@@ -16,6 +16,9 @@ from .dataset import Dataset
 from .errors import DamagedPart
 from .tokenizer import Tokenizer
 
+_NO_SOURCE = 254  # in source_T and source_S of fused targets: this and above is no source's index
+_SLACK = 1e-3  # for sums of means in float32
+
 
 def check_content(dataset: Dataset, part: int) -> None:
     """Read all of a part.
@@ -32,6 +35,9 @@ def check_content(dataset: Dataset, part: int) -> None:
         arrays = dataset.arrays(part)
         found = {name: arrays.read(name) for name in arrays.names}
         problem = _problem_of_arrays(found, counts=manifest.counts, vocab_size=dataset.description.get("vocab_size"))
+        if dataset.kind == "targets":
+            sources: Any = arrays.attributes["sources"]
+            problem = problem or _problem_of_sources(found, n_sources=len(sources))
     if problem:
         raise DamagedPart(f"{where}: {problem}.")
 
@@ -52,7 +58,7 @@ def check_tokenizer_table(folder: Path) -> None:
 
 
 def _problem_of_arrays(arrays: Mapping[str, NDArray[Any]], *, counts: Mapping[str, int], vocab_size: int | None) -> str | None:
-    sizes = {"T": counts.get("tokens"), "TK": counts.get("tokens"), "S": counts.get("segments")}
+    sizes = {"T": counts.get("tokens"), "TK": counts.get("tokens"), "S": counts.get("segments"), "SN": counts.get("segments")}
     for name, array in arrays.items():
         expected = sizes.get(name.rpartition("_")[2])
         if expected is not None and len(array) != expected:
@@ -61,6 +67,26 @@ def _problem_of_arrays(arrays: Mapping[str, NDArray[Any]], *, counts: Mapping[st
             return f"{name} has the id {int(array.max())}, which must be below vocab_size ({vocab_size})"
     offsets = arrays.get("segment_offsets")
     return None if offsets is None else _problem_of_offsets(offsets, n_segments=counts["segments"], n_tokens=counts["tokens"])
+
+
+def _problem_of_sources(arrays: Mapping[str, NDArray[Any]], *, n_sources: int) -> str | None:
+    """Of fused targets; parts of an earlier version have no arrays by source."""
+    for name, array in arrays.items():
+        if name.endswith("_SN") and array.shape[1] != n_sources:
+            return f"{name} has {array.shape[1]} columns, and there are {n_sources} sources"
+    for name in ("source_T", "source_S"):
+        index = arrays.get(name, np.zeros(0, np.uint8))
+        if ((index >= n_sources) & (index < _NO_SOURCE)).any():
+            return f"{name} has the source {int(index[(index >= n_sources) & (index < _NO_SOURCE)][0])}, and there are {n_sources}"
+    if "weight_SN" in arrays:
+        for name in ("weight_SN", "share_SN"):
+            total_S = arrays[name].sum(axis=1)  # NaN of a segment without positions
+            if not np.allclose(total_S[~np.isnan(total_S)], 1, atol=_SLACK):
+                return f"{name} must be 1 in sum over the sources"
+        total_SN = sum(arrays[name] for name in ("mapped_SN", "merged_SN", "lost_SN", "tail_SN"))
+        if not np.allclose(np.where(arrays["n_aligned_SN"] > 0, total_SN, 1), 1, atol=_SLACK):
+            return "mapped_SN, merged_SN, lost_SN and tail_SN must be 1 in sum where n_aligned_SN is not 0"
+    return None
 
 
 def _problem_of_offsets(offsets: NDArray[np.int64], *, n_segments: int, n_tokens: int) -> str | None:

@@ -49,7 +49,20 @@ CREATE VIEW evaluations AS
 # `targets` is now the lazy table of positions.
 _TARGET_SEGMENTS = "ALTER TABLE targets RENAME TO target_segments"
 
-MIGRATIONS = (_TABLES, _TARGET_SEGMENTS)
+# What each source brings to each segment. Targets that were folded before are forgotten here, so that the next fold reads them anew.
+_TARGET_SOURCES = """
+CREATE TABLE target_sources (
+    name VARCHAR, corpus VARCHAR, part INTEGER, doc_id BIGINT, segment BIGINT, source VARCHAR, place INTEGER, cost DOUBLE, weight DOUBLE,
+    share DOUBLE, chosen BOOLEAN, n_positions BIGINT, n_aligned BIGINT, mapped DOUBLE, merged DOUBLE, lost DOUBLE, tail DOUBLE,
+    agreement DOUBLE, nll DOUBLE, gold_nll DOUBLE, n_gold BIGINT);
+ALTER TABLE target_segments ADD COLUMN gold_nll DOUBLE;
+ALTER TABLE target_segments ADD COLUMN n_gold BIGINT;
+DELETE FROM target_segments;
+DELETE FROM parts WHERE kind = 'targets';
+DELETE FROM datasets WHERE kind = 'targets';
+"""
+
+MIGRATIONS = (_TABLES, _TARGET_SEGMENTS, _TARGET_SOURCES)
 
 
 def migrate(connection: duckdb.DuckDBPyConnection) -> None:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from .database import Store
 
 _KNOWN_PARTS = 1024  # of which the places of segments are remembered: about 50 kB each
-_NO_SOURCE = 255  # in source_T of fused targets: a mean of several
+_SEVERAL, _ONE_HOT = 255, 254  # in source_T of fused targets: a mean of several sources; all mass on one token
 _DOCUMENT = [("corpus", LABEL), ("domain", LABEL), ("split", LABEL), ("part", pa.int32()), ("doc_id", pa.int64())]
 _PLACE = [*_DOCUMENT, ("segment", pa.int32()), ("position", pa.int32())]
 _TOKEN = [("token_id", pa.uint32()), ("token", pa.string())]
@@ -144,12 +144,19 @@ class Distributions(Source):
 
 def _fusion_source(rows: Rows) -> pa.Array:
     source_R = rows.array("source_T").astype(np.int32)
-    names = pa.array(rows.arrays.attributes["sources"], pa.string())
-    return pa.DictionaryArray.from_arrays(pa.array(source_R, mask=source_R == _NO_SOURCE), names)
+    names = [*rows.arrays.attributes["sources"], rows.arrays.attributes.get("one_hot", "")]
+    places_R = np.where(source_R == _ONE_HOT, len(names) - 1, source_R)
+    return pa.DictionaryArray.from_arrays(pa.array(places_R, mask=source_R == _SEVERAL), pa.array(names, pa.string()))
+
+
+def _fused_gold_logprob(rows: Rows) -> pa.Array:
+    """Of the token that follows, under the fused distribution; -inf where it is not among its entries."""
+    logprobs_RK = np.where(rows.topk_ids_RK == rows.gold_ids_R[:, None], rows.topk_logprobs_RK, -np.inf)
+    return pa.array(logprobs_RK.max(axis=1, initial=-np.inf).astype(np.float32), mask=rows.is_last_R)
 
 
 class _TargetsPart(Part):
-    makers = MAKERS | {"source": _fusion_source}
+    makers = MAKERS | {"source": _fusion_source, "gold_logprob": _fused_gold_logprob}
 
 
 class Targets(Source):
@@ -158,7 +165,7 @@ class Targets(Source):
     name = "targets"
     part_class = _TargetsPart
     own_columns = (("name", LABEL),)
-    row_columns = (*_TOKEN, *_GOLD, ("source", LABEL), ("tail_logprob", pa.float32()), *_TOPK)
+    row_columns = (*_TOKEN, *_GOLD, ("gold_logprob", pa.float32()), ("source", LABEL), ("tail_logprob", pa.float32()), *_TOPK)
     # A model may be there under two names, with one fingerprint.
     parts_query = """
         SELECT p.kind, p.name, p.part, (d.description->>'$.corpus') AS corpus, (own.identity->>'$.tokenizer') AS tokenizer

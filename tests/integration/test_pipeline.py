@@ -158,7 +158,17 @@ def test_the_catalog_rebuilt_from_the_files_equals_the_original(uninterrupted):
     before = tables()
     assert all(
         before[name]
-        for name in ("documents", "segments", "target_segments", "metrics", "alignment_coverage", "models", "tokenizers", "parts")
+        for name in (
+            "documents",
+            "segments",
+            "target_segments",
+            "target_sources",
+            "metrics",
+            "alignment_coverage",
+            "models",
+            "tokenizers",
+            "parts",
+        )
     )
     result = fuseline("store", "rebuild", "-w", uninterrupted)
     assert result.returncode == 0, result.stderr

@@ -9,9 +9,10 @@ import pytest
 from fuseline.align.alignments import AlignmentsStage
 from fuseline.align.config import AlignmentConfig, FusionConfig
 from fuseline.align.cover import KEPT
-from fuseline.align.fusion import SEVERAL, FusionSource, FusionStage, segment_costs, source_weights
+from fuseline.align.fusion import SEVERAL, FusionStage
 from fuseline.align.maps import VocabularyMapStage
 from fuseline.align.projection import Projection, SourcePart, VocabularyMap, mix, project
+from fuseline.align.sources import FusionSource
 from fuseline.store.dataset import Dataset, PartContent
 from fuseline.store.tokenizer import Tokenizer
 from hypothesis import given, settings
@@ -333,32 +334,6 @@ def test_an_id_beyond_the_map_is_lost_and_the_identity_maps_everything():
     assert (found_at(identity, 0), identity.lost_T[0]) == ({5: 0.5, 0: 0.25}, 0)
 
 
-costs = st.lists(
-    st.lists(st.sampled_from([0.0, 0.5, 1.0, 2.5, math.inf]) | st.floats(0, 20), min_size=3, max_size=3), min_size=1, max_size=4
-)
-
-
-@quick
-@given(costs=costs)
-def test_source_weights_are_those_of_the_formula(costs):
-    mince, avgce = (source_weights(np.array(costs), method=method) for method in ("mince", "avgce"))
-    for s in range(3):
-        column = [row[s] for row in costs]
-        assert mince[:, s].tolist() == [float(n == column.index(min(column))) for n in range(len(column))]
-        if min(column) == math.inf:
-            assert avgce[:, s].tolist() == [1.0] + [0.0] * (len(column) - 1)
-            continue
-        exps = [math.exp(math.exp(-cost)) if cost < math.inf else 0 for cost in column]
-        assert avgce[:, s].tolist() == pytest.approx([value / sum(exps) for value in exps], rel=1e-12)
-
-
-def test_segment_costs_are_bits_per_byte_or_nats_per_token():
-    amounts = {"n_scored_S": np.array([4, 0, 5], np.uint32), "scored_bytes_S": np.array([10, 0, 0], np.uint32)}
-    nll_S = np.array([8 * math.log(2), 0.0, 3.0])
-    assert segment_costs(nll_S, **amounts, metric="bpb").tolist() == pytest.approx([0.8, math.inf, math.inf])
-    assert segment_costs(nll_S, **amounts, metric="ce").tolist() == pytest.approx([2 * math.log(2), math.inf, 0.6])
-
-
 # From here on whole stages, on datasets made by hand.
 
 TEXTS = {(3, 0): "def f(x): return x", (3, 1): "\n  unbelievably, 1234 words", (5, 0): "naïve 漢字 text", (8, 0): "a"}
@@ -531,7 +506,7 @@ def test_avgce_weighs_the_sources_and_gives_a_segment_missing_in_one_to_the_othe
     mapped = other.vocabulary_map.table(0)["target_id"].to_list()
     mine, theirs = own_distributions(own), own_distributions(other)
     assert content.data["source_T"].tolist() == [SEVERAL if u >= 0 else 0 for u in position_T]
-    assert content.data["source_S"].tolist() == [SEVERAL] * 4
+    assert content.data["source_S"].tolist() == [0 if doc == 5 else SEVERAL for doc, _ in TEXTS]
     for t, u in enumerate(position_T.tolist()):
         expected = dict(mine[t])
         if u >= 0:

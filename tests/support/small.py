@@ -62,10 +62,22 @@ def small_workspace(root: Path, *, tokenizer_folder: Path) -> Workspace:
             "topk_logprobs_TK": topk_logprobs_TK,
             "source_S": np.zeros(n_segments, np.uint8),
             "lost_mass_S": np.zeros(n_segments, np.float32),
+            **_contributions(offsets),
         }
         targets.commit(part, content=PartContent(data=arrays, counts=counts, attributes={"sources": ["target", "source"]}), seconds=0)
     catalog.fold(workspace)
     return workspace
+
+
+def _contributions(offsets: np.ndarray) -> dict[str, np.ndarray]:
+    """What two sources bring: the first has all the weight, the second loses half of its mass on the way."""
+    n_positions_S = np.diff(offsets)
+    values = {"weight_SN": [1, 0], "share_SN": [1, 0], "mapped_SN": [1, 0.5], "merged_SN": [0, 0], "lost_SN": [0, 0.5]}
+    values |= {"tail_SN": [0, 0], "agreement_SN": [1, 0.25]}
+    arrays = {name: np.tile(np.array(row, np.float32), (len(n_positions_S), 1)) for name, row in values.items()}
+    arrays |= {name: np.full((len(n_positions_S), 2), np.nan, np.float32) for name in ("cost_SN", "nll_SN", "gold_nll_SN")}
+    counts = {"n_aligned_SN": np.stack([n_positions_S, n_positions_S], axis=1), "n_gold_SN": np.zeros((len(n_positions_S), 2))}
+    return arrays | {name: array.astype(np.uint32) for name, array in counts.items()}
 
 
 def _corpus_table() -> pl.DataFrame:

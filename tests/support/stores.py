@@ -13,7 +13,7 @@ from fuseline.store.workspace import Workspace
 DOMAINS = ["code", "law", "position"]  # one of them is also the name of a column
 VOCAB_SIZE = {"alpha": 40, "beta": 70_000}
 TOP_K = {"alpha": 3, "beta": 2}
-SEVERAL = 255
+SEVERAL, ONE_HOT = 255, 254
 Row = dict[str, object]
 
 
@@ -169,6 +169,13 @@ def _topk(model: str, arrays: dict[str, np.ndarray], *, t: int) -> Row:
     return {"topk_ids": ids, "topk_tokens": [text_of(model, token_id) for token_id in ids], "topk_logprobs": logprobs}
 
 
+def _fused_gold(arrays: dict[str, np.ndarray], *, t: int, end: int) -> float | None:
+    if t + 1 == end:
+        return None
+    entries = zip(arrays["topk_ids_TK"][t], arrays["topk_logprobs_TK"][t], strict=True)
+    return max((float(p) for i, p in entries if i == arrays["token_ids_T"][t + 1]), default=-np.inf)
+
+
 def _write_alignment(
     workspace: Workspace, corpus: str, *, source: Dataset, target: Dataset, documents: pl.DataFrame, rng: np.random.Generator,
     rows: dict[str, list[Row]],
@@ -226,10 +233,13 @@ def _write_targets(
         arrays = {
             "token_ids_T": ids_T, "segment_offsets": offsets, "doc_id_S": doc_id_S, "segment_S": segment_S,
             "topk_ids_TK": rng.integers(0, VOCAB_SIZE["alpha"], (n, 4)).astype(np.uint16), "topk_logprobs_TK": logprobs_TK,
-            "tail_logprob_T": -rng.exponential(1, n).astype(np.float16), "source_T": rng.choice([0, 1, SEVERAL], n).astype(np.uint8),
+            "tail_logprob_T": -rng.exponential(1, n).astype(np.float16),
+            "source_T": rng.choice([0, 1, ONE_HOT, SEVERAL], n).astype(np.uint8),
             "source_S": np.zeros(len(doc_id_S), np.uint8), "lost_mass_S": np.zeros(len(doc_id_S), np.float32),
         }  # fmt: skip
-        dataset.commit(part, content=PartContent(data=arrays, counts={"tokens": n}, attributes={"sources": names}), seconds=1)
+        dataset.commit(
+            part, content=PartContent(data=arrays, counts={"tokens": n}, attributes={"sources": names, "one_hot": "next token"}), seconds=1
+        )
         for s, (doc_id, segment) in enumerate(zip(doc_id_S.tolist(), segment_S.tolist(), strict=True)):
             row = facts[doc_id]
             for t in range(offsets[s], offsets[s + 1]):
@@ -237,6 +247,7 @@ def _write_targets(
                     {"name": f"fused-{corpus}", "corpus": corpus, "domain": row["domain"], "split": row["split"], "part": part,
                      "doc_id": doc_id, "segment": segment, "position": t - int(offsets[s]), "token_id": int(ids_T[t]),
                      "token": text_of("alpha", int(ids_T[t])), **_gold("alpha", arrays, t=t, end=offsets[s + 1]),
-                     "source": None if arrays["source_T"][t] == SEVERAL else names[arrays["source_T"][t]],
+                     "gold_logprob": _fused_gold(arrays, t=t, end=offsets[s + 1]),
+                     "source": {0: "alpha", 1: "beta", ONE_HOT: "next token", SEVERAL: None}[int(arrays["source_T"][t])],
                      "tail_logprob": float(arrays["tail_logprob_T"][t]), **_topk("alpha", arrays, t=t)}
                 )  # fmt: skip

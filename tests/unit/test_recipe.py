@@ -100,7 +100,7 @@ def test_all_problems_are_told_at_once_in_the_order_of_their_lines(tmp_path):
     assert what["sources.0.model"] == "3 should be a valid string"
     assert what["sources.0.dtype"] == "'float64' should be 'bfloat16', 'float16' or 'float32'"
     assert what["sources.1.name"] == "is missing: name of the model in the workspace"
-    assert what["fusion.method"] == "'best' should be 'mince' or 'avgce'"
+    assert what["fusion.method"] == "'best' should be 'mince', 'avgce', 'entropy', 'confidence' or 'fixed'"
     assert what["evalution"].startswith("unknown key. Did you mean evaluation? Valid are: corpus, target, sources, ")
     assert what["training.clm_weight"] == "1.5 should be less than or equal to 1"
 
@@ -141,6 +141,72 @@ def test_what_does_not_go_together_is_told(tmp_path, added, key, what):
     section, _, name = key.partition(".")
     at = line(text, name, nth=4 if key == "training.name" else 1) if name else line(text, f"[{section}]")
     assert told(tmp_path, text) == [(at, key, what)]
+
+
+FIXED = '[fusion]\nmethod = "fixed"\n'
+
+
+@pytest.mark.parametrize(
+    ("added", "at", "key", "what"),
+    [
+        (
+            "[fusion]\npack_length = 64",
+            "pack_length",
+            "fusion.pack_length",
+            "is only for unit = 'pack' (unit is 'segment'): remove it, or set unit",
+        ),
+        (
+            "[fusion.weights]\none = 1",
+            "[fusion.weights]",
+            "fusion.weights",
+            "is only for method = 'fixed' (method is 'mince'): remove it, or set method",
+        ),
+        (
+            '[fusion]\nmethod = "fixed"',
+            "[fusion]",
+            "fusion.weights",
+            "method = 'fixed' needs a weight above 0 here, for at least one of the models: target, one, two",
+        ),
+        (
+            FIXED + "[fusion.weights]\none = 0\ntwo = 0.0",
+            "[fusion.weights]",
+            "fusion.weights",
+            "method = 'fixed' needs a weight above 0 here, for at least one of the models: target, one, two",
+        ),
+        (FIXED + "weights = {one = 1, tow = 1}", "weights", "fusion.weights.tow", "'tow' is none of the models: target, one, two"),
+        (FIXED + "weights = {one = 1, two = -1}", "weights", "fusion.weights.two", "-1 should be greater than or equal to 0"),
+        (FIXED + "weights = {one = inf}", "weights", "fusion.weights.one", "inf should be a finite number"),
+        (
+            FIXED + "weights = {one = 1}\n[fusion.domain_weights.code]\ntwo = 1",
+            "[fusion.domain_weights.code]",
+            "fusion.domain_weights",
+            "needs to know the documents' domains: say corpus.domain_column",
+        ),
+    ],
+)
+def test_weights_that_cannot_be_meant_are_told(tmp_path, added, at, key, what):
+    text = GOOD + added + "\n"
+    found = {key: (number, what) for number, key, what in told(tmp_path, text)}
+    assert found.pop(key) == (line(text, at), what)
+    assert set(found) <= {"fusion.weights"}, "what was wrong is dropped, and then may be missing"
+
+
+def test_a_wrong_weight_of_a_domain_is_told_in_its_place(tmp_path):
+    weights = "[fusion.weights]\none = 1\n[fusion.domain_weights.law]\nthree = 1\n[fusion.domain_weights.code]\none = 0\n"
+    text = GOOD.replace('path = "data"', 'path = "data"\ndomain_column = "domain"') + FIXED + weights
+    assert [(number, key) for number, key, _ in told(tmp_path, text)] == [
+        (line(text, "three"), "fusion.domain_weights.law.three"),
+        (line(text, "[fusion.domain_weights.code]"), "fusion.domain_weights.code"),
+    ]
+
+
+def test_a_pack_is_as_long_as_the_context_unless_told(tmp_path):
+    (tmp_path / "recipe.toml").write_text(
+        GOOD.replace('path = "data"', 'path = "data"\ncontext_length = 300') + '[fusion]\nunit = "pack"\n'
+    )
+    assert load_recipe(tmp_path / "recipe.toml").pack_length == 300
+    (tmp_path / "recipe.toml").write_text(GOOD + '[fusion]\nunit = "pack"\npack_length = 64\n')
+    assert load_recipe(tmp_path / "recipe.toml").pack_length == 64
 
 
 def test_a_model_named_clm_is_told_only_where_there_is_a_baseline(tmp_path):

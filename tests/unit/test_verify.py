@@ -188,6 +188,23 @@ def test_contents_that_make_no_sense_are_told_by_reading_everything(workspace):
             break
 
 
+def test_sources_of_targets_that_make_no_sense_are_told_by_reading_everything(workspace):
+    names = ("weight_SN", "lost_SN", "source_S")
+    weight_SN, lost_SN, source_S = dataset(workspace, "targets/fused").read(0, *names)
+    for change, message in [
+        ({"weight_SN": weight_SN / 2}, "weight_SN must be 1 in sum over the sources"),
+        ({"lost_SN": lost_SN + 0.25}, "mapped_SN, merged_SN, lost_SN and tail_SN must be 1 in sum"),
+        ({"source_S": np.full_like(source_S, 7)}, "source_S has the source 7, and there are 2"),
+        ({"weight_SN": weight_SN[:, :1]}, "weight_SN has 1 columns, and there are 2 sources"),
+        ({"lost_SN": lost_SN[:1]}, "lost_SN has 1 rows"),
+    ]:
+        recommit(workspace, "targets/fused", **dict(zip(names, (weight_SN, lost_SN, source_S), strict=True)) | change)
+        assert problems(workspace) == []
+        ((where, problem),) = problems(workspace, full=True)
+        assert where == "targets/fused/part-00000.json"
+        assert message in problem
+
+
 def counted_matches(workspace: Workspace, rows: list[tuple[int, int, int]]) -> Dataset:
     """Token matches of part 0 with these rows, and a vocabulary map that was made from them."""
     source, target = (dataset(workspace, f"distributions/{name}") for name in ("source", "target"))

@@ -1,0 +1,96 @@
+"""What each source brings to each segment of fused targets: small arrays beside the targets, of which SQL can ask who won where, and why.
+
+Axes: N sources, S segments of a part, T its positions, C entries of a projection. Arrays are float32; NaN where there is nothing to say:
+
+    cost_SN             what the source cost in the unit of the segment (`weights`); with unit `token`, as a mean
+    weight_SN           its weight by the method, as a mean over the segment's positions
+    share_SN            its weight in what was fused, as a mean over the segment's positions: also for others that say nothing there
+    n_aligned_SN        positions at which it has a distribution (uint32)
+    mapped_SN, merged_SN, lost_SN, tail_SN     what became of its probability on the way to the target's tokens (`projection`): means over
+                        these positions, 1 in sum
+    agreement_SN        share of these positions at which its most probable target token is that of the target's own start
+    nll_SN              nats of the segment's text under it, token by token in its own vocabulary: before the map
+    gold_nll_SN         nats of the target tokens that follow, at these positions, under what came through the map
+    n_gold_SN           how many tokens these are: those with any probability (uint32)
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .projection import Projection
+
+NAMES = (
+    "cost_SN", "weight_SN", "share_SN", "n_aligned_SN", "mapped_SN", "merged_SN", "lost_SN", "tail_SN", "agreement_SN", "nll_SN",
+    "gold_nll_SN", "n_gold_SN",
+)  # fmt: skip
+
+
+def contributions(
+    projections: Sequence[Projection],
+    *,
+    offsets: NDArray[np.int64],
+    costs_NT: NDArray[np.float64],
+    weights_NT: NDArray[np.float64],
+    shares_NT: NDArray[np.float64],
+    nll_NS: NDArray[np.float64],
+) -> dict[str, NDArray[Any]]:
+    """The arrays above, by name.
+
+    Args:
+        projections: of each source; the first is the target's own start.
+        offsets: where the target's segments start, and the end of the last.
+        costs_NT: cost of each source at each position, inf where unknown.
+        weights_NT: weights by the method.
+        shares_NT: weights in what was fused.
+        nll_NS: nats of each segment under each source, NaN where it has not read it.
+    """
+    columns: dict[str, list[NDArray[Any]]] = {name: [] for name in NAMES}
+    everywhere_T = np.ones(offsets[-1], np.bool_)
+    own_favourite_T = favourites(projections[0])
+    for projection, cost_T, weight_T, share_T, nll_S in zip(projections, costs_NT, weights_NT, shares_NT, nll_NS, strict=True):
+        is_aligned_T = projection.is_aligned_T
+        has_gold_T = np.isfinite(projection.gold_logprob_T)
+        favourite_T = favourites(projection)
+        has_favourites_T = is_aligned_T & (favourite_T >= 0) & (own_favourite_T >= 0)
+        found = {
+            "cost_SN": means(cost_T, where_T=np.isfinite(cost_T), offsets=offsets),
+            "weight_SN": means(weight_T, where_T=everywhere_T, offsets=offsets),
+            "share_SN": means(share_T, where_T=everywhere_T, offsets=offsets),
+            "n_aligned_SN": sums(is_aligned_T, offsets=offsets).astype(np.uint32),
+            "mapped_SN": means(projection.mapped_T, where_T=is_aligned_T, offsets=offsets),
+            "merged_SN": means(projection.merged_T, where_T=is_aligned_T, offsets=offsets),
+            "lost_SN": means(projection.lost_T, where_T=is_aligned_T, offsets=offsets),
+            "tail_SN": means(projection.tail_T, where_T=is_aligned_T, offsets=offsets),
+            "agreement_SN": means(favourite_T == own_favourite_T, where_T=has_favourites_T, offsets=offsets),
+            "nll_SN": nll_S.astype(np.float32),
+            "gold_nll_SN": sums(np.where(has_gold_T, -projection.gold_logprob_T, 0), offsets=offsets).astype(np.float32),
+            "n_gold_SN": sums(has_gold_T, offsets=offsets).astype(np.uint32),
+        }
+        for name, column_S in found.items():
+            columns[name].append(column_S)
+    return {name: np.stack(found, axis=1) for name, found in columns.items()}
+
+
+def favourites(projection: Projection) -> NDArray[np.int32]:
+    """The most probable token of each position, [T], of equals the one of lowest id; -1 where there is none."""
+    is_entry_TC = np.arange(projection.ids_TC.shape[1]) < projection.n_T[:, None]
+    probs_TC = np.where(is_entry_TC, projection.probs_TC, 0)
+    highest_T = probs_TC.max(axis=1, initial=0)
+    none = np.iinfo(np.int32).max
+    ids_T = np.where((probs_TC == highest_T[:, None]) & (probs_TC > 0), projection.ids_TC, none).min(axis=1, initial=none)
+    return np.where(ids_T == none, -1, ids_T)
+
+
+def sums(values_T: NDArray[Any], *, offsets: NDArray[np.int64]) -> NDArray[np.float64]:
+    """Sum over each segment, [S]."""
+    before = np.concatenate([[0.0], np.cumsum(values_T, dtype=np.float64)])
+    return np.diff(before[offsets])
+
+
+def means(values_T: NDArray[Any], *, where_T: NDArray[np.bool_], offsets: NDArray[np.int64]) -> NDArray[np.float32]:
+    """Mean over some positions of each segment, [S]; NaN where there are none."""
+    total_S, n_S = sums(np.where(where_T, values_T, 0), offsets=offsets), sums(where_T, offsets=offsets)
+    return np.divide(total_S, n_S, out=np.full(len(n_S), np.nan), where=n_S > 0).astype(np.float32)

@@ -1,0 +1,151 @@
+"""What a recipe wants of a workspace, dataset by dataset: there, missing, or of other inputs. Read from files alone, as `store.status` is.
+
+No model is opened, so a model that was changed since its distributions were stored is only noticed by a run.
+"""
+
+import itertools
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from ..align.fusion import fusion_identity
+from ..align.sources import FusionSource
+from ..recipe import Recipe
+from ..store.corpus_plan import read_plan
+from ..store.dataset import Dataset
+from ..store.fingerprint import differences
+from ..store.status import DatasetStatus, TrainingStatus, dataset_statuses, training_statuses
+from ..store.workspace import Workspace
+from ..train.records import read_done
+from .conflicts import fusion_conflicts
+
+State = Literal["done", "incomplete", "missing", "other inputs"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Wanted:
+    """One dataset or training of a recipe."""
+
+    kind: str
+    name: str
+    state: State
+    expected_parts: int | None  # None where the corpus is not planned yet, and of trainings
+    differences: list[str]  # between what is there under this name and what the recipe asks for
+    status: DatasetStatus | TrainingStatus | None  # of what is there
+
+
+def wanted(recipe: Recipe, *, workspace: Workspace) -> list[Wanted]:
+    """Everything that a recipe makes, in order."""
+    there = {(status.kind, status.name): status for status in dataset_statuses(workspace)}
+    trainings = {status.name: status for status in training_statuses(workspace)}
+    found = [
+        _dataset(kind, name, recipe=recipe, workspace=workspace, status=there.get((kind, name))) for kind, name in _before_training(recipe)
+    ]
+    found += [_training(name, recipe=recipe, workspace=workspace, status=trainings.get(name)) for name in _training_names(recipe)]
+    evaluated = [model.name for model in recipe.models] + _training_names(recipe)
+    for name in (f"{model}--{recipe.evaluation.split}" for model in evaluated):
+        found.append(_dataset("evaluations", name, recipe=recipe, workspace=workspace, status=there.get(("evaluations", name))))
+    return found
+
+
+def _before_training(recipe: Recipe) -> Iterator[tuple[str, str]]:
+    yield "corpus", recipe.corpus.name
+    yield from (("distributions", model.name) for model in recipe.models)
+    for source in recipe.sources:
+        pair, alignment = f"{source.name}--{recipe.target.name}", recipe.alignment
+        if alignment.vocabulary == "stat":
+            yield "token_matches", alignment.matches_name(pair)
+        yield "vocab_maps", alignment.map_name(pair)
+        yield "alignments", alignment.alignment_name(pair)
+    yield "targets", recipe.fusion.name
+
+
+def _training_names(recipe: Recipe) -> list[str]:
+    return [training.name for training in recipe.trainings]
+
+
+def _dataset(kind: str, name: str, *, recipe: Recipe, workspace: Workspace, status: DatasetStatus | None) -> Wanted:
+    expected = status.expected_parts if status else _expected_parts(kind, recipe=recipe, workspace=workspace)
+    found = _differences(kind, name, recipe=recipe, workspace=workspace) if status else []
+    state: State = "missing"
+    if found:
+        state = "other inputs"
+    elif status and status.parts:
+        state = "done" if status.parts == expected else "incomplete"
+    return Wanted(kind=kind, name=name, state=state, expected_parts=expected, differences=found, status=status)
+
+
+def _expected_parts(kind: str, *, recipe: Recipe, workspace: Workspace) -> int | None:
+    if kind == "vocab_maps":
+        return 1
+    plan = read_plan(workspace.folder("corpus", recipe.corpus.name))
+    if plan is None:
+        return None
+    splits = [part["split"] for part in plan["parts"]]
+    return splits.count(recipe.evaluation.split if kind == "evaluations" else "train")
+
+
+def _differences(kind: str, name: str, *, recipe: Recipe, workspace: Workspace) -> list[str]:
+    """Between the identity of what is there and what of it can be told without the models."""
+    stored = Dataset.open(workspace.folder(kind, name)).identity
+    match kind:
+        case "distributions":
+            (dtype,) = (model.dtype for model in recipe.models if model.name == name)
+            asked = {"dtype": dtype, "top_k": recipe.distributions.top_k, "codec": recipe.distributions.codec}
+            return _differing(stored, asked | _fingerprints(workspace, corpus=("corpus", recipe.corpus.name)))
+        case "alignments":
+            source, target = (("distributions", model) for model in name.split("--")[:2])
+            return _differing(stored, {"positions": recipe.alignment.positions} | _fingerprints(workspace, source=source, target=target))
+        case "targets":
+            return _fusion_differences(recipe, workspace=workspace)
+        case _:
+            return []
+
+
+def _differing(stored: Mapping[str, Any], asked: Mapping[str, Any]) -> list[str]:
+    return differences({key: stored.get(key) for key in asked}, asked)
+
+
+def _fingerprints(workspace: Workspace, **inputs: tuple[str, str]) -> dict[str, str]:
+    """Of the datasets that are there, by the key of an identity."""
+    return {key: dataset.fingerprint for key, place in inputs.items() if (dataset := _open(workspace.folder(*place))) is not None}
+
+
+def _open(folder: Path) -> Dataset | None:
+    return Dataset.open(folder) if (folder / "dataset.json").exists() else None
+
+
+def _fusion_differences(recipe: Recipe, *, workspace: Workspace) -> list[str]:
+    sources = []
+    for model in recipe.models:
+        pair = f"{model.name}--{recipe.target.name}"
+        distributions = _open(workspace.folder("distributions", model.name))
+        if distributions is None:
+            return [f"sources: asked for {model.name}, which is not there yet"]
+        if model.name == recipe.target.name:
+            sources.append(FusionSource(name=model.name, distributions=distributions))
+            continue
+        alignment = _open(workspace.folder("alignments", recipe.alignment.alignment_name(pair)))
+        vocabulary_map = _open(workspace.folder("vocab_maps", recipe.alignment.map_name(pair)))
+        if alignment is None or vocabulary_map is None:
+            return [f"sources: asked for {model.name}, which is not aligned yet"]
+        sources.append(FusionSource(name=model.name, distributions=distributions, alignment=alignment, vocabulary_map=vocabulary_map))
+    fusion = recipe.fusion.model_copy(update={"pack_length": recipe.pack_length})
+    codec = recipe.distributions.codec
+    identity = fusion_identity(sources, alignment=recipe.alignment, fusion=fusion, top_k=recipe.top_k, codec=codec)
+    conflicts = fusion_conflicts(workspace, name=fusion.name, identity=identity)
+    return list(itertools.chain.from_iterable(conflict.differences for conflict in conflicts))
+
+
+def _training(name: str, *, recipe: Recipe, workspace: Workspace, status: TrainingStatus | None) -> Wanted:
+    (training,) = (training for training in recipe.trainings if training.name == name)
+    learned_from = ("targets", recipe.fusion.name) if training.uses_targets else ("distributions", recipe.target.name)
+    done, there = read_done(workspace.folder("runs", name)), _open(workspace.folder(*learned_from))
+    found: list[str] = []
+    if done is not None and (there is None or done["identity"]["targets"] != there.fingerprint):
+        found = [f"learned from something else than {'/'.join(learned_from)}"]
+    elif done is not None and training.uses_targets and _fusion_differences(recipe, workspace=workspace):
+        found = ["learned from targets of other inputs"]
+    state: State = "other inputs" if found else "missing" if status is None else "done" if status.done else "incomplete"
+    return Wanted(kind="training", name=name, state=state, expected_parts=None, differences=found, status=status)

@@ -1,0 +1,104 @@
+"""What the commands have in common: their options, and how a user's error is shown."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+from .store.errors import FuselineError
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+
+class _Shown(click.ClickException):
+    def __init__(self, text: str, *, exit_code: int) -> None:
+        super().__init__(text)
+        self.exit_code = exit_code  # type: ignore[misc]  # click reads it from the instance
+
+
+class Group(click.Group):
+    """Shows a user's error as one message, without a traceback."""
+
+    def invoke(self, context: click.Context) -> Any:
+        try:
+            return super().invoke(context)
+        except FuselineError as error:
+            raise _Shown(str(error), exit_code=error.exit_code) from error
+        except BrokenPipeError:
+            raise  # click ends quietly when nobody reads on
+        except OSError as error:
+            where = f" ({error.filename})" if error.filename else ""
+            text = f"{error.strerror or error}{where}. What was committed before is safe; mend this and run the same command again."
+            raise _Shown(text, exit_code=1) from error
+        except KeyboardInterrupt:
+            raise _Shown("Stopped. Finished parts and checkpoints are kept: run the same command again to go on.", exit_code=130) from None
+
+
+class StageGroup(click.Group):
+    """A stage that has commands beside it: `fuseline align RECIPE` is `fuseline align run RECIPE`."""
+
+    def parse_args(self, context: click.Context, args: list[str]) -> list[str]:
+        if args and args[0] not in self.commands and args[0] not in context.help_option_names:
+            args = ["run", *args]
+        return super().parse_args(context, args)
+
+    def format_usage(self, context: click.Context, formatter: click.HelpFormatter) -> None:
+        formatter.write_usage(context.command_path, "[OPTIONS] RECIPE")
+        formatter.write_usage(context.command_path, "COMMAND [ARGS]...")
+
+
+def models_default() -> Path:
+    """Folder in which models are looked for."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
+    return Path(os.environ.get("FUSELINE_MODELS", cache / "fuseline" / "models"))
+
+
+def recipe_options(command: Command) -> Command:
+    """RECIPE, --workspace and --models, of what makes something."""
+    for decorate in (
+        click.option(
+            "--models",
+            "models_dir",
+            type=click.Path(file_okay=False, path_type=Path),
+            default=models_default,
+            show_default="$FUSELINE_MODELS or ~/.cache/fuseline/models",
+            help="Folder with models by the last part of their hub id; looked into before the Hugging Face hub.",
+        ),
+        click.option(
+            "--workspace",
+            "-w",
+            type=click.Path(file_okay=False, path_type=Path),
+            envvar="FUSELINE_WORKSPACE",
+            show_default="workspaces/<name of the recipe>",
+            help="Folder that holds everything of the project.",
+        ),
+        click.argument("recipe", type=click.Path(dir_okay=False, path_type=Path)),
+    ):
+        command = decorate(command)
+    return command
+
+
+workspace_option = click.option(
+    "--workspace",
+    "-w",
+    type=click.Path(file_okay=False, path_type=Path),
+    envvar="FUSELINE_WORKSPACE",
+    show_default="the only one in workspaces/",
+    help="Folder that holds everything of the project.",
+)
+
+
+def executor_options(command: Command) -> Command:
+    """--executor and --workers, of what makes parts."""
+    for decorate in (
+        click.option("--workers", type=click.IntRange(min=1), help="Parts computed at the same time. Overrides the recipe."),
+        click.option(
+            "--executor",
+            type=click.Choice(["local", "slurm", "ray"]),
+            help="What runs the parts: processes here, a Slurm job array, or a Ray cluster. Overrides the recipe.",
+        ),
+    ):
+        command = decorate(command)
+    return command
