@@ -29,7 +29,7 @@ DATASETS = {
         "vocab_maps/source--target--stat-dtw",
         "alignments/source--target--dtw-fusechat-stat",
     },
-    "spans": {"token_matches/source--target--span", "vocab_maps/source--target--stat-span", "alignments/source--target"},
+    "spans": {"token_matches/source--target--span", "vocab_maps/source--target--stat-span", "alignments/source--target--span"},
 }
 
 
