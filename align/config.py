@@ -50,6 +50,11 @@ class AlignmentConfig(BaseModel):
             )
         if self.positions == "cover" and not self.gold_anchor:
             raise ValueError('positions ("cover") has the gold anchor built in: set gold_anchor = true, or positions = "span"')
+        if self.positions == "cover" and self.collisions != "sum":
+            raise ValueError(
+                f'positions ("cover") sums what several source tokens bring, and collisions is "{self.collisions}". '
+                'Set collisions = "sum", or positions = "span" or "dtw"'
+            )
         return self
 
     @model_validator(mode="after")

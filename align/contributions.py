@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from numba import njit
 from numpy.typing import NDArray
 
 from .projection import Projection
@@ -76,21 +77,49 @@ def contributions(
 
 def favourites(projection: Projection) -> NDArray[np.int32]:
     """The most probable token of each position, [T], of equals the one of lowest id; -1 where there is none."""
-    is_entry_TC = np.arange(projection.ids_TC.shape[1]) < projection.n_T[:, None]
-    probs_TC = np.where(is_entry_TC, projection.probs_TC, 0)
-    highest_T = probs_TC.max(axis=1, initial=0)
-    none = np.iinfo(np.int32).max
-    ids_T = np.where((probs_TC == highest_T[:, None]) & (probs_TC > 0), projection.ids_TC, none).min(axis=1, initial=none)
-    return np.where(ids_T == none, -1, ids_T)
+    ids_T = np.full(len(projection.n_T), -1, np.int32)
+    _favourites(projection.ids_TC, projection.probs_TC, projection.n_T, ids_T)
+    return ids_T
 
 
 def sums(values_T: NDArray[Any], *, offsets: NDArray[np.int64]) -> NDArray[np.float64]:
     """Sum over each segment, [S]."""
-    before = np.concatenate([[0.0], np.cumsum(values_T, dtype=np.float64)])
-    return np.diff(before[offsets])
+    return _sums(values_T, offsets)
 
 
 def means(values_T: NDArray[Any], *, where_T: NDArray[np.bool_], offsets: NDArray[np.int64]) -> NDArray[np.float32]:
     """Mean over some positions of each segment, [S]; NaN where there are none."""
-    total_S, n_S = sums(np.where(where_T, values_T, 0), offsets=offsets), sums(where_T, offsets=offsets)
-    return np.divide(total_S, n_S, out=np.full(len(n_S), np.nan), where=n_S > 0).astype(np.float32)
+    return _means(values_T, where_T, offsets)
+
+
+@njit(cache=True)
+def _favourites(ids_TC: Any, probs_TC: Any, n_T: Any, found_T: Any) -> None:
+    for t in range(len(n_T)):
+        highest = np.float32(0)
+        for c in range(n_T[t]):
+            prob, token_id = probs_TC[t, c], ids_TC[t, c]
+            if prob > highest or (prob == highest and prob > 0 and token_id < found_T[t]):
+                highest, found_T[t] = prob, token_id
+
+
+@njit(cache=True)
+def _sums(values_T: Any, offsets: Any) -> Any:
+    found_S = np.zeros(len(offsets) - 1)
+    for s in range(len(found_S)):
+        for t in range(offsets[s], offsets[s + 1]):
+            found_S[s] += values_T[t]
+    return found_S
+
+
+@njit(cache=True)
+def _means(values_T: Any, where_T: Any, offsets: Any) -> Any:
+    found_S = np.full(len(offsets) - 1, np.nan, np.float32)
+    for s in range(len(found_S)):
+        total, n = 0.0, 0
+        for t in range(offsets[s], offsets[s + 1]):
+            if where_T[t]:
+                total += values_T[t]
+                n += 1
+        if n:
+            found_S[s] = total / n
+    return found_S

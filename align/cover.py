@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 from numba import njit
 
-KEPT = 8  # readings beside the path that are kept when a token is read; what does not fit is lost (up to 6 of ten entries were seen)
+KEPT = 8  # readings beside the path that are kept when a token is read; what does not fit is lost (at most 6 in benchmarks/quality.py)
 ROOM = KEPT + 3  # beside the stored entries: those, the path, the token that follows it, and the target's next token
 
 
@@ -34,6 +34,7 @@ def project_cover(
     """Fill the arrays of a `Projection`, whose capacity C is at least K + ROOM."""
     n_most = topk_ids_UK.shape[1] + ROOM
     tokens_H, read_H, mass_H = np.zeros(n_most, np.int64), np.zeros(n_most, np.int64), np.zeros(n_most)
+    says_H = np.zeros(n_most, np.int64)  # the target token with which each goes on
     n, path, boundary, ended = 0, -1, 0.0, 0.0
     starts = True  # nothing was read before this position
     for t in range(len(position_T)):
@@ -59,7 +60,6 @@ def project_cover(
                 topk_ids_UK[u], topk_probs_UK[u], gold_ids_U[u], gold_probs_U[u], n, boundary, tokens_H, read_H, mass_H
             )  # fmt: skip
         is_aligned_T[t] = True
-        lost_T[t] = ended
 
         # What the source gives the text from here to the end of the target's next token.
         gold_id, along, beginning = gold_ids_T[t], 0.0, 1.0
@@ -75,16 +75,27 @@ def project_cover(
                     )  # fmt: skip
                     along *= min(1.0, beginning)
             starts = not along > 0
+        ids_C, probs_C = ids_TC[t], probs_TC[t]
+        n_entries, mapped, merged, lost = 0, 0.0, 0.0, ended
         for h in range(n):
             mass = mass_H[h]
             if h == path and not starts:
-                put(ids_TC, probs_TC, n_T, mapped_T, merged_T, lost_T, t, gold_id, along, False)
+                if put(ids_C, probs_C, n_entries, gold_id, along):
+                    n_entries, mapped = n_entries + 1, mapped + along
+                else:
+                    merged += along
                 mass -= along
             target_id = _mapped(tokens_H[h], read_H[h], target_ids_V, rest_ids_B, offsets_V1)
-            if mass > 0 and target_id < 0:
-                lost_T[t] += mass
-            elif mass > 0:
-                put(ids_TC, probs_TC, n_T, mapped_T, merged_T, lost_T, t, target_id, mass, False)
+            says_H[h] = target_id
+            if mass <= 0:
+                continue
+            if target_id < 0:
+                lost += mass
+            elif put(ids_C, probs_C, n_entries, target_id, mass):
+                n_entries, mapped = n_entries + 1, mapped + mass
+            else:
+                merged += mass
+        n_T[t], mapped_T[t], merged_T[t], lost_T[t] = n_entries, mapped, merged, lost
         if starts:
             continue
 
@@ -94,7 +105,7 @@ def project_cover(
             n_read += offsets_V1[gold_ids_U[step] + 1] - offsets_V1[gold_ids_U[step]]
         total, boundary, ended, kept, path_token, path_mass = along, 0.0, 0.0, 0, tokens_H[path], mass_H[path]
         for h in range(n):
-            if h == path or _mapped(tokens_H[h], read_H[h], target_ids_V, rest_ids_B, offsets_V1) != gold_id:
+            if h == path or says_H[h] != gold_id:
                 continue
             total += mass_H[h]
             left = offsets_V1[tokens_H[h] + 1] - offsets_V1[tokens_H[h]] - read_H[h] - n_read
@@ -188,19 +199,11 @@ def _mapped(token: int, read: int, target_ids_V: Any, rest_ids_B: Any, offsets_V
 
 
 @njit(cache=True, inline="always")
-def put(
-    ids_TC: Any, probs_TC: Any, n_T: Any, mapped_T: Any, merged_T: Any, lost_T: Any, t: int, token_id: int, mass: float, only_first: bool
-) -> None:  # fmt: skip
-    """Add mass to a target token at a position."""
-    for c in range(n_T[t]):
-        if ids_TC[t, c] == token_id:
-            if only_first:
-                lost_T[t] += mass
-            else:
-                probs_TC[t, c] += mass
-                merged_T[t] += mass
-            return
-    ids_TC[t, n_T[t]] = token_id
-    probs_TC[t, n_T[t]] = mass
-    mapped_T[t] += mass
-    n_T[t] += 1
+def put(ids_C: Any, probs_C: Any, n: int, token_id: int, mass: float) -> bool:
+    """Add mass to a target token among the first n entries, or as one more; whether it is one more."""
+    for c in range(n):
+        if ids_C[c] == token_id:
+            probs_C[c] += mass
+            return False
+    ids_C[n], probs_C[n] = token_id, mass
+    return True

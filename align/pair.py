@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from ..store.dataset import Dataset
 from ..store.tokenizer import Tokenizer
 from .dtw import Matches, Side, Spellings, warp
-from .positions import cover_positions, match_segments, span_positions
+from .positions import UNALIGNED, cover_positions, match_segments, span_positions
 
 _READ = ("token_ids_T", "segment_offsets", "doc_id_S", "segment_S", "n_bytes_S")
 
@@ -52,8 +52,19 @@ class PairPart:
         return span_positions(**self._ends(dummy_prefix=False))
 
     def cover(self) -> tuple[NDArray[np.int32], NDArray[np.uint16]]:
-        """The position map `cover`, and how many bytes each target position is ahead."""
-        return cover_positions(**self._ends(dummy_prefix=True))
+        """The position map `cover`, and how many bytes each target position is ahead.
+
+        Inside of a source token whose text the tokenizer rewrote no byte of the token stands for a byte of the text: there is no position.
+        """
+        position_T, ahead_T = cover_positions(**self._ends(dummy_prefix=True))
+        if self.source.stored_ends_T is not None:
+            inside_T = np.flatnonzero(ahead_T > 0)
+            follows_T = position_T[inside_T] + 1
+            in_text = np.diff(self.source.stored_ends_T, prepend=0)[follows_T]
+            in_token = self.source.tokenizer.token_bytes.lengths_V[self.source.side.token_ids_T[follows_T]]
+            rewritten_T = inside_T[in_text != in_token]
+            position_T[rewritten_T], ahead_T[rewritten_T] = UNALIGNED, 0
+        return position_T, ahead_T
 
     def warp(self, spellings: Spellings) -> Matches:
         """The path of `dtw`."""

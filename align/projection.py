@@ -166,23 +166,36 @@ def _project(
         u, gold_id = position_T[t], gold_ids_T[t]
         if u < 0:
             continue
-        is_aligned_T[t] = True
         is_anchored = gold_anchor and gold_id >= 0 and position_T[t + 1] > u
         along = np.exp(read_logprob_U[position_T[t + 1]] - read_logprob_U[u]) if is_anchored else 0.0
+        ids_C, probs_C = ids_TC[t], probs_TC[t]
+        n, mapped, merged, lost = 0, 0.0, 0.0, 0.0
         for entry in range(topk_ids_UK.shape[1]):
             source_id, mass = topk_ids_UK[u, entry], topk_probs_UK[u, entry]
             if mass <= 0:
                 continue
             target_id = target_ids_V[source_id] if source_id < len(target_ids_V) else -1
             if is_anchored and source_id == gold_ids_U[u]:
-                lost_T[t] += max(0.0, mass - along)
-            elif target_id < 0 or (is_anchored and target_id == gold_id):
-                lost_T[t] += mass
+                lost += max(0.0, mass - along)
+            elif target_id < 0 or (is_anchored and target_id == gold_id) or (only_first and _is_among(target_id, ids_C, n)):
+                lost += mass
+            elif put(ids_C, probs_C, n, target_id, mass):
+                n, mapped = n + 1, mapped + mass
             else:
-                put(ids_TC, probs_TC, n_T, mapped_T, merged_T, lost_T, t, target_id, mass, only_first)
-        if is_anchored:
-            put(ids_TC, probs_TC, n_T, mapped_T, merged_T, lost_T, t, gold_id, along, only_first)
-        tail_T[t] = max(0.0, 1.0 - mapped_T[t] - merged_T[t] - lost_T[t])
+                merged += mass
+        if is_anchored:  # nothing else is on that token
+            ids_C[n], probs_C[n] = gold_id, along
+            n, mapped = n + 1, mapped + along
+        is_aligned_T[t], n_T[t], mapped_T[t], merged_T[t], lost_T[t] = True, n, mapped, merged, lost
+        tail_T[t] = max(0.0, 1.0 - mapped - merged - lost)
+
+
+@njit(cache=True, inline="always")
+def _is_among(token_id: int, ids_C: Any, n: int) -> bool:
+    for c in range(n):  # noqa: SIM110  # the compiler knows no generators
+        if ids_C[c] == token_id:
+            return True
+    return False
 
 
 @njit(cache=True)
@@ -207,9 +220,10 @@ def _mix(
             weight = weights_NT[source, t]
             if weight <= 0:
                 continue
+            ids_TC, probs_TC, n_before = ids_NTC[source], probs_NTC[source], n
             for c in range(n_NT[source][t]):
-                token_id, mass = ids_NTC[source][t, c], weight * probs_NTC[source][t, c]
-                place = 0
+                token_id, mass = ids_TC[t, c], weight * probs_TC[t, c]
+                place = 0 if n_before else n  # a projection has each token once
                 while place < n and ids_C[place] != token_id:
                     place += 1
                 if place == n:

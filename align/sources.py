@@ -8,6 +8,7 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
+from numba import njit
 from numpy.typing import NDArray
 
 from ..store.dataset import Dataset
@@ -47,7 +48,7 @@ class FusionSource:
             ahead_T = arrays.read("ahead_T") if "ahead_T" in arrays.names else None  # of `cover`
         return SourcePart(
             topk_ids_UK=topk_ids_UK,
-            topk_probs_UK=np.exp(topk_logprobs_UK.astype(np.float32)),
+            topk_probs_UK=probabilities(topk_logprobs_UK),
             gold_ids_U=np.append(token_ids_U[1:], 0).astype(np.int64),
             gold_logprob_U=gold_logprob_U.astype(np.float64),
             vocabulary=self._vocabulary,
@@ -58,6 +59,24 @@ class FusionSource:
     def project(self, part: int, *, gold_ids_T: NDArray[np.int64], gold_anchor: bool, collisions: Collisions = "sum") -> Projection:
         """A part at the target's positions, over its vocabulary; the arguments are those of `projection.project`."""
         return project(self.read(part), gold_ids_T=gold_ids_T, gold_anchor=gold_anchor, collisions=collisions)
+
+
+def probabilities(logprobs_UK: NDArray[Any]) -> NDArray[np.float32]:
+    """Probabilities of stored entries, scaled where the codec's rounding (`q8`: 1 % at most) brings them above 1 in sum."""
+    probs_UK = np.exp(logprobs_UK.astype(np.float32))
+    _scale_to_one(probs_UK)
+    return probs_UK
+
+
+@njit(cache=True)
+def _scale_to_one(probs_UK: Any) -> None:
+    for u in range(len(probs_UK)):
+        total = np.float32(0)
+        for prob in probs_UK[u]:
+            total += prob
+        if total > 1:
+            for k in range(probs_UK.shape[1]):
+                probs_UK[u, k] /= total
 
 
 def gold_ids(token_ids_T: NDArray[Any], *, offsets: NDArray[np.int64]) -> NDArray[np.int64]:

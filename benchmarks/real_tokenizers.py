@@ -28,6 +28,8 @@ def main() -> int:
     parser.add_argument("--vectors", type=Path)
     parser.add_argument("--expect", nargs="*", default=[], metavar="TOKENIZER=VECTORS")
     arguments = parser.parse_args()
+    if arguments.expect and arguments.vectors is None:
+        parser.error("--expect needs --vectors")
     texts = pl.read_parquet(arguments.texts)["text"].head(200).to_list()
     expected = dict(pair.split("=", 1) for pair in arguments.expect)
     rows, failed = [], False

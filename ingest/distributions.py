@@ -46,7 +46,7 @@ def distributions_identity(
     model: ModelFolder, *, corpus: Dataset, split: str, dtype: str, top_k: int, codec: Encoding = "f16"
 ) -> dict[str, Any]:
     """What determines a model's distributions on a corpus. Its name, the batch size and the device do not."""
-    return {
+    identity = {
         "stage": "distributions/1",
         "corpus": corpus.fingerprint,
         "split": split,
@@ -56,6 +56,9 @@ def distributions_identity(
         "top_k": top_k,
         "codec": codec,
     }
+    if model.tokenizer.rewrites:  # which decides what documents there are
+        identity["equivalence"] = 1
+    return identity
 
 
 class DistributionsStage:

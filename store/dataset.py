@@ -129,10 +129,11 @@ class Dataset:
         if fingerprint(identity) == self.fingerprint:
             return
         lines = "\n  ".join(differences(self.identity, identity))
-        raise FingerprintMismatch(
-            f"{self.kind}/{self.name} was made from other inputs than the recipe asks for:\n  {lines}\n"
-            f"Give the dataset another name in the recipe, use another --workspace, or remove {self.folder} to make it again."
-        )
+        if self.kind in ("vocab_maps", "token_matches", "alignments"):  # which have no names in recipes
+            remedy = f"It is made of what is stored, in minutes: remove {self.folder} and run again, or use another --workspace."
+        else:
+            remedy = f"Give the dataset another name in the recipe, use another --workspace, or remove {self.folder} to make it again."
+        raise FingerprintMismatch(f"{self.kind}/{self.name} was made from other inputs than the recipe asks for:\n  {lines}\n{remedy}")
 
     def parts(self) -> list[int]:
         """Indices of the committed parts, ascending."""

@@ -214,6 +214,11 @@ class Tokenizer:
         ids = self.backend.encode("a", add_special_tokens=False).ids
         return b"".join(self.token_bytes[token_id] for token_id in ids) == b" a"
 
+    @cached_property
+    def rewrites(self) -> bool:
+        """Whether some texts are read as equivalent ones (`equivalence`): composed, or with spaces for the mark that stands for them."""
+        return self.encode_segments(["e\u0301", f"a{WORD_START}b"]).byte_ends_T is not None
+
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of each text, without special tokens of any kind.
 

@@ -303,6 +303,8 @@ def test_a_recipe_that_is_not_there_is_told(tmp_path):
     [
         ('vocabulary = "mined"', 'positions ("cover") needs vocabulary = "prefix", which maps what is left of tokens, and it is "mined"'),
         ('positions = "span"\ndtw_match = "em"', 'dtw_match ("em") is of positions = "dtw", and they are "span". Remove it'),
+        ('collisions = "first"', 'positions ("cover") sums what several source tokens bring, and collisions is "first". Set'),
+        ("gold_anchor = false", 'positions ("cover") has the gold anchor built in: set gold_anchor = true'),
         ('positions = "dtw"\ngold_anchor = true', "gold_anchor (true) needs positions whose prefixes end at the same byte"),
     ],
 )
