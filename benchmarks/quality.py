@@ -5,6 +5,11 @@
 SOURCE and TARGET name distributions of the workspace, stored with the largest k asked for. A projection leaves some mass open (the tail,
 what the map lost, positions where the source does not speak); that mass goes to the target's own, so that every row is a proper
 distribution over the target's vocabulary: P = projection + open mass × target. `mixture` is half P, half the target.
+
+With the gold anchor, and so with `cover`, the text's own probability is stored: these figures then say that nothing of it is lost or
+counted twice, not whether the other entries lie right. That is what `overlap` is for: how much both models share of what they expect instead
+of the text, Σ min(P(w), Q(w)) over all tokens w but the text's, of both top-k without it, each scaled to 1; at the positions that `span` has,
+and `inside`, at the others.
 """
 
 import argparse
@@ -18,8 +23,9 @@ import polars as pl
 from fuseline.align.alignments import AlignmentsStage
 from fuseline.align.maps import VocabularyMapStage
 from fuseline.align.matches import TokenMatchesStage
-from fuseline.align.projection import SourcePart, VocabularyMap, project
+from fuseline.align.projection import Projection, SourcePart, VocabularyMap, project
 from fuseline.align.rests import with_rests
+from fuseline.align.sources import gold_ids, probabilities
 from fuseline.align.vocabulary import target_ids
 from fuseline.cluster.work import Stage
 from fuseline.store.dataset import Dataset
@@ -68,9 +74,12 @@ def measure(source: Side, target: Side, *, domains: dict[int, str], top_ks: list
     text = Text(target, part=part, domains=domains)
     for name, alone in (("target alone", text), ("source alone", Text(source, part=part, domains=domains))):
         yield {"positions": "", "map": name, "k": None, "anchor": None, **alone.bits_per_byte(alone.own_gold_T, prefix="source")}
+    is_shared_T = np.zeros(0, np.bool_)
     for positions, rule in VARIANTS:
         with tempfile.TemporaryDirectory() as folder:
             mapped, arrays = aligned(source, target, part=part, positions=positions, rule=rule, folder=Path(folder))
+        if positions == "span":
+            is_shared_T = arrays["source_position_T"] >= 0
         for k in top_ks:
             for anchor in {"cover": (True,), "span": (False, True), "dtw": (False,)}[positions]:
                 side = source_part(source, part=part, k=k, vocabulary=mapped, arrays=arrays)
@@ -84,6 +93,8 @@ def measure(source: Side, target: Side, *, domains: dict[int, str], top_ks: list
                 yield {
                     "positions": positions, "map": rule, "k": k, "anchor": anchor,
                     **text.bits_per_byte(alone_T, prefix="source"), **text.bits_per_byte((alone_T + text.own_gold_T) / 2, prefix="mixture"),
+                    "overlap": overlap(projection, text, k=k, where_T=text.is_scored_T & is_shared_T),
+                    "inside": overlap(projection, text, k=k, where_T=text.is_scored_T & ~is_shared_T & projection.is_aligned_T),
                     "aligned": float(projection.is_aligned_T[text.is_scored_T].mean()),
                     "lost": float(projection.lost_T[text.is_scored_T].mean()),
                 }  # fmt: skip
@@ -96,15 +107,30 @@ def projection_is_anchored(side: SourcePart, *, gold_ids_T: np.ndarray) -> np.nd
     return is_there_T if side.ahead_T is not None else is_there_T & (next_T > side.position_T)
 
 
+def overlap(projection: Projection, text: "Text", *, k: int, where_T: np.ndarray) -> float | None:
+    """Mean over some positions of the mass that the projection and the target's own distribution share, beside the token that follows."""
+    if not where_T.any():
+        return None
+    gold_T = text.gold_ids_T[where_T][:, None]
+    ids_TC, own_ids_TK = projection.ids_TC[where_T], text.topk_ids_TK[where_T, :k].astype(np.int64)
+    is_entry_TC = np.arange(ids_TC.shape[1]) < projection.n_T[where_T][:, None]
+    probs_TC = np.where(is_entry_TC & (ids_TC != gold_T), projection.probs_TC[where_T], 0)
+    own_probs_TK = np.where(own_ids_TK != gold_T, text.topk_probs_TK[where_T, :k], 0)
+    gold_prob_T = np.where(is_entry_TC & (ids_TC == gold_T), projection.probs_TC[where_T], 0).sum(axis=1)
+    probs_TC = probs_TC / np.maximum(1 - gold_prob_T, 1e-3)[:, None]
+    own_probs_TK = own_probs_TK / np.maximum(1 - text.own_gold_T[where_T], 1e-3)[:, None]
+    same_TCK = (ids_TC[:, :, None] == own_ids_TK[:, None, :]) & is_entry_TC[:, :, None]
+    return float(np.where(same_TCK, np.minimum(probs_TC[:, :, None], own_probs_TK[:, None, :]), 0).sum(axis=(1, 2)).mean())
+
+
 class Text:
     """The text in one model's tokens, and what that model gives it."""
 
     def __init__(self, side: Side, *, part: int, domains: dict[int, str]) -> None:
-        token_ids_T, offsets, doc_id_S, gold_T, self._scored_bytes_S = side.dataset.read(
-            part, "token_ids_T", "segment_offsets", "doc_id_S", "gold_logprob_T", "scored_bytes_S"
+        token_ids_T, offsets, doc_id_S, gold_T, self._scored_bytes_S, self.topk_ids_TK, topk_logprobs_TK = side.dataset.read(
+            part, "token_ids_T", "segment_offsets", "doc_id_S", "gold_logprob_T", "scored_bytes_S", "topk_ids_TK", "topk_logprobs_TK"
         )
-        self.gold_ids_T = np.append(token_ids_T[1:], 0).astype(np.int64)
-        self.gold_ids_T[offsets[1:] - 1] = -1
+        self.gold_ids_T, self.topk_probs_TK = gold_ids(token_ids_T, offsets=offsets), probabilities(topk_logprobs_TK)
         self.is_scored_T = ~np.isnan(gold_T)
         if side.tokenizer.prepends_bos:  # which predicts a text's first token: without it, nothing does
             self.is_scored_T[offsets[:-1]] = False
@@ -151,7 +177,7 @@ def source_part(source: Side, *, part: int, k: int, vocabulary: VocabularyMap, a
     )
     return SourcePart(
         topk_ids_UK=np.ascontiguousarray(topk_ids_UK[:, :k]),
-        topk_probs_UK=np.exp(topk_logprobs_UK[:, :k].astype(np.float32)),
+        topk_probs_UK=probabilities(topk_logprobs_UK[:, :k]),
         gold_ids_U=np.append(token_ids_U[1:], 0).astype(np.int64),
         gold_logprob_U=gold_logprob_U.astype(np.float64),
         vocabulary=vocabulary,
