@@ -7,9 +7,9 @@ what the map lost, positions where the source does not speak); that mass goes to
 distribution over the target's vocabulary: P = projection + open mass × target. `mixture` is half P, half the target.
 
 With the gold anchor, and so with `cover`, the text's own probability is stored: these figures then say that nothing of it is lost or
-counted twice, not whether the other entries lie right. That is what `overlap` is for: how much both models share of what they expect instead
-of the text, Σ min(P(w), Q(w)) over all tokens w but the text's, of both top-k without it, each scaled to 1; at the positions that `span` has,
-and `inside`, at the others.
+counted twice, not whether the other entries lie right. That is what `overlap` is for: how much both models share of what they expect
+instead of the text, Σ min(P(w), Q(w)) over all tokens w but the text's, of both top-k without it, each scaled to 1; at the positions that
+`span` has, and `inside`, at the others.
 """
 
 import argparse
