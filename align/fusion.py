@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 
 from ..store.arrays import Encoding
 from ..store.dataset import Dataset, PartContent
+from ..store.targets import ONE_HOT, SEVERAL
 from .config import AlignmentConfig, FusionConfig
 from .contributions import contributions, means, sums
 from .positions import match_segments
@@ -32,8 +33,6 @@ from .projection import NO_GOLD, Projection, mix
 from .sources import FusionSource, gold_ids
 from .weights import fixed_weights, position_costs, source_weights, speaking_weights, unit_costs, units
 
-SEVERAL = 255  # in source_T and source_S: a mean of several sources
-ONE_HOT = 254  # in source_T: all mass on one token
 _ONE_HOT_TOKEN = {"target": "", "one_hot": "next token", "one_hot_published": "this token"}  # no model's name has a space
 
 

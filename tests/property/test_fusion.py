@@ -1,5 +1,6 @@
 """Weights of sources, and what fusion makes of them and says of each source, against plain Python."""
 
+import dataclasses
 import itertools
 import math
 
@@ -8,11 +9,14 @@ import polars as pl
 import pytest
 from fuseline.align.config import AlignmentConfig, FusionConfig
 from fuseline.align.contributions import contributions, favourites
-from fuseline.align.fusion import ONE_HOT, SEVERAL, FusionStage, fusion_identity
+from fuseline.align.fusion import FusionStage, fusion_identity
 from fuseline.align.projection import Projection
 from fuseline.align.sources import FusionSource
 from fuseline.align.weights import fixed_weights, position_costs, source_weights, speaking_weights, unit_costs, units
+from fuseline.store.content import check_content
 from fuseline.store.dataset import Dataset, PartContent
+from fuseline.store.errors import DamagedPart
+from fuseline.store.targets import ONE_HOT, SEVERAL
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -322,6 +326,21 @@ def test_what_each_source_brings_adds_up(three):
         assert math.isnan(data["nll_SN"][2, 1])
         assert data["n_aligned_SN"][:, 0].tolist() == LENGTHS_S.tolist()
         assert data["n_aligned_SN"][2, 1] == 0
+
+
+@pytest.mark.parametrize("fallback", ["target", "one_hot", "one_hot_published"])
+def test_what_is_fused_is_found_in_order_and_a_share_that_is_off_is_told(three, tmp_path, fallback):
+    content = fused(three[:2], fallback=fallback)
+    assert (ONE_HOT in content.data["source_T"]) == (fallback != "target")
+    sound = Dataset.create(tmp_path / "targets" / "sound", identity={})
+    counts = {"tokens": len(SEGMENT_T), "segments": len(LENGTHS_S)}
+    sound.commit(0, content=dataclasses.replace(content, counts=counts), seconds=0)
+    check_content(sound, 0)
+    damaged = Dataset.create(tmp_path / "targets" / "damaged", identity={})
+    data = content.data | {"share_SN": content.data["share_SN"] + np.float32(0.1)}
+    damaged.commit(0, content=dataclasses.replace(content, counts=counts, data=data), seconds=0)
+    with pytest.raises(DamagedPart, match="share_SN must be 1 in sum"):
+        check_content(damaged, 0)
 
 
 def test_the_fused_likelihood_of_the_text_is_that_of_its_entries(three):
