@@ -357,19 +357,24 @@ def identity(three, **config):
     return fusion_identity(three, alignment=AlignmentConfig(), fusion=FusionConfig(**config), top_k=4)
 
 
-def test_targets_that_were_possible_before_keep_their_identity(three):
-    """What an earlier version wrote, key by key: another key would make everybody's targets anew."""
-    parts = [[dataset.fingerprint for dataset in (source.distributions, source.alignment) if dataset] for source in three]
-    for method, metric in itertools.product(("mince", "avgce"), ("bpb", "ce")):
-        expected = {"stage": "targets/1", "sources": parts, "gold_anchor": True, "method": method, "unit": "segment", "metric": metric}
-        assert identity(three, method=method, metric=metric, pack_length=512) == expected | {"top_k": 4}
+def test_choices_that_make_no_difference_leave_the_identity_as_it_is(three):
+    fixed = {"method": "fixed", "domain_weights": {"law": {"first": 2.0}}}
+    for one, other in [
+        ({"unit": "token", "metric": "bpb"}, {"unit": "token", "metric": "ce"}),
+        ({"pack_length": 8}, {"pack_length": 9}),
+        (fixed | {"weights": {"own": 1.0, "first": 3.0}}, fixed | {"weights": {"first": 0.75, "own": 0.25, "second": 0.0}}),
+        (fixed | {"weights": {"own": 1.0}}, fixed | {"weights": {"own": 1.0}, "domain_weights": {"law": {"first": 5.0}}}),
+    ]:
+        assert identity(three, **one) == identity(three, **other)
+    assert identity(three).keys() == identity(three, **fixed, weights={"own": 1.0}).keys()
 
 
 def test_what_changes_the_targets_changes_their_identity(three):
     fixed = {"method": "fixed", "weights": {"own": 1.0}}
     configs = [
-        {}, {"unit": "token"}, {"unit": "document"}, {"unit": "pack", "pack_length": 8}, {"unit": "pack", "pack_length": 9},
+        {}, {"metric": "ce"}, {"unit": "token"}, {"unit": "document"}, {"unit": "pack", "pack_length": 8}, {"unit": "pack", "pack_length": 9},
         {"method": "entropy"}, {"method": "confidence"}, {"fallback": "one_hot"}, {"fallback": "one_hot_published"}, fixed,
+        fixed | {"metric": "ce"},
         fixed | {"weights": {"own": 1.0, "first": 1.0}}, fixed | {"domain_weights": {"law": {"own": 1.0}}},
         fixed | {"domain_weights": {"law": {"first": 1.0}}},
     ]  # fmt: skip
