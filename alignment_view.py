@@ -34,7 +34,7 @@ def _has_shape(char: str, *, before: str) -> bool:
 
 
 def kind_of(position: "TargetPosition") -> str:
-    """Whether the source has read the `same` there, the position is `inside` a token of its, or it says `none`."""
+    """Whether the source has read the `same` there (of `dtw`: is matched), the position is `inside` a token of its, or it says `none`."""
     return "none" if position.source is None else "inside" if position.ahead else "same"
 
 
@@ -57,6 +57,7 @@ def page(document: "ShownDocument") -> str:
         "DOCUMENT": str(document.doc_id),
         "MAP": document.vocabulary_map,
         "ALIGNMENT": document.alignment,
+        "MATCHED": _matched(document),
         **_figures(document),
     }
     text = resources.files(__package__).joinpath("alignment_page.html").read_text(encoding="utf-8")
@@ -64,6 +65,11 @@ def page(document: "ShownDocument") -> str:
         text = text.replace(f"{{{{{key}}}}}", html.escape(value))
     text = text.replace("{{ROWS}}", "".join(_row(document, row, partners) for row in document.rows))
     return text.replace("{{DATA}}", _data(document, partners))
+
+
+def _matched(document: "ShownDocument") -> str:
+    """What the position map says of two positions that it pairs: warped token strings need not have read the same."""
+    return "the two are matched" if document.positions == "dtw" else "both have read the same text"
 
 
 def _figures(document: "ShownDocument") -> dict[str, str]:
@@ -156,7 +162,7 @@ def print_alignment(document: "ShownDocument", *, console: "rich.console.Console
     console.print(f"{document.source_name} → {document.target_name}, document {document.doc_id} of {document.corpus}", style="bold")
     console.print(
         f"positions with a distribution: {_percent((summary.same + summary.inside) / max(summary.positions, 1))} of {summary.positions:,} "
-        f"({_percent(summary.same / max(summary.positions, 1))} where both have read the same, "
+        f"({_percent(summary.same / max(summary.positions, 1))} where {_matched(document)}, "
         f"{_percent(summary.inside / max(summary.positions, 1))} inside a token of {document.source_name})\n"
         f"bits per byte of the text: {document.source_name} {_number(summary.source_bpb)}, through the map {_number(summary.mapped_bpb)} "
         f"(over {_percent(summary.mapped_bytes)} of the bytes), {document.target_name} {_number(summary.target_bpb)}\n"

@@ -185,7 +185,7 @@ def align() -> None:
 @workspace_option
 @click.option("--doc", "doc_id", type=int, required=True, help="Number of the document.")
 @click.option("--segment", type=int, help="Only this segment of it.")
-@click.option("--pair", "alignment", metavar="SOURCE--TARGET", help="Which alignment; by default the only one.")
+@click.option("--alignment", metavar="NAME", help="Which alignment; by default the only one.")
 @click.option("--map", "vocabulary_map", metavar="NAME", help="Which vocabulary map; by default the one that fused targets were made with.")
 @click.option("--html", "html_file", type=click.Path(dir_okay=False, path_type=Path), help="Write a page for the browser instead.")
 @click.option("--details", is_flag=True, help="In the terminal: also what is said at each position, before and after the map.")

@@ -17,7 +17,7 @@ Arrays of a part (T positions and S segments of the target's part, K entries, N 
 What each source counts, and of which unit of text, is in `weights`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 
 from ..store.arrays import Encoding
 from ..store.dataset import Dataset, PartContent
+from ..store.targets import ONE_HOT, SEVERAL
 from .config import AlignmentConfig, FusionConfig
 from .contributions import contributions, means, sums
 from .positions import match_segments
@@ -32,38 +33,39 @@ from .projection import NO_GOLD, Projection, mix
 from .sources import FusionSource, gold_ids
 from .weights import fixed_weights, position_costs, source_weights, speaking_weights, unit_costs, units
 
-SEVERAL = 255  # in source_T and source_S: a mean of several sources
-ONE_HOT = 254  # in source_T: all mass on one token
 _ONE_HOT_TOKEN = {"target": "", "one_hot": "next token", "one_hot_published": "this token"}  # no model's name has a space
 
 
 def fusion_identity(
     sources: list[FusionSource], *, alignment: AlignmentConfig, fusion: FusionConfig, top_k: int, codec: Encoding = "f16"
 ) -> dict[str, Any]:
-    """What determines fused targets. The order of the sources does, since it breaks ties; their names do not."""
+    """What determines fused targets. The order of the sources does, since it breaks ties; their names do not.
+
+    A choice that makes no difference is None: the metric where each token is a unit, a pack's length where there are none, and weights
+    where the method makes them. Of weights only their ratio counts.
+    """
+    is_fixed, names = fusion.method == "fixed", [source.name for source in sources]
     return {
-        "stage": "targets/1",
+        "stage": "targets/2",
         "sources": [
             [dataset.fingerprint for dataset in (source.distributions, source.alignment, source.vocabulary_map) if dataset]
             for source in sources
         ],
-        "gold_anchor": alignment.gold_anchor,
-        **({} if alignment.collisions == "sum" else {"collisions": alignment.collisions}),
-        **fusion.model_dump(include={"method", "unit", "metric"}),
+        **alignment.model_dump(include={"gold_anchor", "collisions"}),
+        **fusion.model_dump(include={"method", "unit", "fallback"}),
+        "metric": None if fusion.unit == "token" else fusion.metric,  # with method `fixed` too: `cost_SN` is in it
+        "pack_length": fusion.pack_length if fusion.unit == "pack" else None,
+        "weights": _scaled(fusion.weights, names=names) if is_fixed else None,
+        "domain_weights": {domain: _scaled(of, names=names) for domain, of in fusion.domain_weights.items()} if is_fixed else None,
         "top_k": top_k,
-        # Targets from before there was a choice have no such keys.
-        **({} if codec == "f16" else {"codec": codec}),
-        **({} if fusion.fallback == "target" else {"fallback": fusion.fallback}),
-        **({} if fusion.unit != "pack" else {"pack_length": fusion.pack_length}),
-        **({} if fusion.method != "fixed" else _fixed_identity(fusion, names=[source.name for source in sources])),
+        "codec": codec,
     }
 
 
-def _fixed_identity(fusion: FusionConfig, *, names: Sequence[str]) -> dict[str, Any]:
-    return {
-        "weights": [fusion.weights.get(name, 0.0) for name in names],
-        "domain_weights": {domain: [of.get(name, 0.0) for name in names] for domain, of in fusion.domain_weights.items()},
-    }
+def _scaled(weights: Mapping[str, float], *, names: Sequence[str]) -> list[float]:
+    """Weights in the order of the sources, with a sum of 1."""
+    total = sum(weights.get(name, 0.0) for name in names)
+    return [weights.get(name, 0.0) / total for name in names]
 
 
 class FusionStage:

@@ -12,9 +12,9 @@ from .rests import rest_target_ids
 from .vocabulary import vocabulary_map
 
 
-def vocabulary_map_identity(source: Tokenizer, *, target: Tokenizer, rule: str, matches: Dataset | None = None) -> dict[str, Any]:
-    """What determines a vocabulary map; the `matches` (`token_matches`) do for `stat`."""
-    identity = {"stage": "vocab_maps/3", "source": source.digest, "target": target.digest, "rule": rule}
+def vocabulary_map_identity(source: str, *, target: str, rule: str, matches: Dataset | None = None) -> dict[str, Any]:
+    """What determines a vocabulary map: the digests of both tokenizers, and for `stat` the `matches` (`token_matches`)."""
+    identity = {"stage": "vocab_maps/3", "source": source, "target": target, "rule": rule}
     return identity if matches is None else identity | {"matches": matches.fingerprint}
 
 

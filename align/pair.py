@@ -110,8 +110,8 @@ class PairStage:
 
     def read(self, part: int) -> PairPart:
         """Both sides of a part."""
-        source = _reading(self.source, part=part, tokenizer=self.source_tokenizer)
-        target = _reading(self.target, part=part, tokenizer=self.target_tokenizer)
+        source = reading(self.source, part=part, tokenizer=self.source_tokenizer)
+        target = reading(self.target, part=part, tokenizer=self.target_tokenizer)
         return PairPart(
             source=source,
             target=target,
@@ -124,7 +124,8 @@ class PairStage:
         )
 
 
-def _reading(dataset: Dataset, *, part: int, tokenizer: Tokenizer) -> Reading:
+def reading(dataset: Dataset, *, part: int, tokenizer: Tokenizer) -> Reading:
+    """One model's tokens of a part of its distributions."""
     token_ids_T, offsets, doc_id_S, segment_S, n_bytes_S = dataset.read(part, *_READ)
     bos_id = tokenizer.roles["bos"] if tokenizer.prepends_bos else None
     side = Side(token_ids_T=token_ids_T, offsets=offsets, bos_id=bos_id)

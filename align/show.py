@@ -15,6 +15,7 @@ from ..store.dataset import Dataset
 from ..store.errors import DataError, UsageError
 from ..store.tokenizer import Tokenizer, token_texts
 from ..store.workspace import Workspace
+from .pair import reading
 from .projection import Projection
 from .sources import FusionSource, gold_ids
 
@@ -52,7 +53,7 @@ class TargetPosition:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Row:
-    """A stretch of text: the positions of both models whose tokens lie in it. Both end at the same byte."""
+    """A stretch of text: the positions of both models whose tokens lie in it. Its last two are matched; but for `dtw`, at a byte."""
 
     segment: int
     source: range
@@ -64,7 +65,7 @@ class Summary:
     """Figures of all that is shown. Bits per byte are of the text's tokens after the first, in each segment."""
 
     positions: int
-    same: int  # at which both have read the same
+    same: int  # at which both have read the same; of `dtw`, that are matched
     inside: int  # that lie inside a source token, of which the source still speaks
     text_bytes: int
     source_bpb: float | None  # in its own tokens
@@ -85,6 +86,7 @@ class ShownDocument:
     source_name: str
     target_name: str
     alignment: str
+    positions: str  # the alignment's position map: `cover`, `span` or `dtw`
     vocabulary_map: str
     corpus: str
     doc_id: int
@@ -106,7 +108,7 @@ def show_alignment(
     Args:
         workspace: where everything is stored.
         doc_id: the document.
-        alignment: name of the alignment, `<source>--<target>`; by default the only one.
+        alignment: name of the alignment, such as `<source>--<target>`; by default the only one.
         vocabulary_map: name of the vocabulary map; by default what fused targets were made with, else the only one for these tokenizers.
         segment: only this segment of the document.
 
@@ -139,6 +141,7 @@ def show_alignment(
         source_name=source.name,
         target_name=target.name,
         alignment=aligned.name,
+        positions=aligned.identity["positions"],
         vocabulary_map=mapped.name,
         corpus=aligned.description["corpus"],
         doc_id=doc_id,
@@ -149,7 +152,7 @@ def show_alignment(
         source_positions=source_positions,
         target_positions=target_positions,
         rows=rows,
-        summary=pair.summary(chosen, byte_lengths_V=_byte_lengths(workspace, target)),
+        summary=pair.summary(chosen, byte_ends_T=_byte_ends(workspace, target, part=part)),
     )
 
 
@@ -168,8 +171,9 @@ def _texts(workspace: Workspace, dataset: Dataset, tokens: Iterator[int | None])
     return {token: texts[token] if token < len(texts) else "" for token in set(tokens) if token is not None}
 
 
-def _byte_lengths(workspace: Workspace, dataset: Dataset) -> NDArray[np.int64]:
-    return Tokenizer.load(workspace.folder("tokenizers", dataset.identity["tokenizer"])).token_bytes.lengths_V
+def _byte_ends(workspace: Workspace, dataset: Dataset, *, part: int) -> NDArray[np.int64]:
+    tokenizer = Tokenizer.load(workspace.folder("tokenizers", dataset.identity["tokenizer"]))
+    return reading(dataset, part=part, tokenizer=tokenizer).byte_ends(dummy_prefix=False)
 
 
 # ---- which datasets --------------------------------------------------------------------------------------------------------------------
@@ -182,7 +186,7 @@ def _chosen(workspace: Workspace, kind: str, name: str | None) -> Dataset:
     if name is None and len(found) == 1:
         return next(iter(found.values()))
     if name not in found:
-        problem = "Say which with --pair" if name is None else f"There is no alignment {name}"
+        problem = "Say which with --alignment" if name is None else f"There is no alignment {name}"
         raise UsageError(f"{problem}; there are: {', '.join(found)}.")
     return found[name]
 
@@ -197,27 +201,36 @@ def _distributions(workspace: Workspace, alignment: Dataset, *, role: str) -> Da
 def _vocabulary_map(
     workspace: Workspace, alignment: Dataset, *, source: Dataset, target: Dataset, name: str | None
 ) -> tuple[Dataset, dict[str, Any]]:
-    """The vocabulary map, and how the source is projected, as fused targets have them."""
+    """The vocabulary map, and how the source is projected, as the targets have it that were fused with this map.
+
+    The positions of `cover` are projected with what is left of tokens, which only some maps know.
+    """
     digests = {"source": source.identity["tokenizer"], "target": target.identity["tokenizer"]}
     maps = {
         dataset.fingerprint: dataset
         for dataset in workspace.datasets()
         if dataset.kind == "vocab_maps" and {key: dataset.identity[key] for key in digests} == digests
     }
-    how: dict[str, Any] = {"gold_anchor": alignment.identity["positions"] != "dtw"}
-    used = []
+    covers = alignment.identity["positions"] == "cover"
+    maps = {key: dataset for key, dataset in maps.items() if not covers or _knows_rests(dataset)}
+    used: dict[str, dict[str, Any]] = {}
     for dataset in workspace.datasets():
         for parts in dataset.identity["sources"] if dataset.kind == "targets" else ():
             if parts[1:2] == [alignment.fingerprint] and parts[2] in maps:
-                used.append(maps[parts[2]])
-                how = {"gold_anchor": dataset.identity["gold_anchor"], "collisions": dataset.identity.get("collisions", "sum")}
-    candidates = {dataset.name: dataset for dataset in used or maps.values()}
-    if name is not None:
-        candidates = {dataset.name: dataset for dataset in maps.values() if dataset.name == name}
+                used[parts[2]] = {
+                    "gold_anchor": dataset.identity["gold_anchor"],
+                    "collisions": dataset.identity.get("collisions", "sum"),
+                }
+    candidates = [key for key, dataset in maps.items() if (dataset.name == name if name is not None else not used or key in used)]
     if len(candidates) != 1:
         names = ", ".join(sorted(dataset.name for dataset in maps.values())) or "none: make one with fuseline align RECIPE"
-        raise UsageError(f"Say with --map which vocabulary map to show alignments/{alignment.name} with; there are: {names}.")
-    return next(iter(candidates.values())), how
+        which = "that tell what is left of a token, as cover needs, are" if covers else "there are"
+        raise UsageError(f"Say with --map which vocabulary map to show alignments/{alignment.name} with; {which}: {names}.")
+    return maps[candidates[0]], used.get(candidates[0], {"gold_anchor": alignment.identity["positions"] != "dtw"})
+
+
+def _knows_rests(vocabulary_map: Dataset) -> bool:
+    return bool(vocabulary_map.parts()) and "rest_target_ids" in vocabulary_map.table(0).columns
 
 
 def _place(workspace: Workspace, alignment: Dataset, *, doc_id: int) -> tuple[int, str | None]:
@@ -315,7 +328,7 @@ class _Pair:
         )
 
     def rows(self, s: int, *, source: range, source_shift: int, target_shift: int) -> list[Row]:
-        """Cut a segment into rows, at positions at which both have read the same."""
+        """Cut a segment into rows, at positions at which both have read the same, or that are matched."""
         rows, first_t, first_u, start = [], int(self.offsets[s]), source.start, 0.0
         lengths = np.diff(self.offsets)
         per_token = int(self.n_bytes_S[s]) / max(int(lengths[s]), 1)
@@ -335,13 +348,13 @@ class _Pair:
                 first_t, first_u, start = t + 1, stop_u, 0.0
         return rows
 
-    def summary(self, chosen: list[int], *, byte_lengths_V: NDArray[np.int64]) -> Summary:
-        """Figures over some segments."""
+    def summary(self, chosen: list[int], *, byte_ends_T: NDArray[np.int64]) -> Summary:
+        """Figures over some segments; `byte_ends_T` says at which byte of its segment each token of the target ends."""
         at_T = np.concatenate([np.arange(self.offsets[s], self.offsets[s + 1]) for s in chosen])
         projection = self.projection
         is_aligned = projection.is_aligned_T[at_T]
         scored_T = np.concatenate([self._scored(s) for s in chosen])
-        bytes_T = byte_lengths_V[self.token_ids_T[scored_T + 1]] if len(scored_T) else np.zeros(0)
+        bytes_T = byte_ends_T[scored_T + 1] - byte_ends_T[scored_T]
         logprob_T = projection.gold_logprob_T[scored_T]
         has_gold_T = np.isfinite(logprob_T)
         favourites, own_favourites = (

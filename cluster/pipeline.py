@@ -269,7 +269,7 @@ class Pipeline:
         alignment = self.recipe.alignment
         rule = alignment.vocabulary
         matches = self._matches_stage(source).dataset if rule == "stat" else None
-        identity = vocabulary_map_identity(source_tokenizer, target=target_tokenizer, rule=rule, matches=matches)
+        identity = vocabulary_map_identity(source_tokenizer.digest, target=target_tokenizer.digest, rule=rule, matches=matches)
         dataset = self.workspace.dataset("vocab_maps", alignment.map_name(self._pair(source)), identity=identity)
         parts = self._planned_parts("train") if matches else []
         return VocabularyMapStage(dataset, source=source_tokenizer, target=target_tokenizer, rule=rule, matches=matches, parts=parts)

@@ -1,6 +1,6 @@
 """What a recipe wants of a workspace, dataset by dataset: there, missing, or of other inputs. Read from files alone, as `store.status` is.
 
-No model is opened, so a model that was changed since its distributions were stored is only noticed by a run.
+Neither a model nor the source of the corpus is opened: that one of these was changed since is only noticed by a run.
 """
 
 import itertools
@@ -9,8 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from ..align.alignments import alignment_identity
+from ..align.config import AlignmentConfig
 from ..align.fusion import fusion_identity
+from ..align.maps import vocabulary_map_identity
+from ..align.matches import matches_identity
 from ..align.sources import FusionSource
+from ..ingest.corpus import corpus_choices
 from ..recipe import Recipe
 from ..store.corpus_plan import read_plan
 from ..store.dataset import Dataset
@@ -90,26 +95,53 @@ def _differences(kind: str, name: str, *, recipe: Recipe, workspace: Workspace) 
     """Between the identity of what is there and what of it can be told without the models."""
     stored = Dataset.open(workspace.folder(kind, name)).identity
     match kind:
-        case "distributions":
-            (dtype,) = (model.dtype for model in recipe.models if model.name == name)
-            asked = {"dtype": dtype, "top_k": recipe.distributions.top_k, "codec": recipe.distributions.codec}
-            return _differing(stored, asked | _fingerprints(workspace, corpus=("corpus", recipe.corpus.name)))
-        case "alignments":
-            source, target = (("distributions", model) for model in name.split("--")[:2])
-            return _differing(stored, {"positions": recipe.alignment.positions} | _fingerprints(workspace, source=source, target=target))
+        case "corpus":
+            return _differing(stored, corpus_choices(recipe.corpus))
+        case "distributions" | "evaluations":
+            return _differing(stored, _forward_choices(kind, name, recipe=recipe, workspace=workspace))
         case "targets":
             return _fusion_differences(recipe, workspace=workspace)
         case _:
-            return []
+            asked = _pair_identity(kind, name, alignment=recipe.alignment, workspace=workspace)
+            return [] if asked is None else differences(stored, asked)
 
 
 def _differing(stored: Mapping[str, Any], asked: Mapping[str, Any]) -> list[str]:
     return differences({key: stored.get(key) for key in asked}, asked)
 
 
-def _fingerprints(workspace: Workspace, **inputs: tuple[str, str]) -> dict[str, str]:
-    """Of the datasets that are there, by the key of an identity."""
-    return {key: dataset.fingerprint for key, place in inputs.items() if (dataset := _open(workspace.folder(*place))) is not None}
+def _forward_choices(kind: str, name: str, *, recipe: Recipe, workspace: Workspace) -> dict[str, Any]:
+    """What of a forward pass's identity is known without its model."""
+    if kind == "evaluations":
+        choices = {"split": recipe.evaluation.split, "dtype": recipe.evaluation.dtype, "top_k": 0, "codec": "f16"}
+    else:
+        (dtype,) = (model.dtype for model in recipe.models if model.name == name)
+        choices = {"split": "train", "dtype": dtype, "top_k": recipe.distributions.top_k, "codec": recipe.distributions.codec}
+    corpus = _open(workspace.folder("corpus", recipe.corpus.name))
+    return choices if corpus is None else choices | {"corpus": corpus.fingerprint}
+
+
+def _pair_identity(kind: str, name: str, *, alignment: AlignmentConfig, workspace: Workspace) -> dict[str, Any] | None:
+    """The identity of what is made of a source and the target; None while something that it is made from is not there."""
+    source_name, target_name = name.split("--")[:2]
+    pair = f"{source_name}--{target_name}"
+    source, target = (_open(workspace.folder("distributions", model)) for model in (source_name, target_name))
+    if source is None or target is None:
+        return None
+    if kind == "token_matches":
+        return matches_identity(source, target=target, positions=alignment.positions)
+    if kind == "vocab_maps":
+        counts = alignment.vocabulary == "stat"
+        matches = _open(workspace.folder("token_matches", alignment.matches_name(pair))) if counts else None
+        if counts and matches is None:
+            return None
+        digests = source.identity["tokenizer"], target.identity["tokenizer"]
+        return vocabulary_map_identity(digests[0], target=digests[1], rule=alignment.vocabulary, matches=matches)
+    vocabulary_map = _open(workspace.folder("vocab_maps", alignment.map_name(pair))) if alignment.reads_map else None
+    if alignment.reads_map and vocabulary_map is None:
+        return None
+    match = alignment.dtw_match if alignment.positions == "dtw" else None
+    return alignment_identity(source, target=target, rule=alignment.positions, match=match, vocabulary_map=vocabulary_map)
 
 
 def _open(folder: Path) -> Dataset | None:

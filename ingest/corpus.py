@@ -69,13 +69,13 @@ def corpus_identity(config: CorpusConfig, *, source: Path, tokenizers: list[Toke
         # A folder's README.md may say which file is which split.
         files = [*data_files(source), *source.glob("README.md")]
         content = {"files": {path.relative_to(source).as_posix(): file_digest(path) for path in files}}
+    return {**corpus_choices(config), **content, "segmented_for": sorted(tokenizer.digest for tokenizer in tokenizers)}
+
+
+def corpus_choices(config: CorpusConfig) -> dict[str, Any]:
+    """What of a corpus's identity the recipe alone determines."""
     free = {"name", "path", "revision", "expected_documents", "expected_bytes", "expected_held_out_bytes"}
-    return {
-        "stage": "corpus/1",
-        **content,
-        **config.model_dump(exclude=free),
-        "segmented_for": sorted(tokenizer.digest for tokenizer in tokenizers),
-    }
+    return {"stage": "corpus/1", **config.model_dump(exclude=free)}
 
 
 class CorpusStage:

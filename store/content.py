@@ -14,9 +14,9 @@ from numpy.typing import NDArray
 
 from .dataset import Dataset
 from .errors import DamagedPart
+from .targets import ONE_HOT, SEVERAL
 from .tokenizer import Tokenizer
 
-_NO_SOURCE = 254  # in source_T and source_S of fused targets: this and above is no source's index
 _SLACK = 1e-3  # for sums of means in float32
 
 
@@ -74,19 +74,32 @@ def _problem_of_sources(arrays: Mapping[str, NDArray[Any]], *, n_sources: int) -
     for name, array in arrays.items():
         if name.endswith("_SN") and array.shape[1] != n_sources:
             return f"{name} has {array.shape[1]} columns, and there are {n_sources} sources"
-    for name in ("source_T", "source_S"):
+    for name, others in (("source_T", (SEVERAL, ONE_HOT)), ("source_S", (SEVERAL,))):
         index = arrays.get(name, np.zeros(0, np.uint8))
-        if ((index >= n_sources) & (index < _NO_SOURCE)).any():
-            return f"{name} has the source {int(index[(index >= n_sources) & (index < _NO_SOURCE)][0])}, and there are {n_sources}"
+        unknown = index[(index >= n_sources) & ~np.isin(index, others)]
+        if len(unknown):
+            return f"{name} has the source {int(unknown[0])}, and there are {n_sources}"
     if "weight_SN" in arrays:
-        for name in ("weight_SN", "share_SN"):
-            total_S = arrays[name].sum(axis=1)  # NaN of a segment without positions
-            if not np.allclose(total_S[~np.isnan(total_S)], 1, atol=_SLACK):
-                return f"{name} must be 1 in sum over the sources"
+        if not _adds_up(arrays["weight_SN"], total_S=1):
+            return "weight_SN must be 1 in sum over the sources"
+        if not _adds_up(arrays["share_SN"], total_S=1 - _one_hot_share(arrays)):
+            return "share_SN must be 1 in sum over the sources, less the share of the positions with all mass on one token"
         total_SN = sum(arrays[name] for name in ("mapped_SN", "merged_SN", "lost_SN", "tail_SN"))
         if not np.allclose(np.where(arrays["n_aligned_SN"] > 0, total_SN, 1), 1, atol=_SLACK):
             return "mapped_SN, merged_SN, lost_SN and tail_SN must be 1 in sum where n_aligned_SN is not 0"
     return None
+
+
+def _adds_up(values_SN: NDArray[Any], *, total_S: Any) -> bool:
+    """Whether each segment's values have that sum. A segment without positions has NaN."""
+    return bool(np.isclose(values_SN.sum(axis=1), total_S, atol=_SLACK)[~np.isnan(values_SN).any(axis=1)].all())
+
+
+def _one_hot_share(arrays: Mapping[str, NDArray[Any]]) -> NDArray[np.float64]:
+    """Share of each segment's positions at which no source speaks: all mass is on one token."""
+    n_before = np.concatenate([[0], np.cumsum(arrays["source_T"] == ONE_HOT)])
+    offsets = arrays["segment_offsets"]
+    return np.diff(n_before[offsets]) / np.maximum(np.diff(offsets), 1)
 
 
 def _problem_of_offsets(offsets: NDArray[np.int64], *, n_segments: int, n_tokens: int) -> str | None:

@@ -17,12 +17,12 @@ from .errors import DataError
 from .lazy_table import LABEL
 from .part import PartArrays
 from .rows import MAKERS, Part, Rows, id_column
+from .targets import ONE_HOT, SEVERAL
 
 if TYPE_CHECKING:
     from .database import Store
 
 _KNOWN_PARTS = 1024  # of which the places of segments are remembered: about 50 kB each
-_SEVERAL, _ONE_HOT = 255, 254  # in source_T of fused targets: a mean of several sources; all mass on one token
 _DOCUMENT = [("corpus", LABEL), ("domain", LABEL), ("split", LABEL), ("part", pa.int32()), ("doc_id", pa.int64())]
 _PLACE = [*_DOCUMENT, ("segment", pa.int32()), ("position", pa.int32())]
 _TOKEN = [("token_id", pa.uint32()), ("token", pa.string())]
@@ -145,8 +145,8 @@ class Distributions(Source):
 def _fusion_source(rows: Rows) -> pa.Array:
     source_R = rows.array("source_T").astype(np.int32)
     names = [*rows.arrays.attributes["sources"], rows.arrays.attributes.get("one_hot", "")]
-    places_R = np.where(source_R == _ONE_HOT, len(names) - 1, source_R)
-    return pa.DictionaryArray.from_arrays(pa.array(places_R, mask=source_R == _SEVERAL), pa.array(names, pa.string()))
+    places_R = np.where(source_R == ONE_HOT, len(names) - 1, source_R)
+    return pa.DictionaryArray.from_arrays(pa.array(places_R, mask=source_R == SEVERAL), pa.array(names, pa.string()))
 
 
 def _fused_gold_logprob(rows: Rows) -> pa.Array:

@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 from fuseline.cli import main
+from fuseline.store.dataset import Dataset
+from fuseline.store.workspace import Workspace
 from tiny import save_model
 from workspaces import RECIPE, write_project
 
@@ -135,11 +137,41 @@ def test_other_parameters_under_a_taken_name_are_told_key_by_key(project, models
     recipe = write(project, ("[training]", '[fusion]\nmethod = "avgce"\nfallback = "one_hot"\n\n[training]'))
     code, output = fuseline("fuse", recipe, models=models)
     assert code == 1
-    assert '  targets/fused\n    fallback: stored nothing, asked for "one_hot"\n    method: stored "mince", asked for "avgce"\n' in output
+    assert '  targets/fused\n    fallback: stored "target", asked for "one_hot"\n    method: stored "mince", asked for "avgce"\n' in output
     recipe = write(project, ("[training]", "[distributions]\ntop_k = 4\n\n[training]"))
     code, output = fuseline("status", recipe)
     assert "distributions/target: top_k: stored 10, asked for 4" in output
     assert "other inputs" in output
+
+
+@pytest.mark.parametrize("name", ["vocab_maps/source--target--prefix", "alignments/source--target"])
+def test_what_another_version_made_is_of_other_inputs_to_the_status_as_it_is_to_a_run(project, models, name):
+    folder = project / "workspace" / name
+    stored = Dataset.open(folder)
+    shutil.rmtree(folder)
+    changed = stored.identity | {"stage": "of another version"}
+    Workspace.open(project / "workspace").dataset(*name.split("/"), identity=changed, description=stored.description)
+    recipe = project / "recipe.toml"
+    assert state(project, recipe)[name] == "other inputs"
+    code, output = fuseline("align", recipe, models=models)
+    assert (code, "of another version" in output) == (1, True)
+
+
+@pytest.mark.parametrize(
+    ("change", "names"),
+    [
+        (("context_length = 128", "context_length = 64"), {"corpus/corpus"}),
+        (("[training]", '[evaluation]\ndtype = "bfloat16"\n\n[training]'), {f"evaluations/{name}--test" for name in
+                                                                         ("source", "target", "fused", "clm")}),
+    ],
+)  # fmt: skip
+def test_other_choices_for_what_is_there_are_told(project, models, change, names):
+    recipe = write(project, change)
+    found = {what for what, how in state(project, recipe).items() if how == "other inputs"}
+    assert names <= found
+    assert found <= names | {"targets/fused", "training/fused"}
+    code, output = fuseline("run", recipe, models=models)
+    assert (code, "asked for" in output) == (1, True)
 
 
 def test_weights_of_a_domain_that_the_corpus_has_not_are_told_before_anything_is_computed(project, models):

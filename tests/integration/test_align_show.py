@@ -4,6 +4,8 @@ import html
 import json
 import math
 import re
+import shutil
+import unicodedata
 from pathlib import Path
 
 import pytest
@@ -13,7 +15,8 @@ from fuseline.alignment_view import page, visible
 from fuseline.cli import main
 from fuseline.store.errors import DataError
 from fuseline.store.workspace import Workspace
-from workspaces import write_project
+from tiny import save_model, train_composing
+from workspaces import RECIPE, write_project
 
 HOSTILE = "</script><b>not bold</b> & \u200b naïve 漢字\n\tend."
 
@@ -22,11 +25,32 @@ HOSTILE = "</script><b>not bold</b> & \u200b naïve 漢字\n\tend."
 def workspace(tmp_path_factory, corpus_texts, models_dir) -> Workspace:
     """Stages up to the fusion, over texts of which some look like markup."""
     recipe = write_project(tmp_path_factory.mktemp("show") / "project", texts=[f"{HOSTILE} {text}" for text in corpus_texts])
-    root = recipe.parent / "workspace"
+    return made(recipe, root=recipe.parent / "workspace", models_dir=models_dir)
+
+
+def made(recipe: Path, *, root: Path, models_dir: Path) -> Workspace:
     for stage in (("ingest", "corpus"), ("ingest", "distributions"), ("align",), ("fuse",)):
         result = CliRunner().invoke(main, [*stage, str(recipe), "-w", str(root), "--models", str(models_dir)])
         assert result.exit_code == 0, result.output
     return Workspace.open(root)
+
+
+WAYS = {
+    "anchored": 'positions = "span"',
+    "first": 'positions = "span"\nvocabulary = "exact"\ngold_anchor = false\ncollisions = "first"',
+    "warped": 'positions = "dtw"\ndtw_match = "em"\nvocabulary = "exact"',
+}
+
+
+@pytest.fixture(scope="module")
+def several(workspace, tmp_path_factory, models_dir) -> Workspace:
+    """The workspace with other alignments beside the first; `span` is there once, and fused with two maps."""
+    folder = Path(shutil.copytree(workspace.root.parent, tmp_path_factory.mktemp("several") / "project"))
+    for name, way in WAYS.items():
+        recipe = folder / f"{name}.toml"
+        recipe.write_text(RECIPE.replace("[training]", f'[alignment]\n{way}\n\n[fusion]\nname = "{name}"\n\n[training]'))
+        made(recipe, root=folder / "workspace", models_dir=models_dir)
+    return Workspace.open(folder / "workspace")
 
 
 @pytest.fixture(scope="module")
@@ -118,6 +142,46 @@ def test_the_page_needs_nothing_from_outside_and_nothing_of_the_text_is_markup(s
         assert record[4] == [t for t, position in enumerate(data["target"]) if position[2] == u]
 
 
+@pytest.mark.parametrize(("name", "vocabulary"), [("anchored", "prefix"), ("first", "exact")])
+def test_each_map_is_shown_as_the_targets_are_that_were_fused_with_it(several, doc_id, name, vocabulary):
+    shown = show_alignment(several, doc_id=doc_id, alignment="source--target--span", vocabulary_map=f"source--target--{vocabulary}")
+    masses = ", ".join(f"sum({mass} * n_aligned) / sum(n_aligned) AS {mass}" for mass in ("mapped", "merged", "lost"))
+    found = several.sql(
+        f"SELECT {masses} FROM target_sources WHERE doc_id = $doc AND name = $name AND source = 'source'", {"doc": doc_id, "name": name}
+    )
+    assert (shown.summary.mapped, shown.summary.merged, shown.summary.lost) == pytest.approx(found.row(0), rel=1e-4)
+
+
+def test_a_map_that_does_not_know_what_is_left_of_tokens_is_refused_for_cover(several, doc_id):
+    code, output = command(several, "--doc", doc_id, "--alignment", "source--target", "--map", "source--target--exact")
+    assert code == 2
+    assert "that tell what is left of a token, as cover needs, are: source--target--prefix." in " ".join(output.split())
+
+
+def test_of_warped_strings_it_is_said_that_they_are_matched(several, doc_id, workspace):
+    arguments = ("--doc", doc_id, "--alignment", "source--target--dtw-em")
+    document = show_alignment(several, doc_id=doc_id, alignment="source--target--dtw-em")
+    for text in (command(several, *arguments)[1], page(document)):
+        assert "where the two are matched," in " ".join(text.split())
+        assert "read the same" not in text
+    assert "where both have read the same text," in " ".join(command(workspace, "--doc", doc_id)[1].split())
+
+
+def test_bits_per_byte_are_of_the_texts_bytes_where_the_tokenizer_rewrites_them(corpus_texts, models_dir, tmp_path):
+    texts = [unicodedata.normalize("NFD", f"Résumé naïve {text}") for text in corpus_texts]
+    tokenizer = train_composing(tmp_path / "composing", texts=texts)
+    save_model(tmp_path / "models" / "tiny-target", tokenizer_folder=tokenizer, seed=1)
+    shutil.copytree(models_dir / "tiny-source", tmp_path / "models" / "tiny-source")
+    workspace = made(write_project(tmp_path / "project", texts=texts), root=tmp_path / "workspace", models_dir=tmp_path / "models")
+    shown = show_alignment(workspace, doc_id=0)
+    (n_bytes,) = workspace.sql(
+        "SELECT sum(scored_bytes) FROM segments WHERE doc_id = 0 AND kind = 'distributions' AND model = 'target'"
+    ).row(0)
+    (nats,) = workspace.sql("SELECT sum(gold_nll) FROM target_sources WHERE doc_id = 0 AND source = 'source'").row(0)
+    assert shown.summary.mapped_bytes == 1
+    assert shown.summary.mapped_bpb == pytest.approx(nats / n_bytes / math.log(2), rel=1e-6)
+
+
 def test_what_cannot_be_seen_is_shown():
     assert visible(" a\n\t\u200b\ufe0f") == "·a⏎⇥\\u200b\ufe0f"
     assert visible("\u0301") == "\\u0301"
@@ -145,7 +209,7 @@ def test_the_terminal_shows_the_text_and_with_details_each_position(workspace, s
     [
         (["--doc", 4000], "There is no document 4000 in corpus/corpus: it has the documents 0 to "),
         (["--doc", 0, "--segment", 77], "Document 0 has no segment 77: it has the segments 0 to "),
-        (["--doc", 0, "--pair", "a--b"], "There is no alignment a--b; there are: source--target."),
+        (["--doc", 0, "--alignment", "a--b"], "There is no alignment a--b; there are: source--target."),
         (["--doc", 0, "--map", "none"], "Say with --map which vocabulary map"),
         ([], "Missing option '--doc'"),
     ],

@@ -1,5 +1,6 @@
 """Weights of sources, and what fusion makes of them and says of each source, against plain Python."""
 
+import dataclasses
 import itertools
 import math
 
@@ -8,11 +9,14 @@ import polars as pl
 import pytest
 from fuseline.align.config import AlignmentConfig, FusionConfig
 from fuseline.align.contributions import contributions, favourites
-from fuseline.align.fusion import ONE_HOT, SEVERAL, FusionStage, fusion_identity
+from fuseline.align.fusion import FusionStage, fusion_identity
 from fuseline.align.projection import Projection
 from fuseline.align.sources import FusionSource
 from fuseline.align.weights import fixed_weights, position_costs, source_weights, speaking_weights, unit_costs, units
+from fuseline.store.content import check_content
 from fuseline.store.dataset import Dataset, PartContent
+from fuseline.store.errors import DamagedPart
+from fuseline.store.targets import ONE_HOT, SEVERAL
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -324,6 +328,21 @@ def test_what_each_source_brings_adds_up(three):
         assert data["n_aligned_SN"][2, 1] == 0
 
 
+@pytest.mark.parametrize("fallback", ["target", "one_hot", "one_hot_published"])
+def test_what_is_fused_is_found_in_order_and_a_share_that_is_off_is_told(three, tmp_path, fallback):
+    content = fused(three[:2], fallback=fallback)
+    assert (ONE_HOT in content.data["source_T"]) == (fallback != "target")
+    sound = Dataset.create(tmp_path / "targets" / "sound", identity={})
+    counts = {"tokens": len(SEGMENT_T), "segments": len(LENGTHS_S)}
+    sound.commit(0, content=dataclasses.replace(content, counts=counts), seconds=0)
+    check_content(sound, 0)
+    damaged = Dataset.create(tmp_path / "targets" / "damaged", identity={})
+    data = content.data | {"share_SN": content.data["share_SN"] + np.float32(0.1)}
+    damaged.commit(0, content=dataclasses.replace(content, counts=counts, data=data), seconds=0)
+    with pytest.raises(DamagedPart, match="share_SN must be 1 in sum"):
+        check_content(damaged, 0)
+
+
 def test_the_fused_likelihood_of_the_text_is_that_of_its_entries(three):
     content = fused(three, method="avgce")
     token_ids_T = content.data["token_ids_T"].tolist()
@@ -338,19 +357,24 @@ def identity(three, **config):
     return fusion_identity(three, alignment=AlignmentConfig(), fusion=FusionConfig(**config), top_k=4)
 
 
-def test_targets_that_were_possible_before_keep_their_identity(three):
-    """What an earlier version wrote, key by key: another key would make everybody's targets anew."""
-    parts = [[dataset.fingerprint for dataset in (source.distributions, source.alignment) if dataset] for source in three]
-    for method, metric in itertools.product(("mince", "avgce"), ("bpb", "ce")):
-        expected = {"stage": "targets/1", "sources": parts, "gold_anchor": True, "method": method, "unit": "segment", "metric": metric}
-        assert identity(three, method=method, metric=metric, pack_length=512) == expected | {"top_k": 4}
+def test_choices_that_make_no_difference_leave_the_identity_as_it_is(three):
+    fixed = {"method": "fixed", "domain_weights": {"law": {"first": 2.0}}}
+    for one, other in [
+        ({"unit": "token", "metric": "bpb"}, {"unit": "token", "metric": "ce"}),
+        ({"pack_length": 8}, {"pack_length": 9}),
+        (fixed | {"weights": {"own": 1.0, "first": 3.0}}, fixed | {"weights": {"first": 0.75, "own": 0.25, "second": 0.0}}),
+        (fixed | {"weights": {"own": 1.0}}, fixed | {"weights": {"own": 1.0}, "domain_weights": {"law": {"first": 5.0}}}),
+    ]:
+        assert identity(three, **one) == identity(three, **other)
+    assert identity(three).keys() == identity(three, **fixed, weights={"own": 1.0}).keys()
 
 
 def test_what_changes_the_targets_changes_their_identity(three):
     fixed = {"method": "fixed", "weights": {"own": 1.0}}
     configs = [
-        {}, {"unit": "token"}, {"unit": "document"}, {"unit": "pack", "pack_length": 8}, {"unit": "pack", "pack_length": 9},
+        {}, {"metric": "ce"}, {"unit": "token"}, {"unit": "document"}, {"unit": "pack", "pack_length": 8}, {"unit": "pack", "pack_length": 9},
         {"method": "entropy"}, {"method": "confidence"}, {"fallback": "one_hot"}, {"fallback": "one_hot_published"}, fixed,
+        fixed | {"metric": "ce"},
         fixed | {"weights": {"own": 1.0, "first": 1.0}}, fixed | {"domain_weights": {"law": {"own": 1.0}}},
         fixed | {"domain_weights": {"law": {"first": 1.0}}},
     ]  # fmt: skip

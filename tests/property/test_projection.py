@@ -10,11 +10,12 @@ import pytest
 from fuseline.align.alignments import AlignmentsStage
 from fuseline.align.config import AlignmentConfig, FusionConfig
 from fuseline.align.cover import KEPT
-from fuseline.align.fusion import SEVERAL, FusionStage
+from fuseline.align.fusion import FusionStage
 from fuseline.align.maps import VocabularyMapStage
 from fuseline.align.projection import Projection, SourcePart, VocabularyMap, mix, project
 from fuseline.align.sources import FusionSource, gold_ids
 from fuseline.store.dataset import Dataset, PartContent
+from fuseline.store.targets import SEVERAL
 from fuseline.store.tokenizer import Tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st

@@ -60,6 +60,7 @@ def small_workspace(root: Path, *, tokenizer_folder: Path) -> Workspace:
             "token_ids_T": token_ids_T,
             "topk_ids_TK": topk_ids_TK,
             "topk_logprobs_TK": topk_logprobs_TK,
+            "source_T": np.zeros(n_tokens, np.uint8),
             "source_S": np.zeros(n_segments, np.uint8),
             "lost_mass_S": np.zeros(n_segments, np.float32),
             **_contributions(offsets),

@@ -8,12 +8,12 @@ import polars as pl
 from fuseline.store import catalog
 from fuseline.store.corpus_plan import write_plan
 from fuseline.store.dataset import Dataset, PartContent
+from fuseline.store.targets import ONE_HOT, SEVERAL
 from fuseline.store.workspace import Workspace
 
 DOMAINS = ["code", "law", "position"]  # one of them is also the name of a column
 VOCAB_SIZE = {"alpha": 40, "beta": 70_000}
 TOP_K = {"alpha": 3, "beta": 2}
-SEVERAL, ONE_HOT = 255, 254
 Row = dict[str, object]
 
 

@@ -57,6 +57,13 @@ def test_there_are_recipes():
     assert {"demo.toml", "fusellm-7b.toml"} <= {path.name for path in RECIPES}
 
 
+def test_the_published_setting_takes_one_source_for_each_pack_and_one_token_where_nothing_is_aligned():
+    (path,) = (path for path in RECIPES if path.name == "fusellm-7b.toml")
+    recipe = load_recipe(path)
+    assert (recipe.fusion.unit, recipe.fusion.pack_length, recipe.fusion.fallback) == ("pack", 2048, "one_hot")
+    assert (recipe.fusion.method, recipe.fusion.metric, recipe.alignment.gold_anchor) == ("mince", "ce", False)
+
+
 def test_a_minimal_recipe_has_the_defaults(tmp_path):
     (tmp_path / "recipe.toml").write_text(GOOD)
     recipe = load_recipe(tmp_path / "recipe.toml")
