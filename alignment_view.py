@@ -2,6 +2,7 @@
 
 import html
 import json
+import re
 import unicodedata
 from collections.abc import Iterator
 from importlib import resources
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
 
     from .align.show import Entries, Row, ShownDocument, TargetPosition
 
-_MARKS = str.maketrans({" ": "·", "\n": "⏎", "\t": "⇥", "\r": "␍"})
+_MARKS = str.maketrans({" ": "·", "\n": "⏎", "\t": "⇥", "\r": r"\r"})
 _FILLERS = frozenset("\u115f\u1160\u2800\u3164\uffa0")  # letters and symbols by their category, and empty
 _STYLES = {"same": "", "inside": "yellow", "none": "red"}
 _SHOWN_ENTRIES = 3  # of each distribution, in the terminal
@@ -61,10 +62,10 @@ def page(document: "ShownDocument") -> str:
         **_figures(document),
     }
     text = resources.files(__package__).joinpath("alignment_page.html").read_text(encoding="utf-8")
-    for key, value in values.items():
-        text = text.replace(f"{{{{{key}}}}}", html.escape(value))
-    text = text.replace("{{ROWS}}", "".join(_row(document, row, partners) for row in document.rows))
-    return text.replace("{{DATA}}", _data(document, partners))
+    escaped = {key: html.escape(value) for key, value in values.items()}
+    escaped["ROWS"] = "".join(_row(document, row, partners) for row in document.rows)
+    escaped["DATA"] = _data(document, partners)
+    return re.sub(r"\{\{([A-Z_]+)\}\}", lambda place: escaped[place[1]], text)  # all at once: a document may hold `{{DATA}}`
 
 
 def _matched(document: "ShownDocument") -> str:
@@ -91,7 +92,7 @@ def _figures(document: "ShownDocument") -> dict[str, str]:
 
 
 def _percent(share: float) -> str:
-    return f"{100 * share:.1f} %"
+    return f"{100 * share:.1f}\u00a0%"
 
 
 def _number(value: float | None) -> str:
@@ -161,6 +162,7 @@ def print_alignment(document: "ShownDocument", *, console: "rich.console.Console
     summary = document.summary
     console.print(f"{document.source_name} → {document.target_name}, document {document.doc_id} of {document.corpus}", style="bold")
     console.print(
+        f"alignment {document.alignment}, vocabulary map {document.vocabulary_map}\n"
         f"positions with a distribution: {_percent((summary.same + summary.inside) / max(summary.positions, 1))} of {summary.positions:,} "
         f"({_percent(summary.same / max(summary.positions, 1))} where {_matched(document)}, "
         f"{_percent(summary.inside / max(summary.positions, 1))} inside a token of {document.source_name})\n"
@@ -169,7 +171,9 @@ def print_alignment(document: "ShownDocument", *, console: "rich.console.Console
         f"probability on its way: mapped {_percent(summary.mapped)}, merged {_percent(summary.merged)}, lost {_percent(summary.lost)}, "
         f"not stored {_percent(summary.tail)}"
     )
-    console.print("[yellow]inside a token of the other[/]   [red]the source says nothing[/]   | ends a token", markup=True)
+    console.print(
+        "[yellow]ends inside a token of the other[/]   [red]has no counterpart[/]   | ends a token   · space   ⏎ line break", markup=True
+    )
     table = rich.table.Table(box=rich.box.SIMPLE_HEAD, expand=True, padding=(0, 1))
     table.add_column(document.source_name, ratio=1, overflow="fold")
     table.add_column(document.target_name, ratio=1, overflow="fold")

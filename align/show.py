@@ -192,9 +192,12 @@ def _chosen(workspace: Workspace, kind: str, name: str | None) -> Dataset:
 
 
 def _distributions(workspace: Workspace, alignment: Dataset, *, role: str) -> Dataset:
-    for dataset in workspace.datasets():
-        if dataset.kind == "distributions" and dataset.fingerprint == alignment.identity[role]:
-            return dataset
+    named = alignment.name.split("--")[("source", "target").index(role)]
+    found = [
+        dataset for dataset in workspace.datasets() if dataset.kind == "distributions" and dataset.fingerprint == alignment.identity[role]
+    ]
+    if found:  # several where a model was stored under two names
+        return next((dataset for dataset in found if dataset.name == named), found[0])
     raise DataError(f"alignments/{alignment.name} was made from distributions of its {role} that are not in {workspace.root} any more.")
 
 
@@ -225,7 +228,8 @@ def _vocabulary_map(
     if len(candidates) != 1:
         names = ", ".join(sorted(dataset.name for dataset in maps.values())) or "none: make one with fuseline align RECIPE"
         which = "that tell what is left of a token, as cover needs, are" if covers else "there are"
-        raise UsageError(f"Say with --map which vocabulary map to show alignments/{alignment.name} with; {which}: {names}.")
+        problem = "Say with --map one of the" if name is None else f"There is no {name} among the"
+        raise UsageError(f"{problem} vocabulary maps to show alignments/{alignment.name} with; {which}: {names}.")
     return maps[candidates[0]], used.get(candidates[0], {"gold_anchor": alignment.identity["positions"] != "dtw"})
 
 

@@ -210,7 +210,7 @@ def test_the_terminal_shows_the_text_and_with_details_each_position(workspace, s
         (["--doc", 4000], "There is no document 4000 in corpus/corpus: it has the documents 0 to "),
         (["--doc", 0, "--segment", 77], "Document 0 has no segment 77: it has the segments 0 to "),
         (["--doc", 0, "--alignment", "a--b"], "There is no alignment a--b; there are: source--target."),
-        (["--doc", 0, "--map", "none"], "Say with --map which vocabulary map"),
+        (["--doc", 0, "--map", "none"], "There is no none among the vocabulary maps"),
         ([], "Missing option '--doc'"),
     ],
 )
