@@ -130,7 +130,7 @@ def test_contributions_are_means_and_sums_over_each_segments_positions():
     )  # fmt: skip
     assert {name: array.shape for name, array in found.items()} == dict.fromkeys(found, (2, 2))
     rows = {name: array.tolist() for name, array in found.items()}
-    assert rows["n_aligned_SN"] == [[3, 2], [1, 0]]
+    assert rows["n_spoken_SN"] == [[3, 2], [1, 0]]
     assert rows["n_gold_SN"] == [[2, 1], [0, 0]]
     assert rows["gold_nll_SN"] == [[3, 3], [0, 0]]
     assert rows["cost_SN"][0] == [1, 3.5]
@@ -320,12 +320,12 @@ def test_what_each_source_brings_adds_up(three):
         np.testing.assert_allclose(data["weight_SN"].sum(axis=1), 1, rtol=1e-5)
         np.testing.assert_allclose(data["share_SN"].sum(axis=1), 1, rtol=1e-5)
         total = sum(data[name] for name in ("mapped_SN", "merged_SN", "lost_SN", "tail_SN"))
-        np.testing.assert_allclose(np.where(data["n_aligned_SN"] > 0, total, 1), 1, rtol=1e-5)
+        np.testing.assert_allclose(np.where(data["n_spoken_SN"] > 0, total, 1), 1, rtol=1e-5)
         assert (data["agreement_SN"][:, 0] == 1).all()
         assert data["nll_SN"][2].tolist()[::2] == [8, 9]
         assert math.isnan(data["nll_SN"][2, 1])
-        assert data["n_aligned_SN"][:, 0].tolist() == LENGTHS_S.tolist()
-        assert data["n_aligned_SN"][2, 1] == 0
+        assert data["n_spoken_SN"][:, 0].tolist() == LENGTHS_S.tolist()
+        assert data["n_spoken_SN"][2, 1] == 0
 
 
 @pytest.mark.parametrize("fallback", ["target", "one_hot", "one_hot_published"])
