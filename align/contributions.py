@@ -5,7 +5,7 @@ Axes: N sources, S segments of a part, T its positions, C entries of a projectio
     cost_SN             what the source cost in the unit of the segment (`weights`); with unit `token`, as a mean
     weight_SN           its weight by the method, as a mean over the segment's positions
     share_SN            its weight in what was fused, as a mean over the segment's positions: also for others that say nothing there
-    n_aligned_SN        positions at which it has a distribution (uint32)
+    n_spoken_SN         positions at which it has a distribution (uint32)
     mapped_SN, merged_SN, lost_SN, tail_SN     what became of its probability on the way to the target's tokens (`projection`): means over
                         these positions, 1 in sum
     agreement_SN        share of these positions at which its most probable target token is that of the target's own start
@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from .projection import Projection
 
 NAMES = (
-    "cost_SN", "weight_SN", "share_SN", "n_aligned_SN", "mapped_SN", "merged_SN", "lost_SN", "tail_SN", "agreement_SN", "nll_SN",
+    "cost_SN", "weight_SN", "share_SN", "n_spoken_SN", "mapped_SN", "merged_SN", "lost_SN", "tail_SN", "agreement_SN", "nll_SN",
     "gold_nll_SN", "n_gold_SN",
 )  # fmt: skip
 
@@ -60,7 +60,7 @@ def contributions(
             "cost_SN": means(cost_T, where_T=np.isfinite(cost_T), offsets=offsets),
             "weight_SN": means(weight_T, where_T=everywhere_T, offsets=offsets),
             "share_SN": means(share_T, where_T=everywhere_T, offsets=offsets),
-            "n_aligned_SN": sums(is_aligned_T, offsets=offsets).astype(np.uint32),
+            "n_spoken_SN": sums(is_aligned_T, offsets=offsets).astype(np.uint32),
             "mapped_SN": means(projection.mapped_T, where_T=is_aligned_T, offsets=offsets),
             "merged_SN": means(projection.merged_T, where_T=is_aligned_T, offsets=offsets),
             "lost_SN": means(projection.lost_T, where_T=is_aligned_T, offsets=offsets),

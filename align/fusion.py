@@ -206,6 +206,7 @@ class _Likelihood:
         nats = self._surety(fusion.method) if fusion.method in ("entropy", "confidence") else self._nll
         return unit_costs(
             self._at_segments(nats, missing=0),
+            has_read_S=self._place_S >= 0,
             n_scored_S=self._at_segments(self._n_scored, missing=0),
             scored_bytes_S=self._at_segments(self._scored_bytes, missing=0),
             unit_S=unit_S,

@@ -8,7 +8,8 @@
                that the sources give their favourites
 `fixed`        as the recipe says
 
-A cost is in bits per byte or nats per token, over all that the source has read of the unit; of a unit that is one token, in nats.
+A cost is in bits per byte or nats per token of the whole unit; of a unit that is one token, in nats. A source that left some of a unit's
+text out is not compared over it: what it left out might have been the hard part.
 
 Axes: N sources, X units, S segments of a part, T its positions, C entries of a projection.
 """
@@ -52,21 +53,32 @@ def _packs(lengths_S: Any, pack_length: int) -> Any:
 
 
 def unit_costs(
-    nats_S: NDArray[np.float64], *, n_scored_S: NDArray[Any], scored_bytes_S: NDArray[Any], unit_S: NDArray[np.int64], metric: str
+    nats_S: NDArray[np.float64],
+    *,
+    has_read_S: NDArray[np.bool_],
+    n_scored_S: NDArray[Any],
+    scored_bytes_S: NDArray[Any],
+    unit_S: NDArray[np.int64],
+    metric: str,
 ) -> NDArray[np.float64]:
-    """What each unit of text costs a source, [X]: bits per byte (`bpb`) or nats per token (`ce`); inf where it predicts nothing.
+    """What each unit of text costs a source, [X]: bits per byte (`bpb`) or nats per token (`ce`).
+
+    It is inf where the source has not read all of the unit, or predicts nothing of it.
 
     Args:
         nats_S: nats of each segment, in all.
-        n_scored_S: how many of the source's tokens these are of; 0 where the source left the segment out.
+        has_read_S: whether the source has read the segment; where not, nats, tokens and bytes are 0.
+        n_scored_S: how many of the source's tokens these are of.
         scored_bytes_S: the bytes of these tokens.
         unit_S: the unit of each segment (`units`).
         metric: `bpb` or `ce`.
     """
     amount_S = scored_bytes_S * np.log(2) if metric == "bpb" else n_scored_S
     n_units = int(unit_S.max(initial=-1)) + 1
-    nats_X, amount_X = (np.bincount(unit_S, weights=values_S, minlength=n_units) for values_S in (nats_S, amount_S))
-    return np.divide(nats_X, amount_X, out=np.full(n_units, np.inf), where=amount_X > 0)
+    nats_X, amount_X, left_out_X = (
+        np.bincount(unit_S, weights=values_S, minlength=n_units) for values_S in (nats_S, amount_S, ~has_read_S)
+    )
+    return np.divide(nats_X, amount_X, out=np.full(n_units, np.inf), where=(amount_X > 0) & (left_out_X == 0))
 
 
 def position_costs(projection: Projection, *, method: str) -> NDArray[np.float64]:

@@ -70,7 +70,7 @@ def _problem_of_arrays(arrays: Mapping[str, NDArray[Any]], *, counts: Mapping[st
 
 
 def _problem_of_sources(arrays: Mapping[str, NDArray[Any]], *, n_sources: int) -> str | None:
-    """Of fused targets; parts of an earlier version have no arrays by source."""
+    """Of fused targets; parts of earlier versions lack arrays by source, and are not asked for them."""
     for name, array in arrays.items():
         if name.endswith("_SN") and array.shape[1] != n_sources:
             return f"{name} has {array.shape[1]} columns, and there are {n_sources} sources"
@@ -79,14 +79,14 @@ def _problem_of_sources(arrays: Mapping[str, NDArray[Any]], *, n_sources: int) -
         unknown = index[(index >= n_sources) & ~np.isin(index, others)]
         if len(unknown):
             return f"{name} has the source {int(unknown[0])}, and there are {n_sources}"
-    if "weight_SN" in arrays:
+    if "n_spoken_SN" in arrays:
         if not _adds_up(arrays["weight_SN"], total_S=1):
             return "weight_SN must be 1 in sum over the sources"
         if not _adds_up(arrays["share_SN"], total_S=1 - _one_hot_share(arrays)):
             return "share_SN must be 1 in sum over the sources, less the share of the positions with all mass on one token"
         total_SN = sum(arrays[name] for name in ("mapped_SN", "merged_SN", "lost_SN", "tail_SN"))
-        if not np.allclose(np.where(arrays["n_aligned_SN"] > 0, total_SN, 1), 1, atol=_SLACK):
-            return "mapped_SN, merged_SN, lost_SN and tail_SN must be 1 in sum where n_aligned_SN is not 0"
+        if not np.allclose(np.where(arrays["n_spoken_SN"] > 0, total_SN, 1), 1, atol=_SLACK):
+            return "mapped_SN, merged_SN, lost_SN and tail_SN must be 1 in sum where n_spoken_SN is not 0"
     return None
 
 

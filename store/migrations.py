@@ -62,7 +62,10 @@ DELETE FROM parts WHERE kind = 'targets';
 DELETE FROM datasets WHERE kind = 'targets';
 """
 
-MIGRATIONS = (_TABLES, _TARGET_SEGMENTS, _TARGET_SOURCES)
+# `n_aligned` of `alignment_coverage` are positions at which both have read the same, which is less under `cover`.
+_SPOKEN = "ALTER TABLE target_sources RENAME n_aligned TO n_spoken"
+
+MIGRATIONS = (_TABLES, _TARGET_SEGMENTS, _TARGET_SOURCES, _SPOKEN)
 
 
 def migrate(connection: duckdb.DuckDBPyConnection) -> None:

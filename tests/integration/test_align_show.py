@@ -98,7 +98,7 @@ def test_distributions_before_the_map_and_the_targets_own_are_those_that_are_sto
 
 def test_its_masses_are_those_of_the_fused_targets(workspace, shown, doc_id):
     found = workspace.sql(
-        "SELECT sum(lost * n_aligned) / sum(n_aligned) AS lost, sum(tail * n_aligned) / sum(n_aligned) AS tail, sum(n_aligned) AS n, "
+        "SELECT sum(lost * n_spoken) / sum(n_spoken) AS lost, sum(tail * n_spoken) / sum(n_spoken) AS tail, sum(n_spoken) AS n, "
         "sum(gold_nll) AS gold_nll FROM target_sources WHERE doc_id = $doc AND source = 'source'",
         {"doc": doc_id},
     ).row(0, named=True)
@@ -145,7 +145,7 @@ def test_the_page_needs_nothing_from_outside_and_nothing_of_the_text_is_markup(s
 @pytest.mark.parametrize(("name", "vocabulary"), [("anchored", "prefix"), ("first", "exact")])
 def test_each_map_is_shown_as_the_targets_are_that_were_fused_with_it(several, doc_id, name, vocabulary):
     shown = show_alignment(several, doc_id=doc_id, alignment="source--target--span", vocabulary_map=f"source--target--{vocabulary}")
-    masses = ", ".join(f"sum({mass} * n_aligned) / sum(n_aligned) AS {mass}" for mass in ("mapped", "merged", "lost"))
+    masses = ", ".join(f"sum({mass} * n_spoken) / sum(n_spoken) AS {mass}" for mass in ("mapped", "merged", "lost"))
     found = several.sql(
         f"SELECT {masses} FROM target_sources WHERE doc_id = $doc AND name = $name AND source = 'source'", {"doc": doc_id, "name": name}
     )

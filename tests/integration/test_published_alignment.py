@@ -118,9 +118,18 @@ def test_the_stored_maps_are_those_of_the_methods(workspace):
 
 
 def test_collisions_are_dropped_as_asked(workspace):
-    first, second = (Dataset.open(workspace.folder("targets", name)) for name in ("fusellm", "em"))
-    assert first.identity["collisions"] == "first"
-    assert "collisions" not in second.identity
+    """Of several tokens on one the first is kept, and the others' mass is lost; elsewhere it joins the first's."""
+    masses = {}
+    for name in WAYS:
+        targets = Dataset.open(workspace.folder("targets", name))
+        rows = [targets.read(part, "n_spoken_SN", "merged_SN", "lost_SN") for part in targets.parts()]
+        spoken_S, merged_S, lost_S = (np.concatenate([row[i][:, 1] for row in rows]) for i in range(3))
+        assert spoken_S.sum() > 0
+        masses[name] = (np.nansum(merged_S), np.nansum(lost_S))
+    assert masses["fusellm"][0] == 0
+    assert masses["fusellm"][1] > 0
+    assert masses["fusechat"][0] > 0
+    assert masses["spans"][0] > 0
 
 
 def test_everything_is_found_in_order_and_mended_when_it_is_lost(folder, models_dir, workspace):

@@ -77,7 +77,7 @@ def _contributions(offsets: np.ndarray) -> dict[str, np.ndarray]:
     values |= {"tail_SN": [0, 0], "agreement_SN": [1, 0.25]}
     arrays = {name: np.tile(np.array(row, np.float32), (len(n_positions_S), 1)) for name, row in values.items()}
     arrays |= {name: np.full((len(n_positions_S), 2), np.nan, np.float32) for name in ("cost_SN", "nll_SN", "gold_nll_SN")}
-    counts = {"n_aligned_SN": np.stack([n_positions_S, n_positions_S], axis=1), "n_gold_SN": np.zeros((len(n_positions_S), 2))}
+    counts = {"n_spoken_SN": np.stack([n_positions_S, n_positions_S], axis=1), "n_gold_SN": np.zeros((len(n_positions_S), 2))}
     return arrays | {name: array.astype(np.uint32) for name, array in counts.items()}
 
 

@@ -11,8 +11,9 @@ import fuseline
 import numpy as np
 import pytest
 from fuseline.align.dtw import Spellings
-from fuseline.align.reference import align_published, nearest_pieces, published_map
+from fuseline.align.reference import nearest_pieces, published_map
 from fuseline.store.tokenizer import Tokenizer
+from published import align_published
 from textbook import edit_distance
 
 FIXTURE = json.loads(gzip.decompress((Path(fuseline.__file__).parent / "tests" / "data" / "fusellm_reference.json.gz").read_bytes()))
