@@ -235,7 +235,7 @@ class Pipeline:
         self.make(f"targets {self.recipe.fusion.name}", stage, parts=parts)
 
     @property
-    def _of_corpus(self) -> dict[str, str]:
+    def _of_corpus(self) -> dict[str, Any]:
         return {"corpus": self.recipe.corpus.name}
 
     def _pair(self, source: ModelConfig) -> str:
@@ -317,8 +317,9 @@ class Pipeline:
     def _fusion_stage(self) -> FusionStage:
         recipe = self.recipe
         require_free(self._fusion_conflicts(), workspace=self.workspace)
+        described = self._of_corpus | {"alignment": recipe.alignment.model_dump(), "fusion": recipe.fusion.model_dump()}
         return FusionStage(
-            self.workspace.dataset("targets", recipe.fusion.name, identity=self._fusion_identity, description=self._of_corpus),
+            self.workspace.dataset("targets", recipe.fusion.name, identity=self._fusion_identity, description=described),
             sources=self._fusion_sources,
             alignment=recipe.alignment,
             fusion=self._fusion_config,

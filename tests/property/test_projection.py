@@ -76,7 +76,7 @@ def source_parts(draw, texts: list[str], cuts: list[list[str]], *, n_target: int
     ]
     sizes = [len(token) for token in vocabulary]
     with np.errstate(divide="ignore"):
-        gold_logprobs = [math.nan if u in last else max(float(np.log(p)), -20.0) for u, p in enumerate(gold_probs)]
+        gold_logprobs = [math.nan if u in last else max(float(np.log(p)), -8.0) for u, p in enumerate(gold_probs)]
     part = SourcePart(
         topk_ids_UK=np.array(topk, np.uint16).reshape(base, k),
         topk_probs_UK=np.array(probs, np.float32).reshape(base, k),
