@@ -68,7 +68,8 @@ def project_cover(
             there, beyond = position_T[t + 1], ahead_T[t + 1]
             along = mass_H[path]
             if there > u:
-                along *= np.exp(read_logprob_U[there] - read_logprob_U[u + 1])
+                if there > u + 1:
+                    along *= np.exp(read_logprob_U[there] - read_logprob_U[u + 1])
                 if beyond > 0:
                     beginning = _mass_of_beginning(
                         topk_ids_UK[there], topk_probs_UK[there], gold_ids_U[there], gold_probs_U[there], beyond, buffer_B, offsets_V1

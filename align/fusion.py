@@ -21,6 +21,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from numba import njit
 from numpy.typing import NDArray
 
 from ..store.arrays import Encoding
@@ -94,9 +95,7 @@ class FusionStage:
     def compute(self, part: int) -> PartContent:
         """Fuse one part."""
         own = self.sources[0].distributions
-        token_ids_T, offsets, doc_id_S, segment_S, topk_ids_TK = own.read(
-            part, "token_ids_T", "segment_offsets", "doc_id_S", "segment_S", "topk_ids_TK"
-        )
+        token_ids_T, offsets, doc_id_S, segment_S = own.read(part, "token_ids_T", "segment_offsets", "doc_id_S", "segment_S")
         gold_ids_T = gold_ids(token_ids_T, offsets=offsets)
         how: dict[str, Any] = self.alignment.model_dump(include={"gold_anchor", "collisions"})
         projections = [source.project(part, gold_ids_T=gold_ids_T, **how) for source in self.sources]
@@ -111,7 +110,7 @@ class FusionStage:
             top_k=self.top_k,
             gold_ids_T=gold_ids_T,
         )
-        gold_prob_T = np.where(ids_TK == gold_ids_T[:, None], probs_TK, 0).sum(axis=1)
+        gold_prob_T = _probabilities_of(gold_ids_T, ids_TK, probs_TK)
         used_NT = shares_NT > 0
         source_T = np.where(used_NT.sum(axis=0) == 1, used_NT.argmax(axis=0), SEVERAL)
         source_T[stand_in.is_aligned_T] = ONE_HOT
@@ -122,7 +121,7 @@ class FusionStage:
                 "segment_offsets": offsets,
                 "doc_id_S": doc_id_S,
                 "segment_S": segment_S,
-                "topk_ids_TK": ids_TK.astype(topk_ids_TK.dtype),
+                "topk_ids_TK": ids_TK.astype(own.arrays(part).read("topk_ids_TK", 0, 0).dtype),
                 "topk_logprobs_TK": np.log(probs_TK),
                 "tail_logprob_T": np.log(tail_T),
                 "source_T": source_T.astype(np.uint8),
@@ -227,6 +226,16 @@ class _Likelihood:
         before = np.concatenate([[0.0], np.cumsum(nats_U, dtype=np.float64)])
         last = np.maximum(offsets[1:] - 1, 0)  # nothing follows there, and the tokens that are scored are the last ones
         return before[last] - before[np.maximum(last - n_scored.astype(np.int64), 0)]
+
+
+@njit(cache=True)
+def _probabilities_of(gold_ids_T: Any, ids_TK: Any, probs_TK: Any) -> Any:
+    found_T = np.zeros(len(ids_TK))
+    for t in range(len(ids_TK)):
+        for k in range(ids_TK.shape[1]):
+            if ids_TK[t, k] == gold_ids_T[t]:
+                found_T[t] += probs_TK[t, k]
+    return found_T
 
 
 def _only_sources(weights_NT: NDArray[np.float64], *, offsets: NDArray[np.int64]) -> NDArray[np.uint8]:

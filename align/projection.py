@@ -221,6 +221,9 @@ def _mix(
             if weight <= 0:
                 continue
             ids_TC, probs_TC, n_before = ids_NTC[source], probs_NTC[source], n
+            if weight == 1 and n == 0:  # all others have none
+                _top(ids_TC[t], probs_TC[t], n_NT[source][t], gold_ids_T[t], ids_TK[t], probs_TK[t])
+                break
             for c in range(n_NT[source][t]):
                 token_id, mass = ids_TC[t, c], weight * probs_TC[t, c]
                 place = 0 if n_before else n  # a projection has each token once

@@ -306,6 +306,11 @@ def test_the_anchor_of_span_is_exactly_the_sources_probability_of_the_text(case)
 def test_a_mixture_is_the_sorted_weighted_sum_with_the_gold_token_kept(case, anchor, k, data):
     projections = [project(source, gold_ids_T=case.gold, gold_anchor=anchor or source.ahead_T is not None) for source in case.sources]
     weights = [[data.draw(st.sampled_from([0.0, 0.25, 0.5])) for _ in case.gold] for _ in projections]
+    for t in range(len(case.gold)):
+        only = data.draw(st.none() | st.integers(0, len(projections) - 1))
+        if only is not None:
+            for source, weight_T in enumerate(weights):
+                weight_T[t] = float(source == only)
     ids_TK, probs_TK, tail_T = mix(projections, weights_NT=np.array(weights), top_k=k, gold_ids_T=case.gold)
     for t, gold in enumerate(case.gold.tolist()):
         mass: dict[int, float] = {}
