@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from ..store.dataset import Dataset
 from ..store.tokenizer import Tokenizer
 from .dtw import Matches, Side, Spellings, warp
-from .positions import UNALIGNED, cover_positions, match_segments, span_positions
+from .positions import UNALIGNED, Ends, cover_positions, match_segments, span_positions
 
 _READ = ("token_ids_T", "segment_offsets", "doc_id_S", "segment_S", "n_bytes_S")
 
@@ -49,14 +49,14 @@ class PairPart:
 
     def span(self) -> NDArray[np.int32]:
         """The position map `span`."""
-        return span_positions(**self._ends(dummy_prefix=False))
+        return span_positions(self._ends(dummy_prefix=False))
 
     def cover(self) -> tuple[NDArray[np.int32], NDArray[np.uint16]]:
         """The position map `cover`, and how many bytes each target position is ahead.
 
         Inside of a source token whose text the tokenizer rewrote no byte of the token stands for a byte of the text: there is no position.
         """
-        position_T, ahead_T = cover_positions(**self._ends(dummy_prefix=True))
+        position_T, ahead_T = cover_positions(self._ends(dummy_prefix=True))
         if self.source.stored_ends_T is not None:
             inside_T = np.flatnonzero(ahead_T > 0)
             follows_T = position_T[inside_T] + 1
@@ -70,15 +70,15 @@ class PairPart:
         """The path of `dtw`."""
         return warp(self.source.side, target=self.target.side, source_segment_of_S=self.source_segment_of_S, spellings=spellings)
 
-    def _ends(self, *, dummy_prefix: bool) -> dict[str, Any]:
-        return {
-            "source_ends_T": self.source.byte_ends(dummy_prefix=dummy_prefix),
-            "source_offsets": self.source.side.offsets,
-            "target_ends_T": self.target.byte_ends(dummy_prefix=dummy_prefix),
-            "target_offsets": self.target.side.offsets,
-            "source_segment_of_S": self.source_segment_of_S,
-            "n_bytes_S": self.target.n_bytes_S,
-        }
+    def _ends(self, *, dummy_prefix: bool) -> Ends:
+        return Ends(
+            source_ends_T=self.source.byte_ends(dummy_prefix=dummy_prefix),
+            source_offsets=self.source.side.offsets,
+            target_ends_T=self.target.byte_ends(dummy_prefix=dummy_prefix),
+            target_offsets=self.target.side.offsets,
+            source_segment_of_S=self.source_segment_of_S,
+            n_bytes_S=self.target.n_bytes_S,
+        )
 
 
 class PairStage:

@@ -7,6 +7,7 @@ Two sorted integer arrays are matched, in linear time and exactly, whatever the 
 come is then conditioned on the bytes that the target has read since.
 """
 
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -30,92 +31,61 @@ def match_segments(
     return np.where(found_S, place_S, -1)
 
 
-def span_positions(
-    *,
-    source_ends_T: NDArray[np.int64],
-    source_offsets: NDArray[np.int64],
-    target_ends_T: NDArray[np.int64],
-    target_offsets: NDArray[np.int64],
-    source_segment_of_S: NDArray[np.int64],
-    n_bytes_S: NDArray[Any],
-) -> NDArray[np.int32]:
-    """Match the positions of a whole part by the byte at which their prefixes end.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ends:
+    """Where the tokens of a part end, on both sides."""
 
-    Args:
-        source_ends_T: byte offset in its segment at which each source token ends, ascending within a segment.
-        source_offsets: where the source's segments start, and the end of the last.
-        target_ends_T: the same of the target's tokens.
-        target_offsets: the same of the target's segments.
-        source_segment_of_S: for each target segment its index in the source's part, or -1 (`match_segments`); ascending where not -1.
-        n_bytes_S: length of each target segment's text in bytes.
+    source_ends_T: NDArray[np.int64]  # byte offset in its segment at which each source token ends, ascending within a segment
+    source_offsets: NDArray[np.int64]  # where the source's segments start, and the end of the last
+    target_ends_T: NDArray[np.int64]  # the same of the target's tokens
+    target_offsets: NDArray[np.int64]  # the same of the target's segments
+    source_segment_of_S: NDArray[np.int64]  # for each target segment its index in the source's part, or -1 (`match_segments`)
+    n_bytes_S: NDArray[Any]  # length of each target segment's text in bytes
+
+
+def span_positions(ends: Ends) -> NDArray[np.int32]:
+    """Match the positions of a whole part by the byte at which their prefixes end.
 
     Returns:
         For each target position the index of its source position in the source's part, int32; -1 where there is none. Where several
         positions end at the same byte (bos, or tokens without text), the last one counts: it has read the most.
     """
-    position_T, ahead_T = _last_positions(
-        source_ends_T=source_ends_T, source_offsets=source_offsets, target_ends_T=target_ends_T, target_offsets=target_offsets,
-        source_segment_of_S=source_segment_of_S, n_bytes_S=n_bytes_S,
-    )  # fmt: skip
+    position_T, ahead_T = _last_positions(ends)
     return np.where(ahead_T == 0, position_T, UNALIGNED).astype(np.int32)
 
 
-def cover_positions(
-    *,
-    source_ends_T: NDArray[np.int64],
-    source_offsets: NDArray[np.int64],
-    target_ends_T: NDArray[np.int64],
-    target_offsets: NDArray[np.int64],
-    source_segment_of_S: NDArray[np.int64],
-    n_bytes_S: NDArray[Any],
-) -> tuple[NDArray[np.int32], NDArray[np.uint16]]:
+def cover_positions(ends: Ends) -> tuple[NDArray[np.int32], NDArray[np.uint16]]:
     """For each target position the source position that has read the most of the same text, and no more.
 
     Args:
-        source_ends_T: as of `span_positions`, but -1 for a bos with a dummy prefix to come.
-        source_offsets: as of `span_positions`.
-        target_ends_T: as of `span_positions`, but -1 for a bos with a dummy prefix to come.
-        target_offsets: as of `span_positions`.
-        source_segment_of_S: as of `span_positions`.
-        n_bytes_S: as of `span_positions`.
+        ends: with -1 for a bos with a dummy prefix to come, on both sides.
 
     Returns:
         The index of the source position in the source's part, int32, -1 where there is none; and how many bytes the target has read beyond
         it, uint16: the beginning of the source token that follows, 0 where both have read the same.
     """
     # A dummy prefix is no text: only a source with one has a position before it.
-    first_ends_S = np.append(source_ends_T, 0)[source_offsets[:-1]]
-    has_dummy_S = np.append(first_ends_S, 0)[source_segment_of_S] == -1
-    clamped_T = np.maximum(target_ends_T, -np.repeat(has_dummy_S, np.diff(target_offsets)).astype(np.int64))
-    position_T, ahead_T = _last_positions(
-        source_ends_T=source_ends_T, source_offsets=source_offsets, target_ends_T=clamped_T, target_offsets=target_offsets,
-        source_segment_of_S=source_segment_of_S, n_bytes_S=n_bytes_S,
-    )  # fmt: skip
+    first_ends_S = np.append(ends.source_ends_T, 0)[ends.source_offsets[:-1]]
+    has_dummy_S = np.append(first_ends_S, 0)[ends.source_segment_of_S] == -1
+    least_T = -np.repeat(has_dummy_S, np.diff(ends.target_offsets)).astype(np.int64)
+    position_T, ahead_T = _last_positions(replace(ends, target_ends_T=np.maximum(ends.target_ends_T, least_T)))
     return position_T, np.where(position_T == UNALIGNED, 0, ahead_T).astype(np.uint16)
 
 
-def _last_positions(
-    *,
-    source_ends_T: NDArray[np.int64],
-    source_offsets: NDArray[np.int64],
-    target_ends_T: NDArray[np.int64],
-    target_offsets: NDArray[np.int64],
-    source_segment_of_S: NDArray[np.int64],
-    n_bytes_S: NDArray[Any],
-) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
+def _last_positions(ends: Ends) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
     """The last source position of the same segment that ends at or before each target position, -1 without one; how far before.
 
     Of several target positions that end at the same byte only the last one has one.
     """
-    base_S = np.concatenate([[1], 1 + np.cumsum(n_bytes_S.astype(np.int64) + 2)])[:-1]  # sets the segments' byte ranges apart
-    base_T = np.repeat(base_S, np.diff(target_offsets))
-    target_key_T = target_ends_T + base_T
-    shared_S = source_segment_of_S >= 0
-    base_of_source_S = np.full(len(source_offsets) - 1, -1, np.int64)
-    base_of_source_S[source_segment_of_S[shared_S]] = base_S[shared_S]
-    source_base_T = np.repeat(base_of_source_S, np.diff(source_offsets))
+    base_S = np.concatenate([[1], 1 + np.cumsum(ends.n_bytes_S.astype(np.int64) + 2)])[:-1]  # sets the segments' byte ranges apart
+    base_T = np.repeat(base_S, np.diff(ends.target_offsets))
+    target_key_T = ends.target_ends_T + base_T
+    shared_S = ends.source_segment_of_S >= 0
+    base_of_source_S = np.full(len(ends.source_offsets) - 1, -1, np.int64)
+    base_of_source_S[ends.source_segment_of_S[shared_S]] = base_S[shared_S]
+    source_base_T = np.repeat(base_of_source_S, np.diff(ends.source_offsets))
     shared_T = np.flatnonzero(source_base_T >= 0)
-    source_key_T = source_ends_T[shared_T] + source_base_T[shared_T]
+    source_key_T = ends.source_ends_T[shared_T] + source_base_T[shared_T]
     if not len(source_key_T):
         return np.full(len(target_key_T), UNALIGNED, np.int32), np.ones(len(target_key_T), np.int64)
     place_T = np.searchsorted(source_key_T, target_key_T, side="right") - 1

@@ -19,7 +19,7 @@ import numpy as np
 import polars as pl
 from fuseline.align.dtw import Side, Spellings, agreeing_positions, warp
 from fuseline.align.edit_distance import nearest
-from fuseline.align.positions import span_positions
+from fuseline.align.positions import Ends, span_positions
 from fuseline.align.reference import published_map
 from fuseline.align.vocabulary import vocabulary_map
 from fuseline.store.tokenizer import ROLES, Tokenizer
@@ -62,12 +62,14 @@ def positions(source: Tokenizer, *, target: Tokenizer, texts: list[str], n_slow:
             for tokenizer, one in zip((source, target), encoded, strict=True)
         ]
         span_positions(
-            source_ends_T=ends[0],
-            source_offsets=encoded[0].segment_offsets,
-            target_ends_T=ends[1],
-            target_offsets=encoded[1].segment_offsets,
-            source_segment_of_S=segments,
-            n_bytes_S=encoded[1].n_bytes_S,
+            Ends(
+                source_ends_T=ends[0],
+                source_offsets=encoded[0].segment_offsets,
+                target_ends_T=ends[1],
+                target_offsets=encoded[1].segment_offsets,
+                source_segment_of_S=segments,
+                n_bytes_S=encoded[1].n_bytes_S,
+            )
         )
 
     def dtw() -> None:

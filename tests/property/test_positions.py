@@ -3,7 +3,7 @@
 from itertools import pairwise
 
 import numpy as np
-from fuseline.align.positions import match_segments, span_positions
+from fuseline.align.positions import Ends, match_segments, span_positions
 from fuseline.store.tokenizer import Tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -48,10 +48,11 @@ def mapped(sizes: dict, source: dict, target: dict) -> tuple[list[int], list[int
         source_doc_id_S=left["doc_id_S"], source_segment_S=left["segment_S"],
         target_doc_id_S=right["doc_id_S"], target_segment_S=right["segment_S"],
     )  # fmt: skip
-    position_T = span_positions(
+    ends = Ends(
         source_ends_T=left["ends_T"], source_offsets=left["offsets"], target_ends_T=right["ends_T"], target_offsets=right["offsets"],
         source_segment_of_S=of_S, n_bytes_S=np.array([sizes[key] for key in target], np.uint32),
     )  # fmt: skip
+    position_T = span_positions(ends)
     assert position_T.dtype == np.int32
     return of_S.tolist(), position_T.tolist()
 

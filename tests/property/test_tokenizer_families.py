@@ -5,7 +5,7 @@ import unicodedata
 
 import numpy as np
 import pytest
-from fuseline.align.positions import cover_positions, match_segments, span_positions
+from fuseline.align.positions import Ends, cover_positions, match_segments, span_positions
 from fuseline.store.equivalence import places_in_text
 from fuseline.store.errors import DataError
 from fuseline.store.tokenizer import Tokenizer
@@ -98,8 +98,8 @@ def test_positions_of_any_two_families_have_read_the_same_text(families, segment
         "n_bytes_S": right.n_bytes_S,
     }  # fmt: skip
     ends = [[ends_of(side, part, dummy_prefix=dummy) for side, part in ((source, left), (target, right))] for dummy in (False, True)]
-    span_T = span_positions(source_ends_T=ends[0][0], target_ends_T=ends[0][1], **shared)
-    cover_T, ahead_T = cover_positions(source_ends_T=ends[1][0], target_ends_T=ends[1][1], **shared)
+    span_T = span_positions(Ends(source_ends_T=ends[0][0], target_ends_T=ends[0][1], **shared))
+    cover_T, ahead_T = cover_positions(Ends(source_ends_T=ends[1][0], target_ends_T=ends[1][1], **shared))
     for s, text in enumerate(segments):
         here = slice(*right.segment_offsets[s : s + 2])
         for position_T in (span_T[here], cover_T[here]):
