@@ -9,7 +9,6 @@ Arrays of a part (T positions and S segments of the target's part):
     cost_S                            of `dtw`: cost of the segment's path, in characters
 """
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,10 +21,10 @@ from .vocabulary import target_ids
 
 
 def alignment_identity(
-    source: Dataset, *, target: Dataset, rule: str, match: Match | None = None, vocabulary_map: Dataset | None = None
+    source: Dataset, *, target: Dataset, positions: str, match: Match | None = None, vocabulary_map: Dataset | None = None
 ) -> dict[str, Any]:
     """What determines the position maps between two models' distributions; of `dtw` also which matched tokens agree, and by which map."""
-    identity = {"stage": "alignments/1", "source": source.fingerprint, "target": target.fingerprint, "positions": rule}
+    identity = {"stage": "alignments/1", "source": source.fingerprint, "target": target.fingerprint, "positions": positions}
     if match is not None:
         identity["match"] = match
     if vocabulary_map is not None:
@@ -36,27 +35,13 @@ def alignment_identity(
 class AlignmentsStage(PairStage):
     """Aligns one source's positions to the target's."""
 
-    def __init__(
-        self,
-        dataset: Dataset,
-        *,
-        source: Dataset,
-        target: Dataset,
-        rule: str,
-        source_tokenizer_folder: Path,
-        target_tokenizer_folder: Path,
-        match: Match | None = None,
-        vocabulary_map: Dataset | None = None,
-    ) -> None:
-        """`match` says, for `dtw`, which matched tokens agree; `vocabulary_map` by which map, where that asks for one."""
-        super().__init__(
-            dataset,
-            source=source,
-            target=target,
-            source_tokenizer_folder=source_tokenizer_folder,
-            target_tokenizer_folder=target_tokenizer_folder,
-        )
-        self.rule, self.match, self.vocabulary_map = rule, match, vocabulary_map
+    def __init__(self, dataset: Dataset, *, match: Match | None = None, vocabulary_map: Dataset | None = None, **sides: Any) -> None:
+        """`sides` are the arguments of every `PairStage`.
+
+        `match` says, for `dtw`, which matched tokens agree; `vocabulary_map` by which map, where that asks for one.
+        """
+        super().__init__(dataset, **sides)
+        self.match, self.vocabulary_map = match, vocabulary_map
 
     def compute(self, part: int) -> PartContent:
         """Match the positions of one part."""
@@ -67,7 +52,7 @@ class AlignmentsStage(PairStage):
             "segment_S": pair.target.segment_S,
             "n_positions_S": np.diff(offsets).astype(np.uint32),
         }
-        match self.rule:
+        match self.positions:
             case "cover":
                 position_T, ahead_T = pair.cover()
                 arrays["ahead_T"] = ahead_T

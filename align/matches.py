@@ -5,7 +5,6 @@ the one with the other, before it is asked whether they agree. With `span` these
 that the path matches. Tokens without text are left out. The vocabulary map `stat` adds the parts up.
 """
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,27 +22,7 @@ def matches_identity(source: Dataset, *, target: Dataset, positions: str) -> dic
 
 
 class TokenMatchesStage(PairStage):
-    """Counts the tokens of a source and a target that are matched."""
-
-    def __init__(
-        self,
-        dataset: Dataset,
-        *,
-        source: Dataset,
-        target: Dataset,
-        positions: str,
-        source_tokenizer_folder: Path,
-        target_tokenizer_folder: Path,
-    ) -> None:
-        """`positions` is `span` or `dtw`."""
-        super().__init__(
-            dataset,
-            source=source,
-            target=target,
-            source_tokenizer_folder=source_tokenizer_folder,
-            target_tokenizer_folder=target_tokenizer_folder,
-        )
-        self.positions = positions
+    """Counts the tokens of a source and a target that are matched, by `span` or `dtw`."""
 
     def compute(self, part: int) -> PartContent:
         """Count the matches of one part."""

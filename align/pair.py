@@ -85,9 +85,17 @@ class PairStage:
     """A stage over the parts of a source and a target. Pickles as its arguments."""
 
     def __init__(
-        self, dataset: Dataset, *, source: Dataset, target: Dataset, source_tokenizer_folder: Path, target_tokenizer_folder: Path
+        self,
+        dataset: Dataset,
+        *,
+        source: Dataset,
+        target: Dataset,
+        positions: str,
+        source_tokenizer_folder: Path,
+        target_tokenizer_folder: Path,
     ) -> None:
-        self.dataset, self.source, self.target = dataset, source, target
+        """`positions` is the kind of position map."""
+        self.dataset, self.source, self.target, self.positions = dataset, source, target, positions
         self.source_tokenizer_folder, self.target_tokenizer_folder = source_tokenizer_folder, target_tokenizer_folder
 
     def __getstate__(self) -> dict[str, Any]:

@@ -61,7 +61,7 @@ def measure(source: Dataset, target: Dataset, *, folders: list[Path], top_k: int
     maps.commit(0, content=stage.compute(0), seconds=0)
     for rule in ("span", "cover"):
         alignments = AlignmentsStage(
-            Dataset.create(folder / rule, identity={}), source=source, target=target, rule=rule,
+            Dataset.create(folder / rule, identity={}), source=source, target=target, positions=rule,
             source_tokenizer_folder=folders[0], target_tokenizer_folder=folders[1],
         )  # fmt: skip
         aligning = seconds(lambda stage=alignments: stage.compute(0))

@@ -15,7 +15,7 @@ instead of the text, Σ min(P(w), Q(w)) over all tokens w but the text's, of bot
 import argparse
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -23,10 +23,8 @@ import polars as pl
 from fuseline.align.alignments import AlignmentsStage
 from fuseline.align.maps import VocabularyMapStage
 from fuseline.align.matches import TokenMatchesStage
-from fuseline.align.projection import Projection, SourcePart, VocabularyMap, project
-from fuseline.align.rests import with_rests
-from fuseline.align.sources import gold_ids, probabilities
-from fuseline.align.vocabulary import target_ids
+from fuseline.align.projection import Projection, SourcePart, project
+from fuseline.align.sources import FusionSource, gold_ids, probabilities
 from fuseline.cluster.work import Stage
 from fuseline.store.dataset import Dataset
 from fuseline.store.tokenizer import Tokenizer
@@ -77,12 +75,13 @@ def measure(source: Side, target: Side, *, domains: dict[int, str], top_ks: list
     is_shared_T = np.zeros(0, np.bool_)
     for positions, rule in VARIANTS:
         with tempfile.TemporaryDirectory() as folder:
-            mapped, arrays = aligned(source, target, part=part, positions=positions, rule=rule, folder=Path(folder))
+            whole = aligned(source, target, part=part, positions=positions, rule=rule, folder=Path(folder))
         if positions == "span":
-            is_shared_T = arrays["source_position_T"] >= 0
+            is_shared_T = whole.position_T >= 0
         for k in top_ks:
             for anchor in {"cover": (True,), "span": (False, True), "dtw": (False,)}[positions]:
-                side = source_part(source, part=part, k=k, vocabulary=mapped, arrays=arrays)
+                first = {name: np.ascontiguousarray(getattr(whole, name)[:, :k]) for name in ("topk_ids_UK", "topk_probs_UK")}
+                side = replace(whole, **first)
                 projection = project(side, gold_ids_T=text.gold_ids_T, gold_anchor=anchor)
                 here_T = projection_is_anchored(side, gold_ids_T=text.gold_ids_T) & anchor
                 found_T = np.where(projection.is_aligned_T, np.nan_to_num(np.exp(projection.gold_logprob_T.astype(np.float64))), 0)
@@ -148,42 +147,24 @@ class Text:
         }
 
 
-def aligned(
-    source: Side, target: Side, *, part: int, positions: str, rule: str, folder: Path
-) -> tuple[VocabularyMap, dict[str, np.ndarray]]:
-    """The vocabulary map and the arrays of the alignment, as the stages make them; `folder` is for what they store in between."""
+def aligned(source: Side, target: Side, *, part: int, positions: str, rule: str, folder: Path) -> SourcePart:
+    """The source's part beside the target's, as the stages make it; `folder` is for what they store in between."""
     sides = {
-        "source": source.dataset, "target": target.dataset,
+        "source": source.dataset, "target": target.dataset, "positions": positions,
         "source_tokenizer_folder": source.tokenizer_folder, "target_tokenizer_folder": target.tokenizer_folder,
     }  # fmt: skip
 
-    def committed(name: str, stage: Stage) -> Dataset:
+    def committed(name: str, stage: Stage, *, part: int = part) -> Dataset:
         dataset = Dataset.create(folder / name, identity={})
-        dataset.commit(part if name == "matches" else 0, content=stage.compute(part if name == "matches" else 0), seconds=0)
+        dataset.commit(part, content=stage.compute(part), seconds=0)
         return dataset
 
-    matches = committed("matches", TokenMatchesStage(source.dataset, positions=positions, **sides)) if rule == "stat" else None
+    matches = committed("matches", TokenMatchesStage(source.dataset, **sides)) if rule == "stat" else None
     maps = VocabularyMapStage(source.dataset, source=source.tokenizer, target=target.tokenizer, rule=rule, matches=matches, parts=[part])
-    stored = committed("map", maps)
+    stored = committed("map", maps, part=0)
     match = {"match": "mined", "vocabulary_map": stored} if positions == "dtw" else {}
-    arrays = AlignmentsStage(source.dataset, rule=positions, **match, **sides).compute(part).data
-    table = stored.table(0)
-    return with_rests(table) if positions == "cover" else VocabularyMap.of_tokens(target_ids(table)), arrays
-
-
-def source_part(source: Side, *, part: int, k: int, vocabulary: VocabularyMap, arrays: dict[str, np.ndarray]) -> SourcePart:
-    token_ids_U, topk_ids_UK, topk_logprobs_UK, gold_logprob_U = source.dataset.read(
-        part, "token_ids_T", "topk_ids_TK", "topk_logprobs_TK", "gold_logprob_T"
-    )
-    return SourcePart(
-        topk_ids_UK=np.ascontiguousarray(topk_ids_UK[:, :k]),
-        topk_probs_UK=probabilities(topk_logprobs_UK[:, :k]),
-        gold_ids_U=np.append(token_ids_U[1:], 0).astype(np.int64),
-        gold_logprob_U=gold_logprob_U.astype(np.float64),
-        vocabulary=vocabulary,
-        position_T=arrays["source_position_T"],
-        ahead_T=arrays.get("ahead_T"),
-    )
+    alignment = committed("alignment", AlignmentsStage(source.dataset, **match, **sides))
+    return FusionSource(name="source", distributions=source.dataset, alignment=alignment, vocabulary_map=stored).read(part)
 
 
 if __name__ == "__main__":

@@ -279,11 +279,11 @@ class Pipeline:
         match = alignment.dtw_match if alignment.positions == "dtw" else None
         vocabulary_map = self._vocabulary_stage(source).dataset if alignment.reads_map else None
         identity = alignment_identity(
-            sides["source"], target=sides["target"], rule=alignment.positions, match=match, vocabulary_map=vocabulary_map
+            sides["source"], target=sides["target"], positions=alignment.positions, match=match, vocabulary_map=vocabulary_map
         )
         name = alignment.alignment_name(self._pair(source))
         dataset = self.workspace.dataset("alignments", name, identity=identity, description=self._of_corpus)
-        return AlignmentsStage(dataset, rule=alignment.positions, match=match, vocabulary_map=vocabulary_map, **sides)
+        return AlignmentsStage(dataset, positions=alignment.positions, match=match, vocabulary_map=vocabulary_map, **sides)
 
     @cached_property
     def _fusion_sources(self) -> list[FusionSource]:

@@ -141,7 +141,7 @@ def _pair_identity(kind: str, name: str, *, alignment: AlignmentConfig, workspac
     if alignment.reads_map and vocabulary_map is None:
         return None
     match = alignment.dtw_match if alignment.positions == "dtw" else None
-    return alignment_identity(source, target=target, rule=alignment.positions, match=match, vocabulary_map=vocabulary_map)
+    return alignment_identity(source, target=target, positions=alignment.positions, match=match, vocabulary_map=vocabulary_map)
 
 
 def _open(folder: Path) -> Dataset | None:

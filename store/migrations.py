@@ -49,11 +49,12 @@ CREATE VIEW evaluations AS
 # `targets` is now the lazy table of positions.
 _TARGET_SEGMENTS = "ALTER TABLE targets RENAME TO target_segments"
 
-# What each source brings to each segment. Targets that were folded before are forgotten here, so that the next fold reads them anew.
+# What each source brings to each segment. It may speak at more positions than n_aligned of `alignment_coverage` counts: those are where both
+# have read the same. Targets that were folded before are forgotten here, so that the next fold reads them anew.
 _TARGET_SOURCES = """
 CREATE TABLE target_sources (
     name VARCHAR, corpus VARCHAR, part INTEGER, doc_id BIGINT, segment BIGINT, source VARCHAR, place INTEGER, cost DOUBLE, weight DOUBLE,
-    share DOUBLE, chosen BOOLEAN, n_positions BIGINT, n_aligned BIGINT, mapped DOUBLE, merged DOUBLE, lost DOUBLE, tail DOUBLE,
+    share DOUBLE, chosen BOOLEAN, n_positions BIGINT, n_spoken BIGINT, mapped DOUBLE, merged DOUBLE, lost DOUBLE, tail DOUBLE,
     agreement DOUBLE, nll DOUBLE, gold_nll DOUBLE, n_gold BIGINT);
 ALTER TABLE target_segments ADD COLUMN gold_nll DOUBLE;
 ALTER TABLE target_segments ADD COLUMN n_gold BIGINT;
@@ -62,10 +63,7 @@ DELETE FROM parts WHERE kind = 'targets';
 DELETE FROM datasets WHERE kind = 'targets';
 """
 
-# `n_aligned` of `alignment_coverage` are positions at which both have read the same, which is less under `cover`.
-_SPOKEN = "ALTER TABLE target_sources RENAME n_aligned TO n_spoken"
-
-MIGRATIONS = (_TABLES, _TARGET_SEGMENTS, _TARGET_SOURCES, _SPOKEN)
+MIGRATIONS = (_TABLES, _TARGET_SEGMENTS, _TARGET_SOURCES)
 
 
 def migrate(connection: duckdb.DuckDBPyConnection) -> None:

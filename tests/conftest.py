@@ -45,3 +45,21 @@ def models_dir(tmp_path_factory, byte_level_folder, sentencepiece_folder) -> Pat
     save_model(folder / "tiny-target", tokenizer_folder=byte_level_folder, seed=1)
     save_model(folder / "tiny-source", tokenizer_folder=sentencepiece_folder, seed=2)
     return folder
+
+
+@pytest.fixture(scope="session")
+def pair(byte_level_folder, sentencepiece_folder) -> dict:
+    """The two tokenizers, by family."""
+    from fuseline.store.tokenizer import Tokenizer
+
+    return {
+        "byte_level": Tokenizer.from_model_folder(byte_level_folder),
+        "sentencepiece": Tokenizer.from_model_folder(sentencepiece_folder),
+    }
+
+
+@pytest.fixture(params=["byte_level", "sentencepiece"])
+def source_and_target(request, pair) -> tuple:
+    """Each of the two tokenizers with the other."""
+    (other,) = pair.keys() - {request.param}
+    return pair[request.param], pair[other]

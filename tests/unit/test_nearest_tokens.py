@@ -8,20 +8,6 @@ from fuseline.store.tokenizer import Tokenizer
 from textbook import edit_distance
 
 
-@pytest.fixture(scope="module")
-def pair(byte_level_folder, sentencepiece_folder) -> dict[str, Tokenizer]:
-    return {
-        "byte_level": Tokenizer.from_model_folder(byte_level_folder),
-        "sentencepiece": Tokenizer.from_model_folder(sentencepiece_folder),
-    }
-
-
-@pytest.fixture(params=["byte_level", "sentencepiece"])
-def source_and_target(request, pair) -> tuple[Tokenizer, Tokenizer]:
-    (other,) = pair.keys() - {request.param}
-    return pair[request.param], pair[other]
-
-
 def text(data: bytes) -> str:
     return data.decode(errors="surrogateescape")
 

@@ -13,20 +13,6 @@ from fuseline.store.tokenizer import Tokenizer
 from tokenizers import models, normalizers
 
 
-@pytest.fixture(scope="module")
-def pair(byte_level_folder, sentencepiece_folder) -> dict[str, Tokenizer]:
-    return {
-        "byte_level": Tokenizer.from_model_folder(byte_level_folder),
-        "sentencepiece": Tokenizer.from_model_folder(sentencepiece_folder),
-    }
-
-
-@pytest.fixture(params=["byte_level", "sentencepiece"])
-def source_and_target(request, pair) -> tuple[Tokenizer, Tokenizer]:
-    (other,) = pair.keys() - {request.param}
-    return pair[request.param], pair[other]
-
-
 def pieces_in_mid_text(tokenizer: Tokenizer, text: str) -> list[int]:
     """An oracle: the pieces of a text without dummy prefix, from the tokenizer's parts instead of its whole."""
     model = tokenizer.backend.model
