@@ -49,8 +49,8 @@ CREATE VIEW evaluations AS
 # `targets` is now the lazy table of positions.
 _TARGET_SEGMENTS = "ALTER TABLE targets RENAME TO target_segments"
 
-# What each source brings to each segment. It may speak at more positions than n_aligned of `alignment_coverage` counts: those are where both
-# have read the same. Targets that were folded before are forgotten here, so that the next fold reads them anew.
+# What each source brings to each segment. It may speak at more positions than n_aligned of `alignment_coverage` counts, where both have
+# read the same. Targets that were folded before are forgotten here, so that the next fold reads them anew.
 _TARGET_SOURCES = """
 CREATE TABLE target_sources (
     name VARCHAR, corpus VARCHAR, part INTEGER, doc_id BIGINT, segment BIGINT, source VARCHAR, place INTEGER, cost DOUBLE, weight DOUBLE,
