@@ -35,6 +35,7 @@ class FusionModel(GPTModel):
         self.rotary_pos_emb = _Rotary(architecture, config=config)
         self.unpadded_vocab_size = architecture.vocab_size
         self.tensor_group = runtime.tensor_group
+        self.loss_chunk_elements = runtime.loss_chunk_elements
         for name, parameter in self.named_parameters():
             # Megatron-core marks them while it initialises them. Without the mark the gradient's norm leaves out all ranks but the first.
             parameter.tensor_model_parallel = rule_of(name)[0] is not REPLICATED
@@ -50,7 +51,12 @@ class FusionModel(GPTModel):
     def compute_language_model_loss(self, labels: MicroBatch, logits: Tensor) -> tuple[Tensor, Tensor | None]:
         """Megatron-core's hook for the loss; the logits come as (T, 1, V)."""
         return fusion_loss(
-            logits[:, 0], labels_N=labels.labels_T, soft=labels.soft, group=self.tensor_group, vocab_size=self.unpadded_vocab_size
+            logits[:, 0],
+            labels_N=labels.labels_T,
+            soft=labels.soft,
+            group=self.tensor_group,
+            vocab_size=self.unpadded_vocab_size,
+            chunk_elements=self.loss_chunk_elements,
         )
 
 

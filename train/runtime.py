@@ -18,6 +18,7 @@ from torch.overrides import TorchFunctionMode
 
 from ..store.errors import UsageError
 from .config import TrainingConfig
+from .loss import CHUNK_ELEMENTS
 from .megatron import parallel_state, random, require_version, tensor_parallel
 
 
@@ -47,6 +48,16 @@ class Runtime:
     def leads(self) -> bool:
         """Whether this is rank 0, the one that writes the run's files."""
         return self.rank == 0
+
+    @property
+    def pins_memory(self) -> bool:
+        """Whether batches should lie where the device can copy them from while it computes."""
+        return self.device.type == "cuda"
+
+    @property
+    def loss_chunk_elements(self) -> int:
+        """Logits that the loss works on at a time: what a CPU's caches hold; a GPU wants few, large kernels (2 × 0.5 GB in float32)."""
+        return CHUNK_ELEMENTS if self.device.type == "cpu" else 1 << 27
 
     @property
     def model_settings(self) -> Mapping[str, Any]:

@@ -28,9 +28,9 @@ from .config import TrainJob
 from .convert import load_weights
 from .data import TargetsData, prefetched
 from .export import export
-from .loss import IGNORED
 from .megatron import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from .model import FusionModel
+from .objective import Objective
 from .optimizer import make_optimizer, make_scheduler
 from .runtime import Runtime
 
@@ -44,9 +44,6 @@ class _Losses:
     tokens: int
     stop: bool  # a rank was asked to stop
 
-    def total(self, clm_weight: float) -> float:
-        return self.clm if self.fusion is None else clm_weight * self.clm + (1 - clm_weight) * self.fusion
-
 
 class Trainer:
     """One rank of a training run."""
@@ -59,7 +56,8 @@ class Trainer:
         """
         self.job, self.config, self.runtime = job, job.config, runtime
         self.architecture = read_architecture(job.model_folder, training=job.config)
-        self.data = TargetsData.of(job, vocab_size=self.architecture.vocab_size)
+        self.data = TargetsData.of(job, vocab_size=self.architecture.vocab_size, pin_memory=runtime.pins_memory)
+        self.objective = Objective(job.config, steps=self.data.steps)
         self.model = self._load_model()
         self.optimizer = make_optimizer(self.model, config=job.config, runtime=runtime)
         self.scheduler = make_scheduler(self.optimizer, config=job.config, steps=self.data.steps)
@@ -103,8 +101,8 @@ class Trainer:
 
     def _train_step(self, step: int, batch: Sequence[MicroBatch], *, data_wait_seconds: float) -> tuple[records.Record, bool]:
         started = time.monotonic()
-        losses, first_bad = self._backward(batch)
-        loss = losses.total(self.config.clm_weight)
+        losses, first_bad = self._backward(batch, step=step)
+        loss = self.objective.total(clm=losses.clm, fusion=losses.fusion, step=step)
         if not math.isfinite(loss):
             raise self._failure(step, f"the loss is {loss}", first_bad=first_bad)
         finalize_model_grads([self.model])
@@ -126,30 +124,26 @@ class Trainer:
             "data_wait_seconds": data_wait_seconds,
         }, losses.stop
 
-    def _backward(self, batch: Sequence[MicroBatch]) -> tuple[_Losses, int | None]:
+    def _backward(self, batch: Sequence[MicroBatch], *, step: int) -> tuple[_Losses, int | None]:
         """Gradients of this rank's micro-batches and losses of the global batch; also the first micro-batch whose loss is not finite."""
         self.model.zero_grad_buffer()
         self.optimizer.zero_grad()
-        counts = self._summed(torch.stack([_counts(micro_batch) for micro_batch in batch]).sum(0))
-        n_labels, n_targets = counts[0].clamp(min=1), counts[1].clamp(min=1)
+        total_weights = self._summed(torch.stack([self.objective.weights(micro_batch) for micro_batch in batch]).sum(0))
         sums = torch.zeros(4, dtype=torch.float64, device=self.runtime.device)
         sums[2:] = torch.tensor([sum(len(micro_batch.token_ids_T) for micro_batch in batch), self._stop_asked])
         first_bad = None
         for i, micro_batch in enumerate(batch):
             with self.model.no_sync() if i + 1 < len(batch) else contextlib.nullcontext():
-                ce_T, soft_T = self.model(micro_batch.to(self.runtime.device))
-                loss = (self.config.clm_weight if self.config.uses_targets else 1.0) * ce_T.sum() / n_labels
-                sums[0] += ce_T.detach().sum(dtype=torch.float64)
-                if soft_T is not None:
-                    loss = loss + (1 - self.config.clm_weight) * soft_T.sum() / n_targets
-                    sums[1] += soft_T.detach().sum(dtype=torch.float64)
+                here = micro_batch.to(self.runtime.device)
+                loss, means = self.objective.loss(*self.model(here), batch=here, step=step, total_weights=total_weights)
+                sums[:2] += means
                 if first_bad is None and not loss.isfinite():
                     first_bad = i
                 loss.backward()
         sums = self._summed(sums)
         return _Losses(
-            clm=float(sums[0] / n_labels),
-            fusion=float(sums[1] / n_targets) if self.config.uses_targets else None,
+            clm=float(sums[0]),
+            fusion=float(sums[1]) if self.config.uses_targets else None,
             tokens=round(sums[2].item()),
             stop=sums[3].item() > 0,
         ), first_bad
@@ -210,12 +204,6 @@ class Trainer:
             done = facts | {"seconds": seconds, "export": str(self.job.export_folder), "identity": self.job.identity}
             durable.write_json(self.job.run_folder / "done.json", done)
         dist.barrier()
-
-
-def _counts(batch: MicroBatch) -> Tensor:
-    """Positions with a label, and positions with a fused target."""
-    n_targets = 0 if batch.soft is None else int((batch.soft.topk_masses_NK.sum(-1) > 0).sum())
-    return torch.tensor([int((batch.labels_T != IGNORED).sum()), n_targets])
 
 
 def _timed(batches: Iterator[Sequence[MicroBatch]]) -> Iterator[tuple[Sequence[MicroBatch], float]]:
