@@ -3,8 +3,8 @@
     python benchmarks/loss.py [--vocabulary 49152 151936] [--positions 2048] [--top-k 10] [--dtype float32] [--rounds 5] [--chunks 18 20 22]
 
 Times are of all variants in turn, in one process (on CPUs the processor's, so that other work on the machine counts less: give it one
-thread by OMP_NUM_THREADS=1), and ratios are medians over the rounds. Memory is the peak of a process of its own (or of
-the GPU, which on CPUs Linux must tell), less what the logits take. The dense target is what the published trainer builds: (positions, vocabulary), and autograd.
+thread by OMP_NUM_THREADS=1), and ratios are medians over the rounds. Memory is the peak of a process of its own (or of the GPU), less what
+the logits take; on CPUs Linux must tell it. The dense target is what the published trainer builds: (positions, vocabulary), and autograd.
 """
 
 import argparse

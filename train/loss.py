@@ -196,30 +196,22 @@ class _FusionLoss(torch.autograd.Function):
         logits_NV, labels_N, ids_NK, masses_NK, tail_mass_N, lse_N, soft_lse_N, mass_N, log_tail_N = ctx.saved_tensors
         grad_NV, columns, how = logits_NV.detach(), ctx.columns, ctx.how  # the logits' own memory
         grad_ce_N = torch.where(labels_N != IGNORED, grad_ce_N, 0.0)
-        if grad_soft_N is not None:
-            grad_soft_N = grad_soft_N * how.temperature
+        soft = None
+        if masses_NK is not None and grad_soft_N is not None:
+            soft = _SoftGradient(grad_soft_N * how.temperature, ids_NK, masses_NK, mass_N, soft_lse_N, tail_mass_N, log_tail_N)
         for rows in how.chunks(logits_NV):
             z_nv, ce_n = grad_NV[rows], grad_ce_N[rows]
-            has_soft = masses_NK is not None and grad_soft_N is not None
-            soft_p_nv = None
-            if has_soft and soft_lse_N is not None:
-                soft_p_nv = (z_nv.float() / how.temperature).sub_(soft_lse_N[rows, None]).exp_().mul_((grad_soft_N * mass_N)[rows, None])
+            soft_p_nv = None if soft is None or soft_lse_N is None else soft.scaled_softmax(z_nv, rows=rows, how=how)
             p_nv = z_nv.float().sub_(lse_N[rows, None]).exp_()  # in place where the logits are float32
-            if not has_soft:
+            if soft is None:
                 p_nv.mul_(ce_n[:, None])
             elif soft_p_nv is not None:
                 p_nv.mul_(ce_n[:, None]).add_(soft_p_nv)
-            elif tail_mass_N is None:
-                p_nv.mul_((ce_n + grad_soft_N[rows] * mass_N[rows])[:, None])
             else:
-                tail_n = tail_mass_N[rows], log_tail_N[rows]
-                _scale_with_tail_(
-                    p_nv, ce_n, grad_soft_N[rows], ids_NK[rows], masses_NK[rows], mass_N[rows], tail_n=tail_n, columns=columns
-                )
+                soft.scale_(p_nv, ce_n=ce_n, rows=rows, columns=columns)
             p_nv[:, columns.valid :] = 0
-            if has_soft:
-                columns_nk, here_nk = columns.local(ids_NK[rows])
-                p_nv.scatter_add_(1, columns_nk, torch.where(here_nk, -grad_soft_N[rows, None] * masses_NK[rows], 0.0))
+            if soft is not None:
+                soft.subtract_masses_(p_nv, rows=rows, columns=columns)
             label_n, here_n = columns.local(labels_N[rows])
             p_nv.scatter_add_(1, label_n[:, None], torch.where(here_n, -ce_n, 0.0)[:, None])
             if z_nv.dtype != torch.float32:
@@ -227,25 +219,42 @@ class _FusionLoss(torch.autograd.Function):
         return grad_NV, None, None, None, None, None
 
 
-def _scale_with_tail_(
-    p_nv: Tensor,
-    ce_n: Tensor,
-    soft_n: Tensor,
-    ids_nk: Tensor,
-    masses_nk: Tensor,
-    mass_n: Tensor,
-    *,
-    tail_n: tuple[Tensor, Tensor],
-    columns: _Columns,
-) -> None:
-    """Multiply the softmax `p_nv` in place by the factors of both losses at the ids and elsewhere; `ce_n`, `soft_n` are incoming."""
-    tail_mass_n, log_tail_n = tail_n
-    at_ids_n = ce_n + soft_n * (mass_n + tail_mass_n)
-    elsewhere_n = at_ids_n - soft_n * torch.where(tail_mass_n > 0, tail_mass_n * (-log_tail_n).exp(), 0.0)
-    columns_nk, any_n1 = columns.stored(ids_nk, masses_nk=masses_nk)
-    scale_n1 = torch.where(any_n1, at_ids_n[:, None], elsewhere_n[:, None])
-    values_nk = p_nv.gather(1, columns_nk) * scale_n1
-    p_nv.mul_(elsewhere_n[:, None]).scatter_(1, columns_nk, values_nk)
+@dataclass(frozen=True, slots=True)
+class _SoftGradient:
+    """The fused targets' part of the gradient, for some rows at a time."""
+
+    grad_N: Tensor  # incoming, times T
+    ids_NK: Tensor
+    masses_NK: Tensor
+    mass_N: Tensor
+    lse_N: Tensor | None  # of z / T; None: T is 1
+    tail_mass_N: Tensor | None
+    log_tail_N: Tensor | None  # log s
+
+    def scaled_softmax(self, z_nv: Tensor, *, rows: slice, how: _How) -> Tensor:
+        """`c' p'`: the share of the student's softmax at the temperature."""
+        assert self.lse_N is not None
+        p_nv = (z_nv.float() / how.temperature).sub_(self.lse_N[rows, None]).exp_()
+        return p_nv.mul_((self.grad_N * self.mass_N)[rows, None])
+
+    def scale_(self, p_nv: Tensor, *, ce_n: Tensor, rows: slice, columns: _Columns) -> None:
+        """Multiply the softmax `p_nv` in place by the factors of both losses."""
+        soft_n, mass_n = self.grad_N[rows], self.mass_N[rows]
+        if self.tail_mass_N is None or self.log_tail_N is None:
+            p_nv.mul_((ce_n + soft_n * mass_n)[:, None])
+            return
+        tail_mass_n, log_tail_n = self.tail_mass_N[rows], self.log_tail_N[rows]
+        at_ids_n = ce_n + soft_n * (mass_n + tail_mass_n)
+        elsewhere_n = at_ids_n - soft_n * torch.where(tail_mass_n > 0, tail_mass_n * (-log_tail_n).exp(), 0.0)
+        columns_nk, any_n1 = columns.stored(self.ids_NK[rows], masses_nk=self.masses_NK[rows])
+        scale_n1 = torch.where(any_n1, at_ids_n[:, None], elsewhere_n[:, None])
+        values_nk = p_nv.gather(1, columns_nk) * scale_n1
+        p_nv.mul_(elsewhere_n[:, None]).scatter_(1, columns_nk, values_nk)
+
+    def subtract_masses_(self, p_nv: Tensor, *, rows: slice, columns: _Columns) -> None:
+        """Subtract the masses at their ids."""
+        columns_nk, here_nk = columns.local(self.ids_NK[rows])
+        p_nv.scatter_add_(1, columns_nk, torch.where(here_nk, -self.grad_N[rows, None] * self.masses_NK[rows], 0.0))
 
 
 def _partial_sums(
