@@ -24,6 +24,7 @@ from .megatron import (
     dist_checkpointing,
     filesystem_async,
 )
+from .optimizer import load_state
 from .runtime import Runtime
 
 
@@ -85,12 +86,12 @@ class Checkpoints:
         except (OSError, KeyError, EOFError, CheckpointingException) as error:
             raise DamagedPart(f"The checkpoint {folder} cannot be read ({error}). Remove it to go on from the one before.") from error
         self._model.module.load_state_dict(state["model"])
-        self._optimizer.load_state_dict(state["optimizer"])
+        load_state(self._optimizer, state=state["optimizer"])
         return step
 
     def _sharded_state(self, *, loading: bool) -> dict[str, Any]:
         # Without the group Megatron-core warns at every parameter and looks it up itself.
-        metadata = {"dp_cp_group": self._runtime.data_group}
+        metadata = {"dp_cp_group": self._runtime.data_group, "distrib_optim_sharding_type": "fully_reshardable"}
         model = self._model.module.sharded_state_dict(metadata=metadata)
         return {"model": model, "optimizer": self._optimizer.sharded_state_dict(model, is_loading=loading, metadata=metadata)}
 

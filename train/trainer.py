@@ -99,7 +99,7 @@ class Trainer:
             ranks=self.runtime.tensor_parallel,
             rank=self.runtime.tensor_rank,
         )
-        return DistributedDataParallel(model.config, DistributedDataParallelConfig(grad_reduce_in_fp32=True), model)
+        return DistributedDataParallel(model.config, DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=True), model)
 
     def _train_step(self, step: int, batch: Sequence[MicroBatch], *, data_wait_seconds: float) -> tuple[records.Record, bool]:
         started = time.monotonic()
