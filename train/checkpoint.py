@@ -60,9 +60,16 @@ class Checkpoints:
         dist.barrier()
         if self._runtime.leads:
             durable.publish(temporary, to=folder)
+            self._point_at(folder)
             for old in records.checkpoint_steps(self.run_folder)[:-keep]:
                 durable.remove(records.checkpoint_folder(self.run_folder, step=old))
         dist.barrier()
+
+    def _point_at(self, folder: Path) -> None:
+        """Let `latest` beside the checkpoints be a link to one of them; it is never absent in between."""
+        link = durable.temporary_sibling(folder.with_name(records.LATEST))
+        link.symlink_to(folder.name)
+        link.rename(folder.with_name(records.LATEST))
 
     def resume(self) -> int:
         """Load the newest checkpoint, sweep up what a crash left, and return its step; 0 if there is none. Every rank must call it.
