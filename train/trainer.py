@@ -21,13 +21,13 @@ from torch.utils.tensorboard import SummaryWriter
 from ..store import durable
 from ..store.errors import FuselineError
 from . import records
-from .architecture import read_architecture
 from .batch import MicroBatch
 from .checkpoint import Checkpoints
 from .config import TrainJob
 from .convert import load_weights
 from .data import TargetsData, prefetched
 from .export import export
+from .families import read_architecture
 from .loss import IGNORED
 from .megatron import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from .model import FusionModel
