@@ -72,7 +72,7 @@ class SegmentAttention(MegatronModule):
     def _all_at_once(self, query_THD: Tensor, key_TGD: Tensor, value_TGD: Tensor, segments: Segments) -> Tensor:
         """One FlashAttention call for all segments."""
         offsets, longest, window = segments.cu_seqlens_q, segments.max_seqlen_q, self.attention.window
-        return varlen_attn(
+        output_THD = varlen_attn(
             query_THD,
             key_TGD,
             value_TGD,
@@ -84,6 +84,8 @@ class SegmentAttention(MegatronModule):
             window_size=(-1 if window is None else window - 1, 0),  # tokens to the left and to the right, besides the token itself
             enable_gqa=query_THD.shape[1] != key_TGD.shape[1],
         )
+        assert isinstance(output_THD, Tensor)  # and no auxiliary outputs, which were not asked for
+        return output_THD
 
     def _one_by_one(self, query_THD: Tensor, key_TGD: Tensor, value_TGD: Tensor, segments: Segments) -> Tensor:
         """A call per segment, so that the cost is the sum of the squared lengths."""
@@ -100,15 +102,17 @@ class SegmentAttention(MegatronModule):
 
     def _mask(self, query_HLD: Tensor) -> Tensor | None:
         """What is added to the scores, or which are kept; None where plain causal attention is the same."""
-        length, window = query_HLD.shape[1], self.attention.window
-        if self.slopes_H is None and (window is None or length <= window):
+        length = query_HLD.shape[1]
+        window = length if self.attention.window is None else self.attention.window
+        if self.slopes_H is None and length <= window:
             return None
         positions_L = torch.arange(length, device=query_HLD.device)
         distance_LL = positions_L[:, None] - positions_L
+        seen_LL = (distance_LL >= 0) & (distance_LL < window)
         if self.slopes_H is None:
-            return (distance_LL >= 0) & (distance_LL < window)
+            return seen_LL
         bias_HLL = -self.slopes_H[:, None, None] * distance_LL
-        return bias_HLL.masked_fill(distance_LL < 0, -torch.inf).to(query_HLD.dtype)
+        return bias_HLL.masked_fill(~seen_LL, -torch.inf).to(query_HLD.dtype)
 
     def sharded_state_dict(self, *_: Any, **__: Any) -> dict[str, Any]:
         """Nothing: attention has no weights."""

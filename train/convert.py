@@ -50,7 +50,7 @@ def load_weights(model: nn.Module, *, model_folder: Path, architecture: Architec
 
 def full_shapes(model: nn.Module, *, architecture: Architecture, ranks: int) -> dict[str, torch.Size]:
     """Shapes of the whole tensors under their Hugging Face names, in the order of `gathered`; nothing is computed."""
-    shapes = {}
+    shapes: dict[str, torch.Size] = {}
     for name, parameter in model.named_parameters():
         layout, hf_names = architecture.rule_of(name)
         shards = [torch.empty_like(parameter, device="meta")] * ranks
