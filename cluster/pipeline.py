@@ -99,7 +99,7 @@ class Pipeline:
         """Refuse a target that cannot be trained as asked before hours are spent on its sources."""
         if all(self._is_trained(training) for training in self.recipe.trainings):
             return
-        from ..train.architecture import read_architecture  # loads transformers
+        from ..train.families import read_architecture  # loads transformers
         from ..train.preflight import require_vocabulary
 
         start = self.models[self.recipe.target.name]

@@ -68,15 +68,17 @@ def step_flops(architecture: Architecture, *, parameters: int, lengths: list[int
     6 for each token and each parameter that is multiplied with, and 6 · length for each token and channel of attention, which is causal.
     """
     looked_up = 0 if architecture.tied_embeddings else architecture.vocab_size * architecture.hidden_size
-    channels = architecture.n_layers * architecture.n_heads * architecture.head_dim
+    channels = len(architecture.layers) * architecture.n_heads * architecture.head_dim
     return 6.0 * ((parameters - looked_up) * sum(lengths) + channels * sum(length**2 for length in lengths))
 
 
 def _activation_bytes(architecture: Architecture, *, config: TrainingConfig) -> int:
     tokens, item, ranks = config.micro_batch_size * config.sequence_length, _ITEM[config.dtype], config.tensor_parallel
     heads = architecture.n_heads + architecture.n_kv_heads
-    split = 2 * heads * architecture.head_dim + 4 * architecture.ffn_size  # queries, keys, values, output; gate, up, their product
+    mlp = (4 if architecture.gated else 2) * architecture.ffn_size  # gate, up, activation and product; or one and its activation
+    split = 2 * heads * architecture.head_dim + mlp
     layer = 6 * architecture.hidden_size + split / ranks
-    layers = architecture.hidden_size * architecture.n_layers + layer if config.recompute else layer * architecture.n_layers
+    n_layers = len(architecture.layers)
+    layers = architecture.hidden_size * n_layers + layer if config.recompute else layer * n_layers
     logits = architecture.padded_vocab_size(ranks) / ranks
     return round(tokens * item * (layers + logits))

@@ -8,9 +8,9 @@ from tokenizers import Tokenizer
 from ..store.dataset import Dataset
 from ..store.errors import DataError, UsageError
 from . import records
-from .architecture import read_architecture
 from .config import TrainingConfig, TrainJob
 from .cost import Cost
+from .families import read_architecture
 
 _ID_ARRAYS = ("token_ids_T", "topk_ids_TK")
 

@@ -7,6 +7,7 @@ names are those of one exact version, which is checked.
 
 import contextlib
 import os
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
@@ -37,8 +38,14 @@ class Runtime:
     rank: int
     tensor_parallel: int
     tensor_rank: int
+    sequence_parallel: bool
     data_parallel: int
     data_rank: int
+
+    @property
+    def sequence_ranks(self) -> int:
+        """Ranks that share the tokens of a micro-batch between the matrix products; their number must divide the tokens."""
+        return self.tensor_parallel if self.sequence_parallel else 1
 
     @property
     def tensor_group(self) -> dist.ProcessGroup:
@@ -85,6 +92,7 @@ class Runtime:
         """
         return {
             "tensor_model_parallel_size": self.tensor_parallel,
+            "sequence_parallel": self.sequence_parallel,
             "params_dtype": self.dtype,
             "bf16": self.dtype == torch.bfloat16,
             "use_cpu_initialization": self.device.type == "cpu",
@@ -96,6 +104,10 @@ class Runtime:
             "persist_layer_norm": False,
             "cross_entropy_loss_fusion": False,
         }
+
+    def has_flash_attention(self, head_dim: int) -> bool:
+        """Whether one kernel can do the attention of all packed segments: FlashAttention, for heads of `head_dim` channels."""
+        return self.device.type == "cuda" and self.dtype == torch.bfloat16 and head_dim % 8 == 0 and head_dim <= 256
 
 
 @contextlib.contextmanager
@@ -113,6 +125,8 @@ def open_runtime(config: TrainingConfig) -> Iterator[Runtime]:
             f"tensor_parallel ({config.tensor_parallel}) × data_parallel ({config.data_parallel}) "
             f"must equal the number of ranks ({world_size})"
         )
+    # Megatron-core overlaps its messages with its products by the order in which they are launched, which one queue keeps.
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     cuda = torch.cuda.is_available()
     if cuda and local_rank >= torch.cuda.device_count():
         raise UsageError(
@@ -124,7 +138,9 @@ def open_runtime(config: TrainingConfig) -> Iterator[Runtime]:
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(minutes=30), device_id=device if cuda else None)
     try:
-        with contextlib.nullcontext() if cuda else without_cuda():
+        with warnings.catch_warnings(), contextlib.nullcontext() if cuda else without_cuda():
+            # Megatron-core calls torch's collectives by names that newer ones have.
+            warnings.filterwarnings("ignore", "`torch.distributed.* is deprecated", FutureWarning)
             parallel_state.initialize_model_parallel(config.tensor_parallel, create_gloo_process_groups=False)
             torch.manual_seed(config.seed)
             # There is no dropout, so no random numbers are drawn after initialisation; on CPU only the no-op tracker works.
@@ -135,6 +151,7 @@ def open_runtime(config: TrainingConfig) -> Iterator[Runtime]:
                 rank=rank,
                 tensor_parallel=config.tensor_parallel,
                 tensor_rank=parallel_state.get_tensor_model_parallel_rank(),
+                sequence_parallel=config.sequence_parallel,
                 data_parallel=config.data_parallel,
                 data_rank=parallel_state.get_data_parallel_rank(with_context_parallel=True),
             )

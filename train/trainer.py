@@ -20,7 +20,6 @@ from ..store import durable
 from ..store.errors import FuselineError
 from ..store.trainings import read_metrics
 from . import records
-from .architecture import read_architecture
 from .batch import MicroBatch
 from .checkpoint import Checkpoints
 from .config import TrainJob
@@ -28,6 +27,7 @@ from .convert import load_weights
 from .cost import Cost, step_flops
 from .data import TargetsData, prefetched
 from .export import export
+from .families import read_architecture
 from .held_out import HeldOutText, over_domains
 from .loss import IGNORED
 from .megatron import DistributedDataParallel, finalize_model_grads
