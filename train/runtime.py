@@ -103,6 +103,7 @@ class Runtime:
             "apply_rope_fusion": False,
             "persist_layer_norm": False,
             "cross_entropy_loss_fusion": False,
+            "cuda_graph_scope": [],  # the default is deprecated
         }
 
     def has_flash_attention(self, head_dim: int) -> bool:
