@@ -1,14 +1,15 @@
 """The unit that goes through the model at once. Axes: T tokens, N = T positions, K stored entries of a distribution."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from operator import itemgetter
 
 import torch
+import torch.nn.functional as F  # noqa: N812 (the field's name for it)
 from torch import Tensor
 
-from .loss import SoftTargets
+from .loss import IGNORED, SoftTargets
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,6 +40,14 @@ class MicroBatch:
             found.append(self._each(itemgetter(rows), lengths=lengths))
             start = rows.stop
         return found
+
+    def padded(self, multiple: int) -> "MicroBatch":
+        """The same batch with one more segment, of tokens that teach nothing, where T is not a multiple."""
+        n = -len(self.token_ids_T) % multiple
+        if not n:
+            return self
+        wider = self._each(lambda tensor: F.pad(tensor, (0, 0) * (tensor.ndim - 1) + (0, n)), lengths=[*self.lengths, n])
+        return replace(wider, labels_T=F.pad(self.labels_T, (0, n), value=IGNORED))
 
     def _each(self, change: Callable[[Tensor], Tensor], *, lengths: Sequence[int]) -> "MicroBatch":
         return MicroBatch(

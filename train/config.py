@@ -12,7 +12,18 @@ from ..store.errors import DataError
 DEFAULT_EPOCHS = 1
 
 # These change how fast a run goes or how often it saves, never what it computes: a run may be resumed with others.
-_NOT_IDENTITY = {"micro_batch_size", "tensor_parallel", "data_parallel", "checkpoint_every", "keep_checkpoints", "recompute"}
+_NOT_IDENTITY = {
+    "micro_batch_size",
+    "tensor_parallel",
+    "data_parallel",
+    "checkpoint_every",
+    "checkpoint_minutes",
+    "keep_checkpoints",
+    "evaluate_every",
+    "evaluation_tokens",
+    "recompute",
+    "sequence_parallel",
+}
 # Keys that came later. They are in the identity only where they do not have their default, so that runs from before keep theirs.
 _LATER = {"clm_weight_end", "fusion_loss", "temperature", "domain_weights", "packing"}
 _OF_TARGETS = {"tail", "fusion_loss", "temperature"}  # what the fused targets are turned into: of no matter where they weigh nothing
@@ -64,13 +75,22 @@ class TrainingConfig(BaseModel):
     adam_eps: Positive = Field(1e-8, description="added to the root of the second moment")
     gradient_clip: Positive = Field(1.0, description="largest norm of the gradient; a larger one is scaled down")
     tensor_parallel: Count = Field(1, description="ranks that share each layer; must divide the heads and the key/value heads")
+    sequence_parallel: bool = Field(
+        False,
+        description="the ranks that share each layer also share the tokens between its matrix products: less memory at the same speed",
+    )
     data_parallel: Count = Field(1, description="copies of the model that share each batch")
     dtype: Literal["float32", "bfloat16"] = Field(
         "float32", description="of the weights in training (bfloat16 keeps float32 masters) and in the export"
     )
     seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(0, description="of the order of the data")
     checkpoint_every: Count = Field(100, description="steps from one checkpoint to the next")
+    checkpoint_minutes: Positive | None = Field(None, description="minutes from one checkpoint to the next, besides checkpoint_every")
     keep_checkpoints: Count = Field(2, description="newest checkpoints that are kept")
+    evaluate_every: Count | None = Field(
+        None, description="steps from one evaluation on the held-out split to the next, besides the start and the end; none: no evaluation"
+    )
+    evaluation_tokens: Count = Field(1_000_000, description="held-out tokens that these evaluations read, at most")
     recompute: bool = Field(False, description="recompute activations in the backward pass: less memory, about a third more time")
 
     @model_validator(mode="after")
@@ -87,6 +107,11 @@ class TrainingConfig(BaseModel):
             raise ValueError(
                 f"global_batch_size ({self.global_batch_size}) must be a multiple of "
                 f"micro_batch_size ({self.micro_batch_size}) × data_parallel ({self.data_parallel})"
+            )
+        if self.sequence_parallel and self.tensor_parallel == 1:
+            raise ValueError(
+                f"sequence_parallel ({self.sequence_parallel}) must be False where tensor_parallel ({self.tensor_parallel}) is 1: "
+                "there are no ranks to share the tokens with"
             )
         return self
 
@@ -108,6 +133,15 @@ class TrainingConfig(BaseModel):
         return self.model_dump(exclude=_NOT_IDENTITY | {"name"} | at_default | (set() if self.uses_targets else _OF_TARGETS))
 
 
+class HeldOut(BaseModel):
+    """Text that a training is evaluated on: the parts of a dataset of the target's evaluations."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    folder: Path = Field(description="dataset with the tokens")
+    parts: list[int] = Field(min_length=1, description="indices of its parts")
+
+
 class TrainJob(BaseModel):
     """Everything a rank needs to know, as `job.json` in the run folder."""
 
@@ -121,6 +155,7 @@ class TrainJob(BaseModel):
     tokens_fingerprint: str = Field(description="of the dataset that its token ids are from")
     parts: list[int] = Field(min_length=1, description="indices of the parts to train on")
     corpus_folder: Path | None = Field(None, description="dataset of the texts, whose plan says the documents' domains")
+    held_out: HeldOut | None = Field(None, description="what to evaluate on while training")
     export_folder: Path = Field(description="where the trained model is written as a Hugging Face folder")
     lineage: dict[str, Any] = Field(description="what the model was made from, for its card")
     config: TrainingConfig

@@ -82,7 +82,7 @@ class TargetsData:
                 f"{dataset.folder} lacks {len(missing)} of the {len(parts)} parts to train on ({as_ranges(missing)}). "
                 "Finish the fusion first."
             )
-        self.config, self._vocab_size, self._pin_memory = config, vocab_size, pin_memory
+        self.config, self._dataset, self._vocab_size, self._pin_memory = config, dataset, vocab_size, pin_memory
         offsets = {part: dataset.read(part, "segment_offsets")[0].astype(np.int64) for part in parts}
         self.index = SegmentIndex.of(offsets)
         if int(self.index.length_S.max(initial=0)) < 2:
@@ -114,6 +114,17 @@ class TargetsData:
         columns = (self.index.part_B[block_P], number_P, packs.length_P)
         pieces = [Piece(part=part, segment=segment, length=n) for part, segment, n in zip(*(c.tolist() for c in columns), strict=True)]
         return [pieces[first:stop] for first, stop in zip(packs.offsets_N1, packs.offsets_N1[1:], strict=False)]
+
+    def named(self, packs: list[list[Piece]]) -> str:
+        """The documents in some packs, and where they are, for messages."""
+        segments: dict[int, set[int]] = {}
+        for piece in (piece for pack in packs for piece in pack):
+            segments.setdefault(piece.part, set()).add(piece.segment)
+        return "; ".join(self._named(part, sorted(numbers)[:8]) for part, numbers in sorted(segments.items())[:8])
+
+    def _named(self, part: int, segments: list[int]) -> str:
+        documents = sorted(set(self._dataset.read(part, "doc_id_S")[0][segments].tolist()))
+        return f"documents {', '.join(map(str, documents))} (part {part}, segments {', '.join(map(str, segments))})"
 
     def micro_batches(self, step: int, *, data_rank: int) -> list[MicroBatch]:
         """A data-parallel rank's share of a global batch, on the CPU.

@@ -5,22 +5,19 @@ The weights keep the dtype they were trained in (`TrainingConfig.dtype`), so wha
 
 import json
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
-from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import nn
 
 from ..store import durable
 from .architecture import Architecture
 from .config import TrainJob
-from .convert import rule_of
+from .convert import full_shapes, gathered
 from .runtime import Runtime
+from .weight_files import write_weights
 
-SHARD_BYTES = 5_000_000_000  # a larger model is split into files of at most this size
 _COPIED = (
     "tokenizer.json",
     "tokenizer.model",
@@ -52,7 +49,9 @@ def export(model: nn.Module, *, job: TrainJob, architecture: Architecture, runti
     if runtime.data_rank == 0:
         tensors = gathered(model, architecture=architecture, runtime=runtime)
         if runtime.leads:
-            _write_weights(tensors, folder=temporary)
+            shapes = full_shapes(model, architecture=architecture, ranks=runtime.tensor_parallel)
+            write_weights(tensors, shapes=shapes, dtype=runtime.dtype, folder=temporary)
+            next(tensors, None)  # ends the generator
         else:
             for _ in tensors:
                 pass  # takes part in gathering
@@ -64,47 +63,6 @@ def export(model: nn.Module, *, job: TrainJob, architecture: Architecture, runti
         (temporary / "README.md").write_text(_model_card(job, facts=facts), encoding="utf-8")
         durable.publish(temporary, to=folder)
     dist.barrier()
-
-
-def gathered(model: nn.Module, *, architecture: Architecture, runtime: Runtime) -> Iterator[tuple[str, Tensor]]:
-    """Whole tensors under their Hugging Face names, on the CPU of the group's first rank; the other ranks get nothing but must iterate."""
-    group, ranks = runtime.tensor_group, runtime.tensor_parallel
-    for name, parameter in model.named_parameters():
-        shard = parameter.detach().contiguous()
-        shards = [torch.empty_like(shard) for _ in range(ranks)] if runtime.tensor_rank == 0 else None
-        dist.gather(shard, shards, group=group, group_dst=0)
-        if shards is not None:
-            layout, hf_names = rule_of(name)
-            for hf_name, tensor in zip(hf_names, layout.join(shards, architecture), strict=True):
-                yield hf_name, tensor.cpu().contiguous()
-
-
-def _write_weights(tensors: Iterator[tuple[str, Tensor]], *, folder: Path) -> None:
-    files: list[list[str]] = []
-    n_bytes = total = 0
-    shard: dict[str, Tensor] = {}
-
-    def flush() -> None:
-        save_file(shard, folder / f"shard-{len(files)}", metadata={"format": "pt"})
-        (folder / f"shard-{len(files)}").chmod(0o644)  # safetensors lets nobody else read what it writes
-        files.append(list(shard))
-        shard.clear()
-
-    for name, tensor in tensors:
-        if shard and n_bytes + tensor.nbytes > SHARD_BYTES:
-            flush()
-            n_bytes = 0
-        shard[name] = tensor
-        n_bytes += tensor.nbytes
-        total += tensor.nbytes
-    flush()
-    n_files = len(files)
-    names = ["model.safetensors"] if n_files == 1 else [f"model-{i:05d}-of-{n_files:05d}.safetensors" for i in range(1, n_files + 1)]
-    for i, name in enumerate(names):
-        (folder / f"shard-{i}").rename(folder / name)
-    if len(files) > 1:
-        weight_map = {tensor: name for name, contents in zip(names, files, strict=True) for tensor in contents}
-        durable.write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map})
 
 
 def _write_config(job: TrainJob, *, folder: Path) -> None:

@@ -16,7 +16,6 @@ with warnings.catch_warnings(action="ignore"):
     from megatron.core.dist_checkpointing.strategies import filesystem_async
     from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
-    from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
     from megatron.core.models.gpt.gpt_model import GPTModel
     from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
@@ -25,7 +24,9 @@ with warnings.catch_warnings(action="ignore"):
     from megatron.core.tensor_parallel import random
     from megatron.core.transformer.module import MegatronModule
     from megatron.core.transformer.spec_utils import ModuleSpec
+    from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
     from megatron.core.transformer.transformer_config import TransformerConfig
+    from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
 __all__ = [
     "CheckpointingException",
@@ -38,9 +39,11 @@ __all__ = [
     "OptimizerConfig",
     "OptimizerParamScheduler",
     "PackedSeqParams",
-    "RotaryEmbedding",
     "TorchDistSaveShardedStrategy",
+    "TransformerBlockSubmodules",
     "TransformerConfig",
+    "TransformerLayer",
+    "TransformerLayerSubmodules",
     "dist_checkpointing",
     "filesystem_async",
     "finalize_model_grads",

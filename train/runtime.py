@@ -7,11 +7,14 @@ names are those of one exact version, which is checked.
 
 import contextlib
 import os
+import resource
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
+import psutil
 import torch
 import torch.distributed as dist
 from torch.overrides import TorchFunctionMode
@@ -19,7 +22,13 @@ from torch.overrides import TorchFunctionMode
 from ..store.errors import UsageError
 from .config import TrainingConfig
 from .loss import CHUNK_ELEMENTS
-from .megatron import parallel_state, random, require_version, tensor_parallel
+from .megatron import DistributedDataParallelConfig, parallel_state, random, require_version, tensor_parallel
+
+# Dense bfloat16 operations per second by the makers' data sheets, by what a GPU's name contains; the first that fits counts.
+_PEAK_FLOPS = (
+    ("B200", 2250e12), ("H200", 989e12), ("H100 PCIe", 756e12), ("H100 NVL", 835e12), ("H100", 989e12), ("GH200", 989e12), ("A100", 312e12),
+    ("L40S", 362e12), ("A40", 150e12), ("A10", 125e12), ("L4", 121e12), ("V100", 125e12),
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,8 +40,14 @@ class Runtime:
     rank: int
     tensor_parallel: int
     tensor_rank: int
+    sequence_parallel: bool
     data_parallel: int
     data_rank: int
+
+    @property
+    def sequence_ranks(self) -> int:
+        """Ranks that share the tokens of a micro-batch between the matrix products; their number must divide the tokens."""
+        return self.tensor_parallel if self.sequence_parallel else 1
 
     @property
     def tensor_group(self) -> dist.ProcessGroup:
@@ -50,6 +65,28 @@ class Runtime:
         return self.rank == 0
 
     @property
+    def gradient_settings(self) -> DistributedDataParallelConfig:
+        """Gradients are summed in float32, while the backward pass goes on; each rank gets the share whose optimizer state it has."""
+        return DistributedDataParallelConfig(
+            grad_reduce_in_fp32=True, use_distributed_optimizer=True, overlap_grad_reduce=self.data_parallel > 1
+        )
+
+    @property
+    def peak_flops(self) -> float | None:
+        """Operations per second that the device can do at most in the training's dtype; None if it is not known."""
+        if self.device.type != "cuda" or self.dtype != torch.bfloat16:
+            return None
+        name = torch.cuda.get_device_name(self.device)
+        return next((flops for part, flops in _PEAK_FLOPS if part in name), None)
+
+    @property
+    def free_memory(self) -> int:
+        """Bytes that this rank may take: of its GPU, or its share of the machine's memory."""
+        if self.device.type == "cuda":
+            return torch.cuda.mem_get_info(self.device)[0]
+        return psutil.virtual_memory().available // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+    @property
     def pins_memory(self) -> bool:
         """Whether batches should lie where the device can copy them from while it computes."""
         return self.device.type == "cuda"
@@ -60,6 +97,13 @@ class Runtime:
         return CHUNK_ELEMENTS if self.device.type == "cpu" else 1 << 27
 
     @property
+    def peak_memory(self) -> int:
+        """Most bytes that this rank has held so far: on its GPU, or of the machine's memory."""
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device)
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+    @property
     def model_settings(self) -> Mapping[str, Any]:
         """Fields of Megatron-core's TransformerConfig that depend on the machine.
 
@@ -67,6 +111,7 @@ class Runtime:
         """
         return {
             "tensor_model_parallel_size": self.tensor_parallel,
+            "sequence_parallel": self.sequence_parallel,
             "params_dtype": self.dtype,
             "bf16": self.dtype == torch.bfloat16,
             "use_cpu_initialization": self.device.type == "cpu",
@@ -77,7 +122,12 @@ class Runtime:
             "apply_rope_fusion": False,
             "persist_layer_norm": False,
             "cross_entropy_loss_fusion": False,
+            "cuda_graph_scope": [],  # the default is deprecated
         }
+
+    def has_flash_attention(self, head_dim: int) -> bool:
+        """Whether one kernel can do the attention of all packed segments: FlashAttention, for heads of `head_dim` channels."""
+        return self.device.type == "cuda" and self.dtype == torch.bfloat16 and head_dim % 8 == 0 and head_dim <= 256
 
 
 @contextlib.contextmanager
@@ -95,6 +145,8 @@ def open_runtime(config: TrainingConfig) -> Iterator[Runtime]:
             f"tensor_parallel ({config.tensor_parallel}) × data_parallel ({config.data_parallel}) "
             f"must equal the number of ranks ({world_size})"
         )
+    # Megatron-core overlaps its messages with its products by the order in which they are launched, which one queue keeps.
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     cuda = torch.cuda.is_available()
     if cuda and local_rank >= torch.cuda.device_count():
         raise UsageError(
@@ -106,7 +158,9 @@ def open_runtime(config: TrainingConfig) -> Iterator[Runtime]:
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(minutes=30), device_id=device if cuda else None)
     try:
-        with contextlib.nullcontext() if cuda else without_cuda():
+        with warnings.catch_warnings(), contextlib.nullcontext() if cuda else without_cuda():
+            # Megatron-core calls torch's collectives by names that newer ones have.
+            warnings.filterwarnings("ignore", "`torch.distributed.* is deprecated", FutureWarning)
             parallel_state.initialize_model_parallel(config.tensor_parallel, create_gloo_process_groups=False)
             torch.manual_seed(config.seed)
             # There is no dropout, so no random numbers are drawn after initialisation; on CPU only the no-op tracker works.
@@ -117,6 +171,7 @@ def open_runtime(config: TrainingConfig) -> Iterator[Runtime]:
                 rank=rank,
                 tensor_parallel=config.tensor_parallel,
                 tensor_rank=parallel_state.get_tensor_model_parallel_rank(),
+                sequence_parallel=config.sequence_parallel,
                 data_parallel=config.data_parallel,
                 data_rank=parallel_state.get_data_parallel_rank(with_context_parallel=True),
             )

@@ -1,34 +1,47 @@
-"""Hugging Face weights to Megatron-core and back bitwise, and the same logits and gradients as transformers, on one and two ranks."""
+"""Every family there and back bitwise, with the logits and gradients of transformers, on one and two ranks, and with shared tokens."""
 
+import dataclasses
+import json
 import os
 import re
 import socket
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from fuseline.store.errors import DataError, UsageError
-from fuseline.train.architecture import read_architecture
-from fuseline.train.config import TrainingConfig
-from fuseline.train.convert import GATE_UP, QKV, VOCABULARY, load_weights
+from fuseline.train.config import TrainingConfig, TrainJob
+from fuseline.train.convert import load_weights
+from fuseline.train.families import FAMILIES, read_architecture
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma3TextConfig,
+    GemmaConfig,
+    GPTNeoXConfig,
+    LlamaConfig,
+    MistralConfig,
+    MptConfig,
+    PretrainedConfig,
+    Qwen2Config,
+    Qwen3Config,
+)
 
-SHAPE = {
-    "vocab_size": 259,  # odd: padded on two ranks
+VOCAB = 259  # odd: padded on two ranks
+COMMON = {"vocab_size": VOCAB, "initializer_range": 0.08, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": None}
+NEOX = COMMON | {
     "hidden_size": 64,
     "intermediate_size": 160,
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
-    "num_key_value_heads": 2,
     "max_position_embeddings": 256,
-    "initializer_range": 0.08,
     "tie_word_embeddings": False,
-    "bos_token_id": 0,
-    "eos_token_id": 1,
 }
+SHAPE = NEOX | {"num_key_value_heads": 2}
+GEMMA = SHAPE | {"head_dim": 24, "tie_word_embeddings": True}
 LLAMA3_ROPE = {
     "rope_type": "llama3",
     "rope_theta": 10000.0,
@@ -37,31 +50,65 @@ LLAMA3_ROPE = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 64,
 }
+WINDOW = 16  # shorter than the longest segment
 MODELS = {
     "llama": LlamaConfig(**SHAPE),
     "llama-tied": LlamaConfig(**SHAPE | {"tie_word_embeddings": True}),
     "llama-3-rope": LlamaConfig(**SHAPE, rope_parameters=LLAMA3_ROPE),
+    "llama-linear-rope": LlamaConfig(**SHAPE, rope_parameters={"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}),
+    "llama-attention-bias": LlamaConfig(**SHAPE, attention_bias=True),
+    "llama-mlp-bias": LlamaConfig(**SHAPE, mlp_bias=True),
     "mistral": MistralConfig(**SHAPE, sliding_window=None),
+    "mistral-window": MistralConfig(**SHAPE, sliding_window=WINDOW),
     "qwen2": Qwen2Config(**SHAPE),
-    "qwen3": Qwen3Config(**SHAPE, head_dim=16),
+    "qwen2-window": Qwen2Config(**SHAPE, use_sliding_window=True, sliding_window=WINDOW, max_window_layers=1),
+    "qwen3": Qwen3Config(**SHAPE, head_dim=24),
+    "gemma": GemmaConfig(**GEMMA),
+    "gemma3": Gemma3TextConfig(
+        **GEMMA,
+        sliding_window=WINDOW,
+        query_pre_attn_scalar=20,
+        layer_types=["sliding_attention", "full_attention"],
+    ),
+    "gpt-neox": GPTNeoXConfig(**NEOX),
+    "gpt-neox-in-sequence": GPTNeoXConfig(**NEOX, use_parallel_residual=False, rotary_pct=1.0, hidden_act="gelu_new"),
+    "gpt-neox-no-attention-bias": GPTNeoXConfig(**NEOX, attention_bias=False, hidden_act="gelu_fast"),
+    # Its heads are no power of two, so that the slopes of ALiBi are out of order.
+    "mpt": MptConfig(**COMMON, d_model=96, n_heads=6, n_layers=2, max_seq_len=256),
 }
-LENGTHS = [70, 3, 41]
+PACKED = ("llama", "mistral-window", "gemma3", "gpt-neox", "mpt")  # one of each kind of attention
+LENGTHS = [70, 3, 40]  # odd together: padded where two ranks share the tokens
 TRAINING = TrainingConfig(sequence_length=128, global_batch_size=2)
+
+
+@dataclasses.dataclass(frozen=True)
+class Variant:
+    """A way to run a model that must make no difference."""
+
+    world_size: int
+    sequence_parallel: bool = False
+    recompute: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.world_size}{'-sequence' * self.sequence_parallel}{'-recompute' * self.recompute}"
+
+
+VARIANTS = (Variant(1), Variant(1, recompute=True), Variant(2), Variant(2, sequence_parallel=True), Variant(2, True, True))
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Every model as a Hugging Face folder, and what ranks made of each: gathered weights, logits, gradients."""
+    """Every model as a Hugging Face folder, and what ranks made of each: exports, logits, gradients."""
     folder = tmp_path_factory.mktemp("models")
     for name, config in MODELS.items():
         torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
         for parameter_name, parameter in model.named_parameters():
-            if parameter_name.endswith("bias"):
-                torch.nn.init.normal_(parameter)
+            if "norm" in parameter_name or parameter_name.endswith("bias"):
+                torch.nn.init.normal_(parameter, mean=parameter.mean().item(), std=0.3)
         model.save_pretrained(folder / name)
     ranks = [process for world_size in (1, 2) for process in start_ranks(folder, world_size=world_size)]
-    assert [process.wait(timeout=120) for process in ranks] == [0, 0, 0]
+    assert [process.wait(timeout=240) for process in ranks] == [0, 0, 0]
     return folder
 
 
@@ -77,76 +124,114 @@ def start_ranks(folder: Path, *, world_size: int) -> list[subprocess.Popen]:
 
 
 def token_ids() -> torch.Tensor:
-    return torch.randint(0, SHAPE["vocab_size"], (sum(LENGTHS),), generator=torch.Generator().manual_seed(1))
+    return torch.randint(0, VOCAB, (sum(LENGTHS),), generator=torch.Generator().manual_seed(1))
 
 
-@pytest.mark.parametrize("world_size", [1, 2])
-@pytest.mark.parametrize("name", MODELS)
-def test_there_and_back_is_bitwise_equal(folder, name, world_size):
-    original = load_file(folder / name / "model.safetensors")
-    found = torch.load(folder / f"{name}-{world_size}.pt")["weights"]
-    assert found.keys() == original.keys()
-    assert all(torch.equal(found[key], original[key]) for key in original)
-
-
-@pytest.mark.parametrize("world_size", [1, 2])
-@pytest.mark.parametrize("name", MODELS)
-def test_logits_and_gradients_match_transformers(folder, name, world_size):
-    found = torch.load(folder / f"{name}-{world_size}.pt")
-    model = AutoModelForCausalLM.from_pretrained(folder / name, dtype=torch.float32)
+@pytest.fixture(scope="module", params=MODELS)
+def expected(folder, request):
+    """A model's name, and its logits and gradients in transformers, segment by segment."""
+    model = AutoModelForCausalLM.from_pretrained(folder / request.param, dtype=torch.float32)
     losses, logits = [], []
     for ids in token_ids().split(LENGTHS):
         logits.append(model(ids[None]).logits[0])
         losses.append(torch.nn.functional.cross_entropy(logits[-1][:-1], ids[1:], reduction="sum"))
-    (sum(losses) / (sum(LENGTHS) - len(LENGTHS))).backward()
-    torch.testing.assert_close(found["logits"], torch.cat(logits), atol=1e-4, rtol=0)
-    gradients = {parameter_name: parameter.grad for parameter_name, parameter in model.named_parameters()}
-    assert found["gradients"].keys() == gradients.keys()
-    for parameter_name, gradient in gradients.items():
+    loss = sum(losses) / (sum(LENGTHS) - len(LENGTHS))
+    loss.backward()
+    # On disk, this one tensor has another name than in memory.
+    renamed = {"lm_head.weight": "embed_out.weight"} if model.config.model_type == "gpt_neox" else {}
+    gradients = {renamed.get(name, name): parameter.grad for name, parameter in model.named_parameters()}
+    return request.param, {"logits": torch.cat(logits).detach(), "gradients": gradients, "loss": loss.detach()}
+
+
+def test_every_family_is_here():
+    assert {config.model_type for config in MODELS.values()} == set(FAMILIES)
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=str)
+def test_logits_and_gradients_match_transformers(folder, expected, variant):
+    name, reference = expected
+    found = torch.load(folder / f"{name}-{variant}.pt")
+    torch.testing.assert_close(found["logits"], reference["logits"], atol=1e-4, rtol=0)
+    assert found["gradients"].keys() == reference["gradients"].keys()
+    for parameter_name, gradient in reference["gradients"].items():
         torch.testing.assert_close(found["gradients"][parameter_name], gradient, atol=1e-5, rtol=0, msg=parameter_name)
 
 
+@pytest.mark.parametrize("world_size", [1, 2])
 @pytest.mark.parametrize("name", MODELS)
+def test_the_export_is_the_start_bit_for_bit(folder, name, world_size):
+    original, exported = folder / name, folder / f"{name}-{world_size}-export"
+    tensors, found = (load_file(each / "model.safetensors") for each in (original, exported))
+    assert found.keys() == tensors.keys()
+    assert all(torch.equal(found[key], tensors[key]) for key in tensors)
+    config, written = (json.loads((each / "config.json").read_text()) for each in (original, exported))
+    assert written.pop("dtype") == "float32"
+    config.pop("dtype")
+    assert written == config
+
+
+def test_the_export_has_the_same_loss_in_transformers(folder, expected):
+    name, reference = expected
+    model = AutoModelForCausalLM.from_pretrained(folder / f"{name}-2-export")
+    logits = [model(ids[None]).logits[0, :-1] for ids in token_ids().split(LENGTHS)]
+    labels = [ids[1:] for ids in token_ids().split(LENGTHS)]
+    loss = torch.nn.functional.cross_entropy(torch.cat(logits), torch.cat(labels))
+    torch.testing.assert_close(loss, reference["loss"], atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("name", MODELS)
+def test_recomputing_changes_no_bit_of_the_gradients(folder, name, world_size):
+    sequence_parallel = world_size == 2
+    kept, again = (torch.load(folder / f"{name}-{Variant(world_size, sequence_parallel, each)}.pt") for each in (False, True))
+    assert all(torch.equal(again["gradients"][key], kept["gradients"][key]) for key in kept["gradients"])
+
+
+@pytest.mark.parametrize("name", PACKED)
 def test_packed_segments_do_not_see_each_other(folder, name):
-    found = torch.load(folder / f"{name}-1.pt")
-    torch.testing.assert_close(found["logits"], found["logits of segments alone"], atol=3e-6, rtol=0)
-
-
-@pytest.mark.parametrize("layout", [VOCABULARY, QKV, GATE_UP])
-def test_join_undoes_split_on_any_number_of_ranks(folder, layout):
-    architecture = read_architecture(folder / "llama", training=TRAINING)
-    rows = {VOCABULARY: [259], QKV: [64, 32, 32], GATE_UP: [160, 160]}[layout]
-    full = [torch.randn(n, 8) for n in rows]
-    for ranks in (1, 2):
-        joined = layout.join([layout.split(full, architecture, ranks, rank) for rank in range(ranks)], architecture)
-        assert all(map(torch.equal, joined, full))
+    found = torch.load(folder / f"{name}-packed.pt")
+    torch.testing.assert_close(found["loss"], found["loss of segments alone"], atol=1e-6, rtol=0)
+    torch.testing.assert_close(found["logits"], found["logits of segments alone"], atol=1e-10, rtol=0)
+    assert found["logits"].dtype == torch.float64
 
 
 def test_unsupported_model_is_refused_by_name(tmp_path):
-    (tmp_path / "config.json").write_text('{"model_type": "gpt_neox"}')
-    with pytest.raises(DataError, match=r"'gpt_neox' cannot be trained\. Supported: llama, mistral, qwen2, qwen3"):
+    (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
+    with pytest.raises(
+        DataError, match=r"'gpt2' cannot be trained\. Supported: gemma, gemma3_text, gpt_neox, llama, mistral, mpt, qwen2, qwen3"
+    ):
         read_architecture(tmp_path, training=TRAINING)
 
 
+def llama(**change) -> PretrainedConfig:
+    return LlamaConfig(**SHAPE | change)
+
+
 @pytest.mark.parametrize(
-    ("change", "text"),
+    ("config", "text"),
     [
-        ({"hidden_act": "gelu"}, "hidden_act (gelu) must be silu"),
-        ({"attention_bias": True}, "attention_bias (True) must be False"),
-        ({"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}}, "rope_type 'linear' cannot be trained"),
-        ({"max_position_embeddings": 64}, "sequence_length (128) must not exceed max_position_embeddings (64)"),
-        ({"num_key_value_heads": 1}, "tensor_parallel (2) must divide the model's key/value heads (1)"),
+        (llama(hidden_act="mish"), "activation (mish) must be one of silu, gelu"),
+        (llama(rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}), "rope_type 'dynamic' cannot be trained"),
+        (llama(max_position_embeddings=64), "sequence_length (128) must not exceed the positions that"),
+        (llama(num_key_value_heads=1), "tensor_parallel (2) must divide the model's key/value heads (1)"),
+        (Gemma3TextConfig(**GEMMA, final_logit_softcapping=30.0), "final_logit_softcapping (30.0) must be None"),
+        (Gemma3TextConfig(**GEMMA, use_bidirectional_attention=True), "use_bidirectional_attention (True) must be False"),
+        (Qwen2Config(**SHAPE, layer_types=["linear_attention", "full_attention"]), "layer_types (linear_attention) must be"),
+        (MptConfig(attn_config={"clip_qkv": 6.0}), "clip_qkv (6.0) must be None"),
     ],
+    ids=lambda value: value[:20] if isinstance(value, str) else "",
 )
-def test_what_the_trainer_would_get_wrong_is_refused(tmp_path, change, text):
-    LlamaConfig(**SHAPE | change).save_pretrained(tmp_path)
-    with pytest.raises((DataError, UsageError), match=re.escape(text)):
+def test_what_the_trainer_would_get_wrong_is_refused(tmp_path, config, text):
+    config.save_pretrained(tmp_path)
+    with pytest.raises((DataError, UsageError), match=re.escape(text)) as caught:
         read_architecture(tmp_path, training=TrainingConfig(sequence_length=128, tensor_parallel=2))
+    assert str(tmp_path) in str(caught.value)
 
 
-def test_window_shorter_than_the_sequence_is_refused(tmp_path):
-    MistralConfig(**SHAPE, sliding_window=100).save_pretrained(tmp_path)
-    with pytest.raises(UsageError, match=re.escape("sequence_length (128) must not exceed sliding_window (100)")):
+@pytest.mark.parametrize("text", ["[]", '{"model_type": "llama", "hidden_size": "wide"}', '{"model_type": '])
+def test_a_configuration_that_makes_no_sense_is_refused(tmp_path, text):
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(DataError, match=re.escape(str(tmp_path / "config.json"))):
         read_architecture(tmp_path, training=TRAINING)
 
 
@@ -180,40 +265,92 @@ def test_a_tensor_too_many_is_named(folder, tmp_path):
 
 
 def run_rank(folder: Path) -> None:
-    """One rank: load every model, and save what `folder` lists."""
-    from fuseline.train.batch import MicroBatch
-    from fuseline.train.export import gathered
-    from fuseline.train.loss import IGNORED
-    from fuseline.train.megatron import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
-    from fuseline.train.model import FusionModel
+    """One rank: load every model in every variant, and save what `folder` lists."""
+    from fuseline.train.export import export
     from fuseline.train.runtime import open_runtime
 
-    training = TRAINING.model_copy(update={"tensor_parallel": int(os.environ["WORLD_SIZE"])})
-    ids = token_ids()
-    labels_T = torch.cat([torch.cat([part[1:], torch.tensor([IGNORED])]) for part in ids.split(LENGTHS)])
-    batch = MicroBatch(token_ids_T=ids, lengths=LENGTHS, labels_T=labels_T, soft=None)
-    with open_runtime(training) as runtime:
+    world_size = int(os.environ["WORLD_SIZE"])
+    with open_runtime(TRAINING.model_copy(update={"tensor_parallel": world_size})) as runtime:
         for name in MODELS:
-            architecture = read_architecture(folder / name, training=training)
-            model = FusionModel(architecture, runtime=runtime, max_length=128, recompute=name == "llama")
-            ranks, rank = runtime.tensor_parallel, runtime.tensor_rank
-            load_weights(model, model_folder=folder / name, architecture=architecture, ranks=ranks, rank=rank)
-            found = {"weights": dict(gathered(model, architecture=architecture, runtime=runtime))}
-            alone = [MicroBatch(token_ids_T=part, lengths=[len(part)], labels_T=part, soft=None) for part in ids.split(LENGTHS)]
-            for key, batches in (("logits", [batch]), ("logits of segments alone", alone)):
-                shards = [torch.empty(0)] * runtime.tensor_parallel
-                logits_TV = torch.cat([model.logits(each).detach() for each in batches])
-                torch.distributed.all_gather_object(shards, logits_TV, group=runtime.tensor_group)
-                found[key] = torch.cat(shards, 1)[:, : architecture.vocab_size]
-            wrapped = DistributedDataParallel(model.config, DistributedDataParallelConfig(), model)
-            ce_T, _ = wrapped(batch)
-            (ce_T.sum() / (labels_T != IGNORED).sum()).backward()
-            finalize_model_grads([wrapped])
-            for parameter in model.parameters():
-                parameter.data.copy_(parameter.main_grad)
-            found["gradients"] = dict(gathered(model, architecture=architecture, runtime=runtime))
-            if runtime.leads:
-                torch.save(found, folder / f"{name}-{runtime.tensor_parallel}.pt")
+            for variant in (each for each in VARIANTS if each.world_size == world_size):
+                place = dataclasses.replace(runtime, sequence_parallel=variant.sequence_parallel)
+                model = loaded(folder / name, runtime=place, recompute=variant.recompute)
+                if variant == Variant(world_size):
+                    export(model, job=job_of(folder / name), architecture=model.architecture, runtime=place, facts={})
+                found = {"logits": logits_of(model, [packed()]), "gradients": dict(gradients_of(model))}
+                if runtime.leads:
+                    torch.save(found, folder / f"{name}-{variant}.pt")
+        for name in PACKED if world_size == 1 else ():
+            model = loaded(folder / name, runtime=runtime)
+            found = {"loss": model(packed())[0].mean(), "loss of segments alone": torch.cat([model(each)[0] for each in alone()]).mean()}
+            model = loaded(folder / name, runtime=dataclasses.replace(runtime, dtype=torch.float64)).double()
+            found |= {"logits": logits_of(model, [packed()]), "logits of segments alone": logits_of(model, alone())}
+            torch.save(found, folder / f"{name}-packed.pt")
+
+
+def loaded(model_folder: Path, *, runtime, recompute: bool = False):
+    from fuseline.train.model import FusionModel
+
+    training = TRAINING.model_copy(update={"tensor_parallel": runtime.tensor_parallel})
+    architecture = read_architecture(model_folder, training=training)
+    model = FusionModel(architecture, runtime=runtime, max_length=128, recompute=recompute)
+    ranks, rank = runtime.tensor_parallel, runtime.tensor_rank
+    load_weights(model, model_folder=model_folder, architecture=architecture, ranks=ranks, rank=rank)
+    return model
+
+
+def job_of(model_folder: Path) -> TrainJob:
+    return TrainJob(
+        run_folder=model_folder,
+        model_folder=model_folder,
+        model_fingerprint="",
+        targets_folder=model_folder,
+        targets_fingerprint="",
+        tokens_fingerprint="",
+        parts=[0],
+        export_folder=model_folder.with_name(f"{model_folder.name}-{os.environ['WORLD_SIZE']}-export"),
+        lineage={},
+        config=TRAINING,
+    )
+
+
+def alone():
+    """Each segment as a micro-batch of its own."""
+    from fuseline.train.batch import MicroBatch
+    from fuseline.train.loss import IGNORED
+
+    for ids in token_ids().split(LENGTHS):
+        labels_T = torch.cat([ids[1:], torch.tensor([IGNORED])])
+        yield MicroBatch(token_ids_T=ids, lengths=[len(ids)], labels_T=labels_T, soft=None)
+
+
+def packed():
+    """All segments as one micro-batch."""
+    labels_T = torch.cat([batch.labels_T for batch in alone()])
+    return dataclasses.replace(next(alone()), token_ids_T=token_ids(), lengths=LENGTHS, labels_T=labels_T)
+
+
+def logits_of(model, batches) -> torch.Tensor:
+    with torch.no_grad():
+        logits_TV = torch.cat([model.logits(batch) for batch in batches])
+    shards = [torch.empty(0)] * model.runtime.tensor_parallel
+    torch.distributed.all_gather_object(shards, logits_TV, group=model.runtime.tensor_group)
+    return torch.cat(shards, 1)[:, :VOCAB]
+
+
+def gradients_of(model) -> Iterator[tuple[str, torch.Tensor]]:
+    """Of the mean loss, gathered under their Hugging Face names. The weights are overwritten."""
+    from fuseline.train.convert import gathered
+    from fuseline.train.megatron import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+
+    wrapped = DistributedDataParallel(model.config, DistributedDataParallelConfig(), model)
+    batch = packed()
+    ce_T, _ = wrapped(batch)
+    (ce_T.sum() / (batch.labels_T >= 0).sum()).backward()
+    finalize_model_grads([wrapped])
+    for parameter in model.parameters():
+        parameter.data.copy_(parameter.main_grad)
+    return gathered(model, architecture=model.architecture, runtime=model.runtime)
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from pydantic import ValidationError
             {"global_batch_size": 6, "data_parallel": 4},
             "global_batch_size (6) must be a multiple of micro_batch_size (1) × data_parallel (4)",
         ),
+        ({"sequence_parallel": True}, "sequence_parallel (True) must be False where tensor_parallel (1) is 1"),
         ({"clm_weight": 1.5}, "less than or equal to 1"),
         ({"learning_rate": 0}, "greater than 0"),
         (

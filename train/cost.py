@@ -1,0 +1,84 @@
+"""What a training takes: parameters, operations and bytes, from the headers of the weights and the shape of the model.
+
+Estimates of memory follow Korthikanti et al. (arXiv:2205.05198, section 4) for layers with a gated MLP and fused attention.
+"""
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..store.weights import weight_files
+from .architecture import Architecture
+from .config import TrainingConfig
+
+_MASTER_AND_MOMENTS = {
+    "float32": 8,
+    "bfloat16": 12,
+}  # bytes per parameter: AdamW's moments, and masters of weights that are not float32
+_ITEM = {"float32": 4, "bfloat16": 2}
+_GRADIENT = 4  # gradients are summed in float32
+
+
+def count_parameters(model_folder: Path) -> int:
+    """Numbers in all tensors of a model's safetensors."""
+    return sum(math.prod(tensor["shape"]) for path in weight_files(model_folder) for tensor in _headers(path).values())
+
+
+def _headers(path: Path) -> dict[str, dict[str, list[int]]]:
+    with path.open("rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+    return {name: tensor for name, tensor in header.items() if name != "__metadata__"}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cost:
+    """Of one training. Bytes and operations are estimates; parameters are counted."""
+
+    parameters: int
+    state_bytes: int  # of a rank: weights, gradients, optimizer
+    activation_bytes: int  # of a rank, at the end of a forward pass
+    checkpoint_bytes: int
+    export_bytes: int
+
+    @property
+    def rank_bytes(self) -> int:
+        """Memory of one rank."""
+        return self.state_bytes + self.activation_bytes
+
+    @classmethod
+    def of(cls, model_folder: Path, *, architecture: Architecture, config: TrainingConfig) -> "Cost":
+        """The cost of training a model."""
+        parameters, item = count_parameters(model_folder), _ITEM[config.dtype]
+        state = _MASTER_AND_MOMENTS[config.dtype]
+        shard = parameters / config.tensor_parallel
+        return cls(
+            parameters=parameters,
+            state_bytes=round(shard * (item + _GRADIENT + state / config.data_parallel)),
+            activation_bytes=_activation_bytes(architecture, config=config),
+            checkpoint_bytes=parameters * (item + state),
+            export_bytes=parameters * item,
+        )
+
+
+def step_flops(architecture: Architecture, *, parameters: int, lengths: list[int]) -> float:
+    """Floating-point operations of forward and backward over segments of these lengths, without any that recomputation repeats.
+
+    6 for each token and each parameter that is multiplied with, and 6 · length for each token and channel of attention, which is causal.
+    """
+    looked_up = 0 if architecture.tied_embeddings else architecture.vocab_size * architecture.hidden_size
+    channels = len(architecture.layers) * architecture.n_heads * architecture.head_dim
+    return 6.0 * ((parameters - looked_up) * sum(lengths) + channels * sum(length**2 for length in lengths))
+
+
+def _activation_bytes(architecture: Architecture, *, config: TrainingConfig) -> int:
+    tokens, item, ranks = config.micro_batch_size * config.sequence_length, _ITEM[config.dtype], config.tensor_parallel
+    heads = architecture.n_heads + architecture.n_kv_heads
+    mlp = (4 if architecture.gated else 2) * architecture.ffn_size  # gate, up, activation and product; or one and its activation
+    split = 2 * heads * architecture.head_dim + mlp
+    layer = 6 * architecture.hidden_size + split / ranks
+    n_layers = len(architecture.layers)
+    layers = architecture.hidden_size * n_layers + layer if config.recompute else layer * n_layers
+    logits = architecture.padded_vocab_size(ranks) / ranks
+    return round(tokens * item * (layers + logits))

@@ -1,0 +1,66 @@
+"""The families of models that can be trained, one module each: what of `config.json` means what, and which tensor goes where.
+
+To add one, write a module with a `read` that gives the `Architecture` of a configuration and refuses by name what the trainer would get
+wrong, list it in `FAMILIES`, and add tiny configurations to `tests/unit/test_convert.py`, which compares it with transformers.
+"""
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from huggingface_hub.errors import StrictDataclassError
+from transformers import AutoConfig, PretrainedConfig
+
+from ...store.errors import DataError, UsageError
+from ..architecture import Architecture
+from ..config import TrainingConfig
+from . import gemma, gemma3, gpt_neox, llama, mistral, mpt, qwen2, qwen3
+
+FAMILIES: Mapping[str, Callable[[PretrainedConfig], Architecture]] = {
+    "gemma": gemma.read,
+    "gemma3_text": gemma3.read,
+    "gpt_neox": gpt_neox.read,
+    "llama": llama.read,
+    "mistral": mistral.read,
+    "mpt": mpt.read,
+    "qwen2": qwen2.read,
+    "qwen3": qwen3.read,
+}
+
+
+def read_architecture(model_folder: Path, *, training: TrainingConfig) -> Architecture:
+    """Read `config.json` and check that this trainer can train such a model, cut over `training.tensor_parallel` ranks.
+
+    Raises:
+        DataError: the folder has no readable config.json, or the model has a part that is not supported.
+        UsageError: tensor_parallel or sequence_length does not fit the model.
+    """
+    path = model_folder / "config.json"
+    try:
+        model_type = json.loads(path.read_text(encoding="utf-8")).get("model_type")
+    except (OSError, ValueError, AttributeError) as error:
+        raise DataError(f"{path} cannot be read as the configuration of a model: {error}") from error
+    if model_type not in FAMILIES:
+        raise DataError(f"{path}: model_type {model_type!r} cannot be trained. Supported: {', '.join(FAMILIES)}.")
+    try:
+        config = AutoConfig.from_pretrained(model_folder)
+        architecture = FAMILIES[model_type](config)
+    except (ValueError, KeyError, TypeError, StrictDataclassError) as error:
+        raise DataError(f"{path}: {error}") from error
+    _require_fit(architecture, model_folder=model_folder, training=training)
+    return architecture
+
+
+def _require_fit(architecture: Architecture, *, model_folder: Path, training: TrainingConfig) -> None:
+    for name, size in (
+        ("attention heads", architecture.n_heads),
+        ("key/value heads", architecture.n_kv_heads),
+        ("MLP's inner size", architecture.ffn_size),
+    ):
+        if size % training.tensor_parallel:
+            raise UsageError(f"tensor_parallel ({training.tensor_parallel}) must divide the model's {name} ({size}): {model_folder}")
+    if training.sequence_length > architecture.max_length:
+        raise UsageError(
+            f"sequence_length ({training.sequence_length}) must not exceed the positions that {model_folder} was made for "
+            f"({architecture.max_length})"
+        )

@@ -1,0 +1,59 @@
+"""Readings of configuration fields that several families share. A ValueError says which field cannot be trained, and what could."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from transformers import PretrainedConfig
+
+from ..architecture import Attention
+from ..rotary import Llama3Scaling, Rope
+
+_ACTIVATIONS = ("silu", "gelu", "gelu_new", "gelu_fast", "gelu_pytorch_tanh", "relu")
+
+
+def require(hf: object, **wanted: Any) -> None:
+    """Raise unless each field has the one value that the trainer knows; a field that is absent has it."""
+    for name, value in wanted.items():
+        found = getattr(hf, name, value)
+        if found != value:
+            raise ValueError(f"{name} ({found}) must be {value}: models with another cannot be trained.")
+
+
+def activation(name: str) -> str:
+    """A name of `transformers.activations.ACT2FN`, if it is a function without parameters that the parity tests know."""
+    if name not in _ACTIVATIONS:
+        raise ValueError(f"The activation ({name}) must be one of {', '.join(_ACTIVATIONS)}: models with another cannot be trained.")
+    return name
+
+
+def head_dim(hf: PretrainedConfig) -> int:
+    """Channels of an attention head."""
+    return getattr(hf, "head_dim", None) or hf.hidden_size // hf.num_attention_heads
+
+
+def rope(parameters: Mapping[str, Any], *, head_dim: int) -> Rope:
+    """The rotary embedding that one entry of `rope_parameters` describes."""
+    kind = parameters["rope_type"]
+    channels = int(head_dim * parameters.get("partial_rotary_factor", 1.0))
+    if kind == "default":
+        return Rope(theta=parameters["rope_theta"], channels=channels)
+    if kind == "linear":
+        return Rope(theta=parameters["rope_theta"], channels=channels, factor=parameters["factor"])
+    if kind == "llama3":
+        scaling = Llama3Scaling(
+            low_freq_factor=parameters["low_freq_factor"],
+            high_freq_factor=parameters["high_freq_factor"],
+            original_length=parameters["original_max_position_embeddings"],
+        )
+        return Rope(theta=parameters["rope_theta"], channels=channels, factor=parameters["factor"], llama3=scaling)
+    raise ValueError(f"rope_type {kind!r} cannot be trained. Supported: default, linear, llama3.")
+
+
+def layers(hf: PretrainedConfig, *, rope: Rope) -> tuple[Attention, ...]:
+    """Attention of layers that are alike but for the window, which those that `layer_types` calls sliding have; without it, all do."""
+    types = getattr(hf, "layer_types", None) or ["sliding_attention"] * hf.num_hidden_layers
+    unknown = set(types) - {"sliding_attention", "full_attention"}
+    if unknown:
+        raise ValueError(f"layer_types ({', '.join(sorted(unknown))}) must be sliding_attention or full_attention.")
+    window = getattr(hf, "sliding_window", None)
+    return tuple(Attention(rope=rope, window=window if kind == "sliding_attention" else None) for kind in types)
