@@ -4,7 +4,7 @@ Axes: T tokens of a step or a micro-batch, K stored entries of a distribution, S
 
 Position j of a segment predicts token j + 1 of the same segment, and the distribution stored at j is about that token. After the last
 position of a segment nothing is known to follow: it has no target, and no label either, but for one case: in `concatenated` packs its label
-is the first token of the segment that was laid after it, as in the published training, which joins texts and trains on what it sees. The
+is the first token of the segment that was laid after it, as in any training that joins texts and cuts them, the published one too. The
 last position of a pack keeps label and target if its segment goes on. Where the targets have an array `label_mask_T`, a position where it
 is 0 has neither.
 """
@@ -208,11 +208,11 @@ class TargetsData:
         return -(-sum(self._order.n_packs(epoch) for epoch in range(epochs)) // self.config.global_batch_size)
 
 
-def prefetched(read: Callable[[int], Any], steps: range) -> Iterator[Any]:
-    """`read(step)` of each step in order, read in a thread up to PREFETCHED_STEPS steps ahead."""
+def prefetched(read: Callable[[int], Any], steps: range, *, begin: Callable[[], None] = lambda: None) -> Iterator[Any]:
+    """`read(step)` of each step in order, read up to PREFETCHED_STEPS steps ahead in a thread, which calls `begin` first."""
     ahead: deque[Future[Any]] = deque()
     to_read = iter(steps)
-    executor = ThreadPoolExecutor(1, thread_name_prefix="targets")
+    executor = ThreadPoolExecutor(1, thread_name_prefix="targets", initializer=begin)
     try:
         for _ in steps:
             ahead.extend(executor.submit(read, step) for step in islice(to_read, PREFETCHED_STEPS + 1 - len(ahead)))

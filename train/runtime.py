@@ -91,6 +91,11 @@ class Runtime:
         """Whether batches should lie where the device can copy them from while it computes."""
         return self.device.type == "cuda"
 
+    def begin_thread(self) -> None:
+        """To be called first in another thread that pins memory: which GPU is meant is each thread's own matter."""
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)
+
     @property
     def loss_chunk_elements(self) -> int:
         """Logits that the loss works on at a time: what a CPU's caches hold; a GPU wants few, large kernels (2 × 0.5 GB in float32)."""

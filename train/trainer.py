@@ -93,7 +93,11 @@ class Trainer:
             self._watch = GradientWatch(record["grad_norm"] for record in read_metrics(self.job.run_folder)[-WINDOW:])
             if step == 0:
                 self._evaluate(step, metrics=metrics)
-            batches = prefetched(lambda t: self.data.micro_batches(t, data_rank=self.runtime.data_rank), range(step, self.data.steps))
+            batches = prefetched(
+                lambda t: self.data.micro_batches(t, data_rank=self.runtime.data_rank),
+                range(step, self.data.steps),
+                begin=self.runtime.begin_thread,
+            )
             for batch, waited in _timed(batches):
                 record = self._train_step(step, batch, data_wait_seconds=waited)
                 step += 1
