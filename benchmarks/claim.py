@@ -2,7 +2,7 @@
 
     python benchmarks/claim.py WORKSPACE TARGETS MODEL_FOLDER --seeds 0 1 2 --set clm_weight=0.1 epochs=5 --set clm_weight=1.0 epochs=5
 
-Each `--set` is a training, and is run with every seed; its values are TOML, its keys those of `[training]`. The held-out text is that of the
+Each `--set` is a training, run with every seed; its values are TOML, its keys those of `[training]`. The held-out text is that of the
 workspace's evaluation of the target (`fuseline eval`, or a training with `evaluate_every`). For each training and seed a line of JSON comes
 out: the settings, and the bits per byte of each domain after so many steps, of which step 0 is the start.
 """
