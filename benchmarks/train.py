@@ -14,9 +14,9 @@ import numpy as np
 from fuseline.ingest.models import ModelConfig, ModelFolder
 from fuseline.store.arrays import id_dtype
 from fuseline.store.dataset import Dataset, PartContent
+from fuseline.store.trainings import read_metrics
 from fuseline.train.config import TrainingConfig, TrainJob
 from fuseline.train.launch import launch
-from fuseline.train.records import read_metrics
 
 
 def main() -> None:

@@ -22,13 +22,14 @@ from ..store.dataset import Dataset, Manifest
 from ..store.errors import FuselineError, UsageError, WorkspaceBusy
 from ..store.fingerprint import fingerprint
 from ..store.workspace import Workspace
-from ..train.config import TrainingConfig, TrainJob
+from ..train.config import HeldOut, TrainingConfig, TrainJob
 from ..train.launch import launch
 from ..train.records import read_done, require_identity
 from .conflicts import Conflict, fusion_conflicts, require_domains, require_free, training_conflicts
 from .executor import Executor
 from .origin import lineage
 from .progress import Progress, size
+from .training import describe, train
 from .work import Stage
 
 
@@ -99,9 +100,12 @@ class Pipeline:
         if all(self._is_trained(training) for training in self.recipe.trainings):
             return
         from ..train.families import read_architecture  # loads transformers
+        from ..train.preflight import require_vocabulary
 
+        start = self.models[self.recipe.target.name]
         for training in self.recipe.trainings:
-            read_architecture(self.models[self.recipe.target.name].folder, training=training)
+            architecture = read_architecture(start.folder, training=training)
+            require_vocabulary(start.folder, vocab_size=architecture.vocab_size)
 
     @cached_property
     def corpus(self) -> CorpusStage:
@@ -332,15 +336,20 @@ class Pipeline:
 
     def train(self, *, names: Sequence[str] | None = None) -> None:
         """Train on the fused targets, and the baseline; `names` chooses among them."""
-        for job in self._jobs(self._parts_to_train_on(), names=names):
+        parts = self._parts_to_train_on()
+        self._make_held_out()
+        for job in self._jobs(parts, names=names):
             self._train(job)
 
     def prepare_training(self, *, names: Sequence[str] | None = None) -> None:
         """Write the job files alone, for ranks that somebody else starts."""
-        for job in self._jobs(self._parts_to_train_on(), names=names):
+        parts = self._parts_to_train_on()
+        self._make_held_out()
+        for job in self._jobs(parts, names=names):
             job.save()
             self.progress.say(
-                f"training {job.config.name} is prepared for {job.config.world_size} ranks. On one machine, start them with:\n"
+                f"{describe(job)}\ntraining {job.config.name} is prepared for {job.config.world_size} ranks. "
+                f"On one machine, start them with:\n"
                 f"  torchrun --nproc-per-node {job.config.world_size} -m fuseline.train {job.run_folder}"
             )
 
@@ -348,6 +357,22 @@ class Pipeline:
         parts = self._parts_of("train")
         self._require(self._fusion_stage.dataset, parts=parts, command="fuse")
         return parts
+
+    def _make_held_out(self) -> None:
+        """The start's own evaluation, whose text the trainings are evaluated on."""
+        if self.recipe.training.evaluate_every is not None and not all(map(self._is_trained, self.recipe.trainings)):
+            start = self.models[self.recipe.target.name]
+            self.make(f"evaluation {start.config.name}", self._forward_stage(start, kind="evaluations"), parts=self._held_out_parts)
+
+    @property
+    def _held_out_parts(self) -> list[int]:
+        return self._parts_of(self.recipe.evaluation.split)
+
+    def _held_out(self) -> HeldOut | None:
+        if self.recipe.training.evaluate_every is None:
+            return None
+        dataset = self._forward_stage(self.models[self.recipe.target.name], kind="evaluations").dataset
+        return HeldOut(folder=dataset.folder.absolute(), parts=self._held_out_parts)
 
     def _jobs(self, parts: list[int], *, names: Sequence[str] | None = None) -> list[TrainJob]:
         return [self._job(training, parts=parts) for training in self.recipe.trainings if names is None or training.name in names]
@@ -358,21 +383,7 @@ class Pipeline:
             launch(job, on_metrics=lambda record: None)  # checks that it is the same training
             self.progress.say(f"training {training.name}: nothing to do")
             return
-        with (
-            self.workspace.run("train", name=training.name, parameters=training.model_dump()) as run,
-            self.progress.stage(f"training {training.name}", total=1.0) as tracker,
-        ):
-            is_first = True
-
-            def follow(record: dict[str, Any]) -> None:
-                nonlocal is_first
-                figures = f"step {record['step']}/{record['steps']}, loss {record['loss']:.4f}, {record['tokens_per_second']:,.0f} tokens/s"
-                earlier = (record["step"] - 1) / record["steps"] if is_first else 0.0
-                tracker(1 / record["steps"], figures, earlier=earlier)
-                is_first = False
-                run.metrics.update(step=record["step"], loss=record["loss"])
-
-            launch(job, on_metrics=follow)
+        train(job, workspace=self.workspace, progress=self.progress)
         self.fold()
         self.progress.say(f"training {training.name}: model written to {job.export_folder}")
 
@@ -391,6 +402,8 @@ class Pipeline:
             targets_fingerprint=targets_fingerprint,
             tokens_fingerprint=self.distributions[self.recipe.target.name].fingerprint,
             parts=parts,
+            corpus_folder=self.corpus.dataset.folder.absolute(),
+            held_out=self._held_out(),
             export_folder=self.workspace.folder("exports", training.name).absolute(),
             lineage=lineage(self.recipe, models=self.models, corpus=self.corpus.dataset, targets_fingerprint=targets_fingerprint),
             config=training,
@@ -398,10 +411,9 @@ class Pipeline:
 
     def evaluate(self) -> None:
         """The likelihood of the held-out text under every source, the start, and the trained models."""
-        parts = self._parts_of(self.recipe.evaluation.split)
         for model in [*self.models.values(), *self._trained_models()]:
             stage = self._forward_stage(model, kind="evaluations")
-            self.make(f"evaluation {model.config.name}", stage, parts=parts)
+            self.make(f"evaluation {model.config.name}", stage, parts=self._held_out_parts)
 
     def _trained_models(self) -> list[ModelFolder]:
         found = []

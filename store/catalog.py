@@ -21,7 +21,7 @@ from .dataset import Dataset, Manifest
 from .errors import DamagedPart, DataError, WorkspaceBusy
 from .lineage import tokenizer_digests
 from .migrations import migrate, require_current
-from .trainings import checkpoint_steps, read_metrics, training_folders
+from .trainings import checkpoint_steps, read_evaluations, read_metrics, training_folders
 from .workspace import Workspace
 
 # So that DuckDB 1.5 can open what a later version wrote.
@@ -313,7 +313,7 @@ def _fold_tokenizers(connection: duckdb.DuckDBPyConnection, workspace: Workspace
 
 
 def _fold_runs(connection: duckdb.DuckDBPyConnection, workspace: Workspace) -> None:
-    for table in ("runs", "checkpoints", "metrics"):
+    for table in ("runs", "checkpoints", "metrics", "training_evaluations"):
         connection.execute(f"DELETE FROM {table}")
     for run in workspace.runs():
         status = "interrupted" if run["status"] == "running" else run["status"]  # the fold runs between stages: this one was killed
@@ -325,9 +325,9 @@ def _fold_runs(connection: duckdb.DuckDBPyConnection, workspace: Workspace) -> N
         for step in checkpoint_steps(folder):
             path = f"runs/{folder.name}/checkpoints/step-{step:08d}"
             connection.execute("INSERT INTO checkpoints VALUES (?, ?, ?)", [folder.name, step, path])
-        records = read_metrics(folder)
-        if records:
-            _insert(connection, "metrics", pl.DataFrame(records, infer_schema_length=None).with_columns(training=pl.lit(folder.name)))
+        for table, records in (("metrics", read_metrics(folder)), ("training_evaluations", read_evaluations(folder))):
+            if records:
+                _insert(connection, table, pl.DataFrame(records, infer_schema_length=None).with_columns(training=pl.lit(folder.name)))
 
 
 def _insert(connection: duckdb.DuckDBPyConnection, table: str, frame: pl.DataFrame) -> None:

@@ -2,13 +2,17 @@
 
 import hashlib
 import json
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
+import numpy as np
 import polars as pl
+from numpy.typing import NDArray
 
 from . import durable
-from .errors import DamagedPart
+from .errors import DamagedPart, DataError, UsageError
 from .fingerprint import require_seal, sealed
 
 
@@ -49,6 +53,41 @@ def read_documents(folder: Path, *, summary: dict[str, Any]) -> pl.DataFrame:
         remedy = f"Remove {folder / 'plan.json'}: the same plan is then made again."
         raise DamagedPart(f"{path} is missing or damaged.", remedy=remedy)
     return pl.read_parquet(path)
+
+
+@dataclass(frozen=True, slots=True)
+class Domains:
+    """The domains of a corpus and of each of its documents."""
+
+    names: list[str]
+    code_D: NDArray[np.int32]  # of each document by its doc_id, an index into `names`
+
+    @classmethod
+    def of(cls, corpus_folder: Path) -> Self:
+        """Read them from the corpus's plan.
+
+        Raises:
+            DataError: there is no plan.
+            DamagedPart: it cannot be read.
+        """
+        summary = read_plan(corpus_folder)
+        if summary is None:
+            raise DataError(f"{corpus_folder} has no plan.json, which says the documents' domains. Run `fuseline ingest corpus RECIPE`.")
+        domains = read_documents(corpus_folder, summary=summary).sort("doc_id")["domain"]
+        names = domains.unique().sort()
+        return cls(names.to_list(), np.searchsorted(names.to_numpy(), domains.to_numpy()).astype(np.int32))
+
+    def codes(self, doc_ids: NDArray[Any]) -> NDArray[np.int32]:
+        """The domain of each of these documents, as an index into `names`."""
+        return self.code_D[doc_ids]
+
+
+def require_domains(asked: Iterable[str], *, field: str, known: Iterable[str | None]) -> None:
+    """Raise UsageError if a field names a domain that the corpus has not."""
+    domains = sorted(domain for domain in known if domain is not None)
+    unknown = sorted(set(asked) - set(domains))
+    if unknown:
+        raise UsageError(f"{field}: {', '.join(unknown)} must be among the corpus's domains: {', '.join(domains)}.")
 
 
 def _sha256(path: Path) -> str:

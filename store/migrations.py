@@ -63,7 +63,16 @@ DELETE FROM parts WHERE kind = 'targets';
 DELETE FROM datasets WHERE kind = 'targets';
 """
 
-MIGRATIONS = (_TABLES, _TARGET_SEGMENTS, _TARGET_SOURCES)
+_TRAINING_EVALUATIONS = """
+CREATE TABLE training_evaluations (
+    training VARCHAR, step BIGINT, domain VARCHAR, nll DOUBLE, n_scored BIGINT, scored_bytes BIGINT, bpb DOUBLE);
+ALTER TABLE metrics ADD COLUMN clm_weight DOUBLE;
+ALTER TABLE metrics ADD COLUMN held_out_bpb DOUBLE;
+ALTER TABLE metrics ADD COLUMN mfu DOUBLE;
+ALTER TABLE metrics ADD COLUMN warning VARCHAR;
+"""
+
+MIGRATIONS = (_TABLES, _TARGET_SEGMENTS, _TARGET_SOURCES, _TRAINING_EVALUATIONS)
 
 
 def migrate(connection: duckdb.DuckDBPyConnection) -> None:

@@ -24,6 +24,7 @@ from .megatron import (
     dist_checkpointing,
     filesystem_async,
 )
+from .optimizer import load_state
 from .runtime import Runtime
 
 
@@ -59,9 +60,16 @@ class Checkpoints:
         dist.barrier()
         if self._runtime.leads:
             durable.publish(temporary, to=folder)
+            self._point_at(folder)
             for old in records.checkpoint_steps(self.run_folder)[:-keep]:
                 durable.remove(records.checkpoint_folder(self.run_folder, step=old))
         dist.barrier()
+
+    def _point_at(self, folder: Path) -> None:
+        """Let `latest` beside the checkpoints be a link to one of them; it is never absent in between."""
+        link = durable.temporary_sibling(folder.with_name(records.LATEST))
+        link.symlink_to(folder.name)
+        link.rename(folder.with_name(records.LATEST))
 
     def resume(self) -> int:
         """Load the newest checkpoint, sweep up what a crash left, and return its step; 0 if there is none. Every rank must call it.
@@ -85,12 +93,12 @@ class Checkpoints:
         except (OSError, KeyError, EOFError, CheckpointingException) as error:
             raise DamagedPart(f"The checkpoint {folder} cannot be read ({error}). Remove it to go on from the one before.") from error
         self._model.module.load_state_dict(state["model"])
-        self._optimizer.load_state_dict(state["optimizer"])
+        load_state(self._optimizer, state=state["optimizer"])
         return step
 
     def _sharded_state(self, *, loading: bool) -> dict[str, Any]:
         # Without the group Megatron-core warns at every parameter and looks it up itself.
-        metadata = {"dp_cp_group": self._runtime.data_group}
+        metadata = {"dp_cp_group": self._runtime.data_group, "distrib_optim_sharding_type": "fully_reshardable"}
         model = self._model.module.sharded_state_dict(metadata=metadata)
         return {"model": model, "optimizer": self._optimizer.sharded_state_dict(model, is_loading=loading, metadata=metadata)}
 

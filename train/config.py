@@ -17,7 +17,10 @@ _NOT_IDENTITY = {
     "tensor_parallel",
     "data_parallel",
     "checkpoint_every",
+    "checkpoint_minutes",
     "keep_checkpoints",
+    "evaluate_every",
+    "evaluation_tokens",
     "recompute",
     "sequence_parallel",
 }
@@ -62,7 +65,12 @@ class TrainingConfig(BaseModel):
     )
     seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(0, description="of the order of the data")
     checkpoint_every: Count = Field(100, description="steps from one checkpoint to the next")
+    checkpoint_minutes: Positive | None = Field(None, description="minutes from one checkpoint to the next, besides checkpoint_every")
     keep_checkpoints: Count = Field(2, description="newest checkpoints that are kept")
+    evaluate_every: Count | None = Field(
+        None, description="steps from one evaluation on the held-out split to the next, besides the start and the end; none: no evaluation"
+    )
+    evaluation_tokens: Count = Field(1_000_000, description="held-out tokens that these evaluations read, at most")
     recompute: bool = Field(False, description="recompute activations in the backward pass: less memory, about a third more time")
 
     @model_validator(mode="after")
@@ -93,6 +101,15 @@ class TrainingConfig(BaseModel):
         return self.clm_weight < 1
 
 
+class HeldOut(BaseModel):
+    """Text that a training is evaluated on: the parts of a dataset of the target's evaluations."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    folder: Path = Field(description="dataset with the tokens")
+    parts: list[int] = Field(min_length=1, description="indices of its parts")
+
+
 class TrainJob(BaseModel):
     """Everything a rank needs to know, as `job.json` in the run folder."""
 
@@ -105,6 +122,8 @@ class TrainJob(BaseModel):
     targets_fingerprint: str = Field(description="of that dataset")
     tokens_fingerprint: str = Field(description="of the dataset that its token ids are from")
     parts: list[int] = Field(min_length=1, description="indices of the parts to train on")
+    corpus_folder: Path | None = Field(None, description="dataset of the texts, whose plan says the documents' domains")
+    held_out: HeldOut | None = Field(None, description="what to evaluate on while training")
     export_folder: Path = Field(description="where the trained model is written as a Hugging Face folder")
     lineage: dict[str, Any] = Field(description="what the model was made from, for its card")
     config: TrainingConfig

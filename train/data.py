@@ -43,6 +43,7 @@ class TargetsData:
         if absent:
             raise DataError(f"{dataset.folder} has no part {', '.join(map(str, absent[:5]))}. Run the fusion again.")
         self.config = config
+        self._dataset = dataset
         self._vocab_size = vocab_size
         self._offsets = {part: dataset.read(part, "segment_offsets")[0].astype(np.int64) for part in parts}
         self._epochs: dict[int, EpochPacks] = {}
@@ -74,6 +75,17 @@ class TargetsData:
             before += len(index)
             epoch += 1
         return found
+
+    def named(self, packs: list[Pack]) -> str:
+        """The documents in some packs, and where they are, for messages."""
+        segments: dict[int, set[int]] = {}
+        for piece in (piece for pack in packs for piece in pack):
+            segments.setdefault(piece.part, set()).add(piece.segment)
+        return "; ".join(self._named(part, sorted(numbers)[:8]) for part, numbers in sorted(segments.items())[:8])
+
+    def _named(self, part: int, segments: list[int]) -> str:
+        documents = sorted(set(self._dataset.read(part, "doc_id_S")[0][segments].tolist()))
+        return f"documents {', '.join(map(str, documents))} (part {part}, segments {', '.join(map(str, segments))})"
 
     def micro_batches(self, step: int, *, data_rank: int) -> list[MicroBatch]:
         """A data-parallel rank's share of a global batch, on the CPU."""

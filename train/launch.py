@@ -51,7 +51,7 @@ def launch(job: TrainJob, *, on_metrics: Callable[[records.Record], None]) -> No
             stdout=output,
             stderr=subprocess.STDOUT,
             start_new_session=True,  # a Ctrl-C reaches the ranks once, through `_stopping`
-            preexec_fn=die_with_parent,
+            preexec_fn=_begin,
         )
     with _stopping(process):
         while process.poll() is None:
@@ -76,14 +76,22 @@ def _environment(job: TrainJob) -> dict[str, str]:
     return {"OMP_NUM_THREADS": threads, "PYTHONUNBUFFERED": "1"}
 
 
+def _begin() -> None:
+    """In `torchrun`, before it starts: SIGUSR1 would end it, and is for the ranks, which handle it themselves."""
+    die_with_parent()
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+
+
 @contextlib.contextmanager
 def _stopping(process: "subprocess.Popen[bytes]") -> Iterator[None]:
-    """On Ctrl-C, SIGTERM or an error, ask the ranks for a last checkpoint and wait for them; a second Ctrl-C ends them at once.
+    """On a signal or an error, ask the ranks for a last checkpoint and wait for them; a second Ctrl-C ends them at once.
 
-    The signal goes to the ranks themselves: `torchrun`, asked to stop, kills them after 30 seconds, which may be less than a step.
+    The signals are Ctrl-C, SIGTERM, and SIGUSR1, by which Slurm can announce the end of a job's time.
+
+    They go to the ranks themselves: `torchrun`, asked to stop, kills them after 30 seconds, which may be less than a step.
     """
     in_main_thread = threading.current_thread() is threading.main_thread()  # the only one that may handle signals
-    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM)) if in_main_thread else None
+    before = {number: signal.signal(number, _exit) for number in (signal.SIGTERM, signal.SIGUSR1)} if in_main_thread else {}
     try:
         yield
     except BaseException:
@@ -96,8 +104,12 @@ def _stopping(process: "subprocess.Popen[bytes]") -> Iterator[None]:
             raise
         raise
     finally:
-        if in_main_thread:
-            signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _exit(number: int, _: object) -> None:
+    sys.exit(128 + number)
 
 
 def _ask_to_stop(process: "subprocess.Popen[bytes]") -> None:

@@ -23,7 +23,7 @@ class FusionModel(GPTModel):
     def __init__(self, architecture: Architecture, *, runtime: Runtime, max_length: int, recompute: bool) -> None:
         """Build this rank's shard, with weights that are still to be loaded."""
         config = _transformer_config(architecture, runtime=runtime, recompute=recompute)
-        layers = [layer_spec(architecture, runtime=runtime)] * len(architecture.layers)
+        layers = [layer_spec(architecture, runtime=runtime)] * architecture.n_layers
         super().__init__(
             config=config,
             transformer_layer_spec=TransformerBlockSubmodules(layer_specs=layers, layer_norm=norm_spec(architecture)),
@@ -80,7 +80,7 @@ def _transformer_config(architecture: Architecture, *, runtime: Runtime, recompu
     recomputing = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1} if recompute else {}
     biases = architecture.biases
     return TransformerConfig(
-        num_layers=len(architecture.layers),
+        num_layers=architecture.n_layers,
         hidden_size=architecture.hidden_size,
         ffn_hidden_size=architecture.ffn_size,
         num_attention_heads=architecture.n_heads,
@@ -88,7 +88,7 @@ def _transformer_config(architecture: Architecture, *, runtime: Runtime, recompu
         kv_channels=architecture.head_dim,
         layernorm_epsilon=architecture.norm.eps,
         gated_linear_unit=architecture.gated,
-        activation_func=ACT2FN[architecture.activation],
+        activation_func=ACT2FN[architecture.activation].forward,  # a module would be looked through for weights
         add_bias_linear=biases.qkv or biases.attention_output or biases.mlp,  # then the layers drop those that are not wanted
         qk_layernorm=architecture.qk_norm,
         hidden_dropout=0.0,

@@ -1,8 +1,12 @@
 """AdamW and its learning rate, as functions of the training settings."""
 
 import math
+from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from .config import TrainingConfig
 from .megatron import DistributedDataParallel, MegatronOptimizer, OptimizerConfig, OptimizerParamScheduler, get_megatron_optimizer
@@ -22,10 +26,41 @@ def make_optimizer(model: DistributedDataParallel, *, config: TrainingConfig, ru
         clip_grad=config.gradient_clip,
         bf16=runtime.dtype == torch.bfloat16,
         params_dtype=runtime.dtype,
-        # Its state cannot be loaded from a checkpoint without Transformer Engine or apex.
-        use_distributed_optimizer=False,
+        use_distributed_optimizer=True,
     )
-    return get_megatron_optimizer(settings, [model], use_gloo_process_groups=False)
+    optimizer = get_megatron_optimizer(settings, [model], use_gloo_process_groups=False)
+    _start_state(optimizer)
+    return optimizer
+
+
+def _start_state(optimizer: MegatronOptimizer) -> None:
+    """Give torch's AdamW its state before its first step: Megatron-core reads the state of an optimizer into one that is there."""
+    for adam in (shard.optimizer for shard in optimizer.chained_optimizers):
+        if isinstance(adam, torch.optim.AdamW):  # Transformer Engine's and apex's need none
+            for parameter in (parameter for group in adam.param_groups for parameter in group["params"]):
+                moments = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
+                adam.state[parameter] = {"step": torch.zeros((), dtype=torch.float32), **moments}
+
+
+def load_state(optimizer: MegatronOptimizer, *, state: dict[str, Any]) -> None:
+    """Take over an optimizer's state from a checkpoint.
+
+    Of torch's AdamW Megatron-core stores the number of steps once. On loading it looks for it among each parameter's moments, and makes
+    all parameters share one tensor of it, which each of them would then count up.
+    """
+    steps = {group["step"] for group in state["optimizer"]["param_groups"] if "step" in group}
+    for shard in optimizer.chained_optimizers:
+        put = shard._set_main_param_and_optimizer_states
+        shard._set_main_param_and_optimizer_states = partial(_put_with_step, put, torch.zeros(()))
+    optimizer.load_state_dict(state)
+    for adam in (shard.optimizer for shard in optimizer.chained_optimizers):
+        if isinstance(adam, torch.optim.AdamW):
+            for moments in adam.state.values():
+                moments["step"] = torch.tensor(float(max(steps)), dtype=torch.float32)
+
+
+def _put_with_step(put: Callable[..., None], step: Tensor, model_parameter: Tensor, tensors: dict[str, Tensor]) -> None:
+    put(model_parameter, {"step": step} | tensors)
 
 
 def make_scheduler(optimizer: MegatronOptimizer, *, config: TrainingConfig, steps: int) -> OptimizerParamScheduler:

@@ -2,7 +2,9 @@
 
 job.json            what to train (config.TrainJob)
 metrics.jsonl       one record per optimizer step
+evaluations.jsonl   one record per evaluation of held-out text and domain
 checkpoints/step-00000010/
+checkpoints/latest  a link to the newest
 done.json           the run is finished and its model is exported
 logs/               what the ranks print
 tensorboard/        the metrics again, as events
@@ -16,9 +18,11 @@ from typing import Any
 from ..store import durable
 from ..store.errors import FingerprintMismatch
 from ..store.fingerprint import differences
-from ..store.trainings import checkpoint_steps, read_metrics
+from ..store.trainings import EVALUATIONS, METRICS, checkpoint_steps, read_records
 
 Record = dict[str, Any]
+LATEST = "latest"  # for people and scripts: the trainer itself lists the checkpoints
+RECORD_FILES = (METRICS, EVALUATIONS)
 
 
 def checkpoint_folder(run_folder: Path, *, step: int) -> Path:
@@ -31,12 +35,12 @@ def last_checkpoint(run_folder: Path) -> int | None:
     return max(checkpoint_steps(run_folder), default=None)
 
 
-def cut_metrics(run_folder: Path, *, step: int) -> None:
-    """Forget the records after `step`: a resumed run writes them again. The file is always a new one, which tells a follower so."""
-    kept = [record for record in read_metrics(run_folder) if record["step"] <= step]
-    temporary = durable.temporary_sibling(run_folder / "metrics.jsonl")
+def cut(path: Path, *, step: int) -> None:
+    """Forget a file's records after `step`: a resumed run writes them again. The file is always a new one, which tells a follower so."""
+    kept = [record for record in read_records(path) if record["step"] <= step]
+    temporary = durable.temporary_sibling(path)
     temporary.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
-    durable.publish(temporary, to=run_folder / "metrics.jsonl")
+    durable.publish(temporary, to=path)
 
 
 def read_done(run_folder: Path) -> Record | None:

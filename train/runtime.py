@@ -13,13 +13,20 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
+import psutil
 import torch
 import torch.distributed as dist
 from torch.overrides import TorchFunctionMode
 
 from ..store.errors import UsageError
 from .config import TrainingConfig
-from .megatron import parallel_state, random, require_version, tensor_parallel
+from .megatron import DistributedDataParallelConfig, parallel_state, random, require_version, tensor_parallel
+
+# Dense bfloat16 operations per second by the makers' data sheets, by what a GPU's name contains; the first that fits counts.
+_PEAK_FLOPS = (
+    ("B200", 2250e12), ("H200", 989e12), ("H100 PCIe", 756e12), ("H100 NVL", 835e12), ("H100", 989e12), ("GH200", 989e12), ("A100", 312e12),
+    ("L40S", 362e12), ("A40", 150e12), ("A10", 125e12), ("L4", 121e12), ("V100", 125e12),
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,6 +61,28 @@ class Runtime:
     def leads(self) -> bool:
         """Whether this is rank 0, the one that writes the run's files."""
         return self.rank == 0
+
+    @property
+    def gradient_settings(self) -> DistributedDataParallelConfig:
+        """Gradients are summed in float32, while the backward pass goes on; each rank gets the share whose optimizer state it has."""
+        return DistributedDataParallelConfig(
+            grad_reduce_in_fp32=True, use_distributed_optimizer=True, overlap_grad_reduce=self.data_parallel > 1
+        )
+
+    @property
+    def peak_flops(self) -> float | None:
+        """Operations per second that the device can do at most in the training's dtype; None if it is not known."""
+        if self.device.type != "cuda" or self.dtype != torch.bfloat16:
+            return None
+        name = torch.cuda.get_device_name(self.device)
+        return next((flops for part, flops in _PEAK_FLOPS if part in name), None)
+
+    @property
+    def free_memory(self) -> int:
+        """Bytes that this rank may take: of its GPU, or its share of the machine's memory."""
+        if self.device.type == "cuda":
+            return torch.cuda.mem_get_info(self.device)[0]
+        return psutil.virtual_memory().available // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
     @property
     def model_settings(self) -> Mapping[str, Any]:

@@ -4,35 +4,39 @@ Losses are sums over positions divided by the counts of the whole global batch, 
 """
 
 import contextlib
-import json
 import math
-import os
 import signal
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from enum import IntEnum
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.utils.tensorboard import SummaryWriter
 
 from ..store import durable
 from ..store.errors import FuselineError
+from ..store.trainings import read_metrics
 from . import records
 from .batch import MicroBatch
 from .checkpoint import Checkpoints
 from .config import TrainJob
 from .convert import load_weights
+from .cost import Cost, step_flops
 from .data import TargetsData, prefetched
 from .export import export
 from .families import read_architecture
+from .held_out import HeldOutText, over_domains
 from .loss import IGNORED
-from .megatron import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from .megatron import DistributedDataParallel, finalize_model_grads
+from .metrics import Metrics
 from .model import FusionModel
 from .optimizer import make_optimizer, make_scheduler
+from .preflight import require_memory
 from .runtime import Runtime
+from .watch import WINDOW, GradientWatch
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,10 +46,16 @@ class _Losses:
     clm: float
     fusion: float | None
     tokens: int
-    stop: bool  # a rank was asked to stop
 
     def total(self, clm_weight: float) -> float:
         return self.clm if self.fusion is None else clm_weight * self.clm + (1 - clm_weight) * self.fusion
+
+
+class Asked(IntEnum):
+    """What a run is asked for besides its schedule; the larger wins."""
+
+    TO_SAVE = 1
+    TO_STOP = 2
 
 
 class Trainer:
@@ -59,34 +69,65 @@ class Trainer:
         """
         self.job, self.config, self.runtime = job, job.config, runtime
         self.architecture = read_architecture(job.model_folder, training=job.config)
+        cost = Cost.of(job.model_folder, architecture=self.architecture, config=job.config)
+        require_memory(cost, config=job.config, free=runtime.free_memory)
         self.data = TargetsData.of(job, vocab_size=self.architecture.vocab_size)
         self.model = self._load_model()
         self.optimizer = make_optimizer(self.model, config=job.config, runtime=runtime)
         self.scheduler = make_scheduler(self.optimizer, config=job.config, steps=self.data.steps)
         self.checkpoints = Checkpoints(job.run_folder, identity=job.identity, model=self.model, optimizer=self.optimizer, runtime=runtime)
+        self.held_out = HeldOutText(job, runtime=runtime)
+        self._parameters = cost.parameters
         self._stop_asked = False
 
     def run(self) -> None:
         """Train from the newest checkpoint to the end, and export the model.
 
         Raises:
-            FuselineError: the loss is not finite, or a SIGTERM came: then a checkpoint was saved first.
+            FuselineError: the loss is not finite, or a SIGTERM or SIGUSR1 came: then a checkpoint was saved first.
         """
-        signal.signal(signal.SIGTERM, lambda *_: setattr(self, "_stop_asked", True))
-        started = time.monotonic()
+        for number in (signal.SIGTERM, signal.SIGUSR1):  # the second is how Slurm announces the end of a job's time
+            signal.signal(number, lambda *_: setattr(self, "_stop_asked", True))
+        started = self._saved_at = time.monotonic()
         step = self.checkpoints.resume()
         self.scheduler.step(step)
-        with self._metrics_writer(step) as write:
+        with Metrics(self.job.run_folder, step=step) if self.runtime.leads else contextlib.nullcontext() as metrics:
+            self._watch = GradientWatch(record["grad_norm"] for record in read_metrics(self.job.run_folder)[-WINDOW:])
+            if step == 0:
+                self._evaluate(step, metrics=metrics)
             batches = prefetched(lambda t: self.data.micro_batches(t, data_rank=self.runtime.data_rank), range(step, self.data.steps))
             for batch, waited in _timed(batches):
-                metrics, stop = self._train_step(step, batch, data_wait_seconds=waited)
+                record = self._train_step(step, batch, data_wait_seconds=waited)
                 step += 1
-                write(metrics)
-                if stop or step == self.data.steps or step % self.config.checkpoint_every == 0:
+                if self._is_due(self.config.evaluate_every, step=step):
+                    record["held_out_bpb"] = self._evaluate(step, metrics=metrics)
+                if metrics is not None:
+                    metrics.add(record)
+                asked = self._asked()
+                if asked or self._is_due(self.config.checkpoint_every, step=step):
                     self.checkpoints.save(step, keep=self.config.keep_checkpoints)
-                if stop and step < self.data.steps:
+                    self._saved_at = time.monotonic()
+                if asked is Asked.TO_STOP and step < self.data.steps:
                     raise FuselineError(f"The training was stopped; a checkpoint of step {step} is saved. Run the same command to go on.")
         self._finish(seconds=time.monotonic() - started)
+
+    def _is_due(self, every: int | None, *, step: int) -> bool:
+        return every is not None and (step % every == 0 or step == self.data.steps)
+
+    def _asked(self) -> "Asked | None":
+        """What any rank was asked for by a signal, or the leading one by the clock; the same on every rank. Every rank must call it."""
+        minutes = self.config.checkpoint_minutes
+        is_time = self.runtime.leads and minutes is not None and time.monotonic() - self._saved_at >= 60 * minutes
+        asked = torch.tensor(Asked.TO_STOP if self._stop_asked else Asked.TO_SAVE if is_time else 0, device=self.runtime.device)
+        dist.all_reduce(asked, op=dist.ReduceOp.MAX)
+        return Asked(int(asked)) if asked else None
+
+    def _evaluate(self, step: int, *, metrics: Metrics | None) -> float | None:
+        """Bits per byte of the held-out text, if there is some."""
+        found = self.held_out.evaluate(self.model.module, step=step)
+        if metrics is not None:
+            metrics.add_evaluation(found)
+        return over_domains(found)
 
     def _load_model(self) -> DistributedDataParallel:
         model = FusionModel(
@@ -99,19 +140,19 @@ class Trainer:
             ranks=self.runtime.tensor_parallel,
             rank=self.runtime.tensor_rank,
         )
-        return DistributedDataParallel(model.config, DistributedDataParallelConfig(grad_reduce_in_fp32=True), model)
+        return DistributedDataParallel(model.config, self.runtime.gradient_settings, model)
 
-    def _train_step(self, step: int, batch: Sequence[MicroBatch], *, data_wait_seconds: float) -> tuple[records.Record, bool]:
+    def _train_step(self, step: int, batch: Sequence[MicroBatch], *, data_wait_seconds: float) -> records.Record:
         started = time.monotonic()
-        losses, first_bad = self._backward(batch)
+        losses, is_finite = self._backward(batch)
         loss = losses.total(self.config.clm_weight)
         if not math.isfinite(loss):
-            raise self._failure(step, f"the loss is {loss}", first_bad=first_bad)
+            raise self._failure(step, f"the loss is {loss}", is_finite=is_finite)
         finalize_model_grads([self.model])
         self.scheduler.step(1)
         _, gradient_norm, _ = self.optimizer.step()
         if not math.isfinite(gradient_norm):
-            raise self._failure(step, f"the norm of the gradient is {gradient_norm}", first_bad=None)
+            raise self._failure(step, f"the norm of the gradient is {gradient_norm}", is_finite=is_finite)
         seconds = time.monotonic() - started + data_wait_seconds
         return {
             "step": step + 1,
@@ -124,17 +165,38 @@ class Trainer:
             "tokens": losses.tokens,
             "tokens_per_second": losses.tokens / seconds,
             "data_wait_seconds": data_wait_seconds,
-        }, losses.stop
+            "mfu": self._utilisation(batch, seconds=seconds),
+            "held_out_bpb": None,
+            "warning": self._warning(step, norm=float(gradient_norm)),
+        }
 
-    def _backward(self, batch: Sequence[MicroBatch]) -> tuple[_Losses, int | None]:
-        """Gradients of this rank's micro-batches and losses of the global batch; also the first micro-batch whose loss is not finite."""
+    def _utilisation(self, batch: Sequence[MicroBatch], *, seconds: float) -> float | None:
+        """Share of the device's peak that the model's operations take (MFU); None where the peak is not known."""
+        if self.runtime.peak_flops is None:
+            return None
+        lengths = [length for micro_batch in batch for length in micro_batch.lengths]
+        flops = step_flops(self.architecture, parameters=self._parameters, lengths=lengths) / self.runtime.tensor_parallel
+        return flops / (seconds * self.runtime.peak_flops)
+
+    def _warning(self, step: int, *, norm: float) -> str | None:
+        """What is odd about a step, on the leading rank."""
+        ratio = self._watch.ratio(norm) if self.runtime.leads else None
+        if ratio is None:
+            return None
+        return (
+            f"step {step + 1}: the norm of the gradient ({norm:.3g}) is {ratio:.1f} times the median of the {WINDOW} steps before; "
+            f"the batch has {self.data.named(self.data.packs(step))}"
+        )
+
+    def _backward(self, batch: Sequence[MicroBatch]) -> tuple[_Losses, list[Tensor]]:
+        """Gradients of this rank's micro-batches and losses of the global batch; also whether each micro-batch's loss is finite."""
         self.model.zero_grad_buffer()
         self.optimizer.zero_grad()
         counts = self._summed(torch.stack([_counts(micro_batch) for micro_batch in batch]).sum(0))
         n_labels, n_targets = counts[0].clamp(min=1), counts[1].clamp(min=1)
-        sums = torch.zeros(4, dtype=torch.float64, device=self.runtime.device)
-        sums[2:] = torch.tensor([sum(len(micro_batch.token_ids_T) for micro_batch in batch), self._stop_asked])
-        first_bad = None
+        sums = torch.zeros(3, dtype=torch.float64, device=self.runtime.device)
+        sums[2] = sum(len(micro_batch.token_ids_T) for micro_batch in batch)
+        is_finite: list[Tensor] = []  # looked at only if something is wrong: a look makes a GPU wait
         for i, micro_batch in enumerate(batch):
             with self.model.no_sync() if i + 1 < len(batch) else contextlib.nullcontext():
                 ce_T, soft_T = self.model(micro_batch.to(self.runtime.device))
@@ -143,16 +205,14 @@ class Trainer:
                 if soft_T is not None:
                     loss = loss + (1 - self.config.clm_weight) * soft_T.sum() / n_targets
                     sums[1] += soft_T.detach().sum(dtype=torch.float64)
-                if first_bad is None and not loss.isfinite():
-                    first_bad = i
+                is_finite.append(loss.detach().isfinite())
                 loss.backward()
         sums = self._summed(sums)
         return _Losses(
             clm=float(sums[0] / n_labels),
             fusion=float(sums[1] / n_targets) if self.config.uses_targets else None,
             tokens=round(sums[2].item()),
-            stop=sums[3].item() > 0,
-        ), first_bad
+        ), is_finite
 
     def _summed(self, values: Tensor) -> Tensor:
         """Sum over the data-parallel ranks. All ranks take part, so that all agree; equal values of tensor-parallel ranks average out."""
@@ -160,50 +220,27 @@ class Trainer:
         dist.all_reduce(values)
         return values / self.runtime.tensor_parallel
 
-    def _failure(self, step: int, what: str, *, first_bad: int | None) -> FuselineError:
-        """The error that names the segments of the first bad micro-batch of any rank, or of the whole batch. Every rank must call it."""
+    def _failure(self, step: int, what: str, *, is_finite: Sequence[Tensor]) -> FuselineError:
+        """The error that names the documents of the first bad micro-batch of any rank, or of the whole batch. Every rank must call it."""
         packs = self.data.packs(step)
         share = len(packs) // self.config.data_parallel
-        own = len(packs) if first_bad is None else self.runtime.data_rank * share + first_bad * self.config.micro_batch_size
+        bad = next((i for i, finite in enumerate(is_finite) if not finite), None)
+        own = len(packs) if bad is None else self.runtime.data_rank * share + bad * self.config.micro_batch_size
         first = torch.tensor(own, device=self.runtime.device)
         dist.all_reduce(first, op=dist.ReduceOp.MIN)
         if first < len(packs):
             packs = packs[int(first) : int(first) + self.config.micro_batch_size]
-        segments: dict[int, set[int]] = {}
-        for piece in (piece for pack in packs for piece in pack):
-            segments.setdefault(piece.part, set()).add(piece.segment)
-        named = "; ".join(f"part {part}: {', '.join(map(str, sorted(numbers)[:8]))}" for part, numbers in sorted(segments.items())[:8])
         saved = records.last_checkpoint(self.job.run_folder)
         good = "there is no checkpoint yet" if saved is None else f"the last good checkpoint is that of step {saved}"
         return FuselineError(
-            f"Step {step + 1}: {what} in a batch with these segments: {named}; {good}. "
+            f"Step {step + 1}: {what} in a batch with {self.data.named(packs)}; {good}. "
             "Lower learning_rate, or look at those segments in the targets and their models."
         )
-
-    @contextlib.contextmanager
-    def _metrics_writer(self, step: int) -> Iterator[Any]:
-        """A function that appends a step's record to metrics.jsonl and TensorBoard; on ranks other than 0 it does nothing."""
-        if not self.runtime.leads:
-            yield lambda record: None
-            return
-        records.cut_metrics(self.job.run_folder, step=step)
-        events = SummaryWriter(str(self.job.run_folder / "tensorboard"), purge_step=step + 1)
-        with events, (self.job.run_folder / "metrics.jsonl").open("a", encoding="utf-8") as lines:
-
-            def write(record: records.Record) -> None:
-                lines.write(json.dumps(record) + "\n")
-                lines.flush()
-                os.fsync(lines.fileno())  # a checkpoint must not outlive the records of its steps
-                for name, value in record.items():
-                    if name not in {"step", "steps"} and value is not None:
-                        events.add_scalar(name, value, record["step"])
-
-            yield write
 
     def _finish(self, *, seconds: float) -> None:
         facts: dict[str, Any] = {}
         if self.runtime.leads:
-            last = records.read_metrics(self.job.run_folder)[-1]
+            last = read_metrics(self.job.run_folder)[-1]
             facts = {name: last[name] for name in ("step", "loss", "clm_loss", "fusion_loss")}
         export(self.model.module, job=self.job, architecture=self.architecture, runtime=self.runtime, facts=facts)
         if self.runtime.leads:

@@ -15,6 +15,7 @@ import pytest
 import torch
 from fuseline.store.dataset import Dataset, PartContent
 from fuseline.store.errors import FingerprintMismatch, FuselineError
+from fuseline.store.trainings import read_metrics
 from fuseline.train import records
 from fuseline.train.config import TrainingConfig, TrainJob
 from fuseline.train.launch import launch
@@ -70,6 +71,7 @@ def write_targets(folder: Path, *, spoil: bool = False) -> Dataset:
         arrays = {
             "token_ids_T": random.integers(0, VOCAB, n).astype(np.uint16),
             "segment_offsets": offsets,
+            "doc_id_S": 100 * part + np.arange(len(offsets) - 1),
             "topk_ids_TK": random.permuted(np.tile(np.arange(VOCAB), (n, 1)), axis=1)[:, :TOPK].astype(np.uint16),
             "topk_logprobs_TK": logprobs_TK.astype(np.float16),
             "tail_logprob_T": np.log(masses[:, TOPK]).astype(np.float16),
@@ -120,7 +122,7 @@ def tensor_parallel(inputs, tmp_path_factory):
 def test_the_run_folder_is_complete(alone):
     job, found = alone
     assert [record["step"] for record in found] == list(range(1, STEPS + 1))
-    assert records.read_metrics(job.run_folder) == found
+    assert read_metrics(job.run_folder) == found
     assert records.checkpoint_steps(job.run_folder) == [4, 6]
     assert list((job.run_folder / "tensorboard").iterdir())
     done = records.read_done(job.run_folder)
@@ -134,6 +136,8 @@ def test_the_run_folder_is_complete(alone):
 
 def test_tensor_and_data_parallel_give_the_same_losses(inputs, alone, tensor_parallel, tmp_path):
     data_parallel = train(make_job(inputs, tmp_path / "dp2", data_parallel=2))
+    shared_tokens = train(make_job(inputs, tmp_path / "sp2", tensor_parallel=2, sequence_parallel=True))
+    np.testing.assert_allclose(numbers(shared_tokens), numbers(alone[1]), atol=1e-5, rtol=0)
     np.testing.assert_allclose(numbers(tensor_parallel[1]), numbers(alone[1]), atol=1e-5, rtol=0)
     np.testing.assert_allclose(numbers(data_parallel), numbers(alone[1]), atol=1e-5, rtol=0)
 
@@ -182,7 +186,7 @@ def start_and_wait(job: TrainJob, *, until_step: int) -> subprocess.Popen:
     with (job.run_folder / "launcher.log").open("w") as log:
         process = subprocess.Popen([sys.executable, "-c", code, job.run_folder], stdout=log, stderr=log, start_new_session=True)
     deadline = time.monotonic() + 60
-    while not any(record["step"] >= until_step for record in records.read_metrics(job.run_folder)):
+    while not any(record["step"] >= until_step for record in read_metrics(job.run_folder)):
         assert time.monotonic() < deadline
         assert process.poll() is None, (job.run_folder / "launcher.log").read_text()
         time.sleep(0.01)
@@ -223,7 +227,7 @@ def test_a_killed_run_resumes_to_exactly_the_same_losses(inputs, alone, tmp_path
     again = train(job)
     assert again[0]["step"] == resumed_from + 1
     assert not torn.exists()
-    assert np.array_equal(numbers(records.read_metrics(job.run_folder)), numbers(alone[1]))
+    assert np.array_equal(numbers(read_metrics(job.run_folder)), numbers(alone[1]))
     exported, expected = (AutoModelForCausalLM.from_pretrained(each.export_folder).state_dict() for each in (job, alone[0]))
     assert all(torch.equal(exported[name], expected[name]) for name in expected)
 
@@ -240,7 +244,7 @@ def test_sigterm_saves_a_checkpoint_and_a_second_trainer_is_kept_out(inputs, tmp
     process.send_signal(signal.SIGTERM)
     assert process.wait(timeout=30) == 128 + signal.SIGTERM
     assert not ranks_of(job.run_folder)
-    steps = [record["step"] for record in records.read_metrics(job.run_folder)]
+    steps = [record["step"] for record in read_metrics(job.run_folder)]
     assert records.checkpoint_steps(job.run_folder) == [steps[-1]]
 
 
@@ -254,7 +258,8 @@ def test_a_checkpoint_of_two_ranks_resumes_on_one(inputs, alone, tensor_parallel
 def test_a_loss_that_is_not_finite_stops_with_the_segments_and_the_last_checkpoint(inputs, tmp_path):
     write_targets(inputs / "spoiled", spoil=True)
     job = make_job(inputs, tmp_path / "spoiled", targets="spoiled", steps=None, checkpoint_every=1, data_parallel=2)
-    text = r"Step \d+: the loss is nan in a batch with these segments: .*part 1: [\d, ]*\b7\b.*; (the last good|there is no) checkpoint"
+    named = r"documents .*\b107\b.* \(part 1, segments [\d, ]*\b7\b.*\)"
+    text = rf"Step \d+: the loss is nan in a batch with .*{named}.*; (the last good|there is no) checkpoint"
     with pytest.raises(FuselineError, match=text) as caught:
         train(job)
     log = Path(re.search(r"\(log: (.*)\)", str(caught.value))[1])

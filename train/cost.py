@@ -1,0 +1,85 @@
+"""What a training takes: parameters, operations and bytes, from the headers of the weights and the shape of the model.
+
+Estimates of memory follow Korthikanti et al. (arXiv:2205.05198, section 4) for layers with a gated MLP and fused attention.
+"""
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..store.weights import weight_files
+from .architecture import Architecture
+from .config import TrainingConfig
+
+_MASTER_AND_MOMENTS = {
+    "float32": 8,
+    "bfloat16": 12,
+}  # bytes per parameter: AdamW's moments, and masters of weights that are not float32
+_ITEM = {"float32": 4, "bfloat16": 2}
+_GRADIENT = 4  # gradients are summed in float32
+
+
+def count_parameters(model_folder: Path) -> int:
+    """Numbers in all tensors of a model's safetensors."""
+    return sum(math.prod(tensor["shape"]) for path in weight_files(model_folder) for tensor in _headers(path).values())
+
+
+def _headers(path: Path) -> dict[str, dict[str, list[int]]]:
+    with path.open("rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+    return {name: tensor for name, tensor in header.items() if name != "__metadata__"}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cost:
+    """Of one training. Bytes and operations are estimates; parameters are counted."""
+
+    parameters: int
+    state_bytes: int  # of a rank: weights, gradients, optimizer
+    activation_bytes: int  # of a rank, at the end of a forward pass
+    checkpoint_bytes: int
+    export_bytes: int
+
+    @property
+    def rank_bytes(self) -> int:
+        """Memory of one rank."""
+        return self.state_bytes + self.activation_bytes
+
+    @classmethod
+    def of(cls, model_folder: Path, *, architecture: Architecture, config: TrainingConfig) -> "Cost":
+        """The cost of training a model."""
+        parameters, item = count_parameters(model_folder), _ITEM[config.dtype]
+        state = _MASTER_AND_MOMENTS[config.dtype]
+        shard = parameters / config.tensor_parallel
+        return cls(
+            parameters=parameters,
+            state_bytes=round(shard * (item + _GRADIENT + state / config.data_parallel)),
+            activation_bytes=_activation_bytes(architecture, config=config),
+            checkpoint_bytes=parameters * (item + state),
+            export_bytes=parameters * item,
+        )
+
+
+def step_flops(architecture: Architecture, *, parameters: int, lengths: list[int]) -> float:
+    """Floating-point operations of forward and backward over segments of these lengths, without any that recomputation repeats.
+
+    6 for each token and each parameter that is multiplied with, and 12 for each channel of attention and pair of tokens, one of which sees
+    the other: about length² / 2 of them, fewer in a layer with a window.
+    """
+    looked_up = 0 if architecture.tied_embeddings else architecture.vocab_size * architecture.hidden_size
+    channels = architecture.n_heads * architecture.head_dim
+    seen = [(length, min(length, layer.window or length)) for layer in architecture.layers for length in lengths]
+    pairs = sum(window * (2 * length - window) for length, window in seen) / 2
+    return 6.0 * (parameters - looked_up) * sum(lengths) + 12.0 * channels * pairs
+
+
+def _activation_bytes(architecture: Architecture, *, config: TrainingConfig) -> int:
+    tokens, item, ranks = config.micro_batch_size * config.sequence_length, _ITEM[config.dtype], config.tensor_parallel
+    heads = architecture.n_heads + architecture.n_kv_heads
+    split = 2 * heads * architecture.head_dim + 4 * architecture.ffn_size  # queries, keys, values, output; gate, up, their product
+    layer = 6 * architecture.hidden_size / (ranks if config.sequence_parallel else 1) + split / ranks
+    layers = architecture.hidden_size * architecture.n_layers + layer if config.recompute else layer * architecture.n_layers
+    logits = architecture.padded_vocab_size(ranks) / ranks
+    return round(tokens * item * (layers + logits))

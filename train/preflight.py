@@ -1,0 +1,91 @@
+"""Looks for what would stop a training later, before anything large is loaded."""
+
+import shutil
+from pathlib import Path
+
+from tokenizers import Tokenizer
+
+from ..store.dataset import Dataset
+from ..store.errors import DataError, UsageError
+from . import records
+from .config import TrainingConfig, TrainJob
+from .cost import Cost
+from .families import read_architecture
+
+_ID_ARRAYS = ("token_ids_T", "topk_ids_TK")
+
+
+def preflight(job: TrainJob) -> Cost:
+    """Check that model, tokenizer, targets, settings and disk fit each other.
+
+    Reads config.json, the tokenizer, the headers of the weights, and the ids of the first part of the targets.
+
+    Returns:
+        What the training takes.
+
+    Raises:
+        DataError: the model's vocabulary does not hold the tokenizer's or the targets' ids, or the model is not supported.
+        UsageError: the settings do not fit the model, or the disk has no room for the checkpoints and the export.
+    """
+    architecture = read_architecture(job.model_folder, training=job.config)
+    require_vocabulary(job.model_folder, vocab_size=architecture.vocab_size)
+    _require_target_ids(job, vocab_size=architecture.vocab_size)
+    cost = Cost.of(job.model_folder, architecture=architecture, config=job.config)
+    _require_disk(job, cost=cost)
+    return cost
+
+
+def require_vocabulary(model_folder: Path, *, vocab_size: int) -> None:
+    """Raise DataError if the model's tokenizer has ids for which the model has no embedding."""
+    path = model_folder / "tokenizer.json"
+    if not path.exists():
+        return
+    tokenizer = Tokenizer.from_file(str(path))
+    largest = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
+    if largest >= vocab_size:
+        raise DataError(
+            f"vocab_size ({vocab_size}) of {model_folder / 'config.json'} must be above the largest id of its tokenizer ({largest}): "
+            "the tokenizer is another model's, or has tokens added that the model was not resized for."
+        )
+
+
+def require_memory(cost: Cost, *, config: TrainingConfig, free: int) -> None:
+    """Raise UsageError if a rank's weights, gradients and optimizer state alone are more than the `free` bytes it has.
+
+    Activations are not counted: their estimate is too rough to refuse a run.
+    """
+    if cost.state_bytes > free:
+        raise UsageError(
+            f"Weights, gradients and optimizer state of a rank take {cost.state_bytes / 1e9:.1f} GB, and it has {free / 1e9:.1f} GB free: "
+            f"raise tensor_parallel ({config.tensor_parallel}) or "
+            f"data_parallel ({config.data_parallel}), on more devices, or train in bfloat16."
+        )
+
+
+def _require_target_ids(job: TrainJob, *, vocab_size: int) -> None:
+    dataset = Dataset.open(job.targets_folder)
+    part = min(job.parts)
+    if part not in dataset.parts():
+        return  # the data says which are missing
+    for name in _ID_ARRAYS if job.config.uses_targets else _ID_ARRAYS[:1]:
+        (ids,) = dataset.read(part, name)
+        largest = int(ids.max(initial=0))
+        if largest >= vocab_size:
+            raise DataError(
+                f"vocab_size ({vocab_size}) of {job.model_folder} must be above the largest id ({largest}) in {name} of part {part} of "
+                f"{dataset.folder}: these targets are for another model."
+            )
+
+
+def _require_disk(job: TrainJob, *, cost: Cost) -> None:
+    kept = len(records.checkpoint_steps(job.run_folder))
+    new = max(job.config.keep_checkpoints + 1 - kept, 1)  # one is written before the oldest is removed
+    needed = new * cost.checkpoint_bytes + cost.export_bytes
+    place = next(folder for folder in (job.run_folder, *job.run_folder.parents) if folder.exists())
+    free = shutil.disk_usage(place).free
+    if free < needed:
+        raise UsageError(
+            f"The disk of {place} has {free / 1e9:.1f} GB free, and the training {job.config.name} needs {needed / 1e9:.1f} GB: "
+            f"{new} checkpoints of {cost.checkpoint_bytes / 1e9:.1f} GB each, and the exported model. Free some space, lower "
+            f"keep_checkpoints ({job.config.keep_checkpoints}), or choose another workspace."
+        )
