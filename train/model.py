@@ -20,7 +20,7 @@ from .runtime import Runtime
 class FusionModel(GPTModel):
     """A GPTModel that is called with a micro-batch and gives the losses of its positions."""
 
-    def __init__(self, architecture: Architecture, *, runtime: Runtime, max_length: int, recompute: bool) -> None:
+    def __init__(self, architecture: Architecture, *, runtime: Runtime, recompute: bool) -> None:
         """Build this rank's shard, with weights that are still to be loaded."""
         config = _transformer_config(architecture, runtime=runtime, recompute=recompute)
         layers = [layer_spec(architecture, runtime=runtime)] * architecture.n_layers
@@ -28,7 +28,7 @@ class FusionModel(GPTModel):
             config=config,
             transformer_layer_spec=TransformerBlockSubmodules(layer_specs=layers, layer_norm=norm_spec(architecture)),
             vocab_size=architecture.padded_vocab_size(runtime.tensor_parallel),
-            max_sequence_length=max_length,
+            max_sequence_length=architecture.max_length,
             share_embeddings_and_output_weights=architecture.tied_embeddings,
             position_embedding_type="none",  # attention rotates by itself
         )
