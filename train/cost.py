@@ -78,7 +78,8 @@ def step_flops(architecture: Architecture, *, parameters: int, lengths: list[int
 def _activation_bytes(architecture: Architecture, *, config: TrainingConfig) -> int:
     tokens, item, ranks = config.micro_batch_size * config.sequence_length, _ITEM[config.dtype], config.tensor_parallel
     heads = architecture.n_heads + architecture.n_kv_heads
-    split = 2 * heads * architecture.head_dim + 4 * architecture.ffn_size  # queries, keys, values, output; gate, up, their product
+    mlp = (4 if architecture.gated else 2) * architecture.ffn_size  # gate, up, activation and product; or one and its activation
+    split = 2 * heads * architecture.head_dim + mlp
     layer = 6 * architecture.hidden_size / (ranks if config.sequence_parallel else 1) + split / ranks
     layers = architecture.hidden_size * architecture.n_layers + layer if config.recompute else layer * architecture.n_layers
     logits = architecture.padded_vocab_size(ranks) / ranks

@@ -88,7 +88,7 @@ def _transformer_config(architecture: Architecture, *, runtime: Runtime, recompu
         kv_channels=architecture.head_dim,
         layernorm_epsilon=architecture.norm.eps,
         gated_linear_unit=architecture.gated,
-        activation_func=ACT2FN[architecture.activation].forward,  # a module would be looked through for weights
+        activation_func=ACT2FN[architecture.activation].forward,  # a function: Megatron-core would ask a module for its shards
         add_bias_linear=biases.qkv or biases.attention_output or biases.mlp,  # then the layers drop those that are not wanted
         qk_layernorm=architecture.qk_norm,
         hidden_dropout=0.0,

@@ -47,6 +47,19 @@ def test_a_second_run_does_nothing_and_says_so(project, models_dir, uninterrupte
     assert changed <= {"recipe.toml", ".coordinator"}
 
 
+def test_the_evaluations_of_a_training_are_those_of_the_start_and_of_the_exported_model(uninterrupted):
+    with catalog.reading(Workspace.open(uninterrupted)) as connection:
+        during = connection.execute("SELECT training, step, domain, bpb, n_scored, scored_bytes FROM training_evaluations").fetchall()
+        after = connection.execute("SELECT model, domain, bpb, n_tokens, n_bytes FROM evaluations").fetchall()
+        metrics = connection.execute("SELECT training, step, held_out_bpb FROM metrics WHERE held_out_bpb IS NOT NULL").fetchall()
+    assert {(training, step) for training, step, *_ in during} == {(name, step) for name in ("clm", "fused") for step in (0, 8, 16, 24)}
+    assert sorted(step for _, step, _ in metrics) == [8, 8, 16, 16, 24, 24]
+    measured = {(model, domain): figures for model, domain, *figures in after}
+    for training, step, domain, *figures in during:
+        if step in (0, 24):
+            assert figures == pytest.approx(measured["target" if step == 0 else training, domain], rel=1e-5)
+
+
 # Kind and name of a dataset, or of a training; each is interrupted when it has something but not all.
 STAGES = [
     ("corpus", "corpus"),

@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import re
 import shutil
 import signal
@@ -21,15 +22,15 @@ from fuseline.train.config import TrainingConfig, TrainJob
 from fuseline.train.launch import launch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-VOCAB, TOPK, STEPS = 259, 8, 6
+VOCAB, TOPK, STEPS = 259, 8, 50
 SETTINGS = {
     "steps": STEPS,
     "sequence_length": 64,
     "global_batch_size": 4,
     "learning_rate": 1e-3,
     "min_learning_rate_ratio": 0.1,
-    "checkpoint_every": 2,
-    "keep_checkpoints": 2,
+    "checkpoint_every": 7,
+    "keep_checkpoints": 5,
     "seed": 5,
 }
 LOSSES = ("step", "loss", "clm_loss", "fusion_loss", "grad_norm", "learning_rate", "tokens")
@@ -58,21 +59,21 @@ def inputs(tmp_path_factory) -> Path:
 
 
 def write_targets(folder: Path, *, spoil: bool = False) -> Dataset:
-    random = np.random.default_rng(0)
+    generator = np.random.default_rng(0)
     dataset = Dataset.create(folder, identity={"targets": "test", "spoiled": spoil})
     for part in range(3):
-        offsets = np.concatenate([[0], random.integers(2, 90, 20).cumsum()]).astype(np.int64)
+        offsets = np.concatenate([[0], generator.integers(2, 90, 20).cumsum()]).astype(np.int64)
         n = int(offsets[-1])
-        masses = random.dirichlet(np.ones(TOPK + 1), n)
+        masses = generator.dirichlet(np.ones(TOPK + 1), n)
         logprobs_TK = np.log(masses[:, :TOPK])
         logprobs_TK[::11] = -np.inf
         if spoil and part == 1:
             logprobs_TK[offsets[7]] = np.nan
         arrays = {
-            "token_ids_T": random.integers(0, VOCAB, n).astype(np.uint16),
+            "token_ids_T": generator.integers(0, VOCAB, n).astype(np.uint16),
             "segment_offsets": offsets,
             "doc_id_S": 100 * part + np.arange(len(offsets) - 1),
-            "topk_ids_TK": random.permuted(np.tile(np.arange(VOCAB), (n, 1)), axis=1)[:, :TOPK].astype(np.uint16),
+            "topk_ids_TK": generator.permuted(np.tile(np.arange(VOCAB), (n, 1)), axis=1)[:, :TOPK].astype(np.uint16),
             "topk_logprobs_TK": logprobs_TK.astype(np.float16),
             "tail_logprob_T": np.log(masses[:, TOPK]).astype(np.float16),
         }
@@ -123,7 +124,8 @@ def test_the_run_folder_is_complete(alone):
     job, found = alone
     assert [record["step"] for record in found] == list(range(1, STEPS + 1))
     assert read_metrics(job.run_folder) == found
-    assert records.checkpoint_steps(job.run_folder) == [4, 6]
+    assert records.checkpoint_steps(job.run_folder) == [28, 35, 42, 49, STEPS]
+    assert (job.run_folder / "checkpoints" / "latest").resolve() == records.checkpoint_folder(job.run_folder, step=STEPS)
     assert list((job.run_folder / "tensorboard").iterdir())
     done = records.read_done(job.run_folder)
     assert (done["step"], done["loss"]) == (STEPS, found[-1]["loss"])
@@ -214,7 +216,8 @@ def wait_for_no_ranks(run_folder: Path) -> None:
 @pytest.mark.skipif(sys.platform != "linux", reason="ranks die with their launcher by a Linux call")
 def test_a_killed_run_resumes_to_exactly_the_same_losses(inputs, alone, tmp_path):
     job = make_job(inputs, tmp_path / "killed")
-    process = start_and_wait(job, until_step=3)
+    step = random.randrange(1, STEPS - 5)
+    process = start_and_wait(job, until_step=step)
     process.kill()
     process.wait()
     wait_for_no_ranks(job.run_folder)
@@ -223,16 +226,17 @@ def test_a_killed_run_resumes_to_exactly_the_same_losses(inputs, alone, tmp_path
     torn.mkdir()
     with (job.run_folder / "metrics.jsonl").open("a") as file:
         file.write('{"step": 5, "lo')
-    resumed_from = records.last_checkpoint(job.run_folder)
+    resumed_from = records.last_checkpoint(job.run_folder) or 0
     again = train(job)
-    assert again[0]["step"] == resumed_from + 1
+    assert again[0]["step"] == resumed_from + 1, f"killed after step {step}"
     assert not torn.exists()
-    assert np.array_equal(numbers(read_metrics(job.run_folder)), numbers(alone[1]))
+    assert np.array_equal(numbers(read_metrics(job.run_folder)), numbers(alone[1])), f"killed after step {step}"
     exported, expected = (AutoModelForCausalLM.from_pretrained(each.export_folder).state_dict() for each in (job, alone[0]))
     assert all(torch.equal(exported[name], expected[name]) for name in expected)
 
 
-def test_sigterm_saves_a_checkpoint_and_a_second_trainer_is_kept_out(inputs, tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_saves_a_checkpoint_and_a_second_trainer_is_kept_out(inputs, tmp_path, number):
     job = make_job(inputs, tmp_path / "stopped", steps=2000, checkpoint_every=1000)
     process = start_and_wait(job, until_step=1)
     place = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
@@ -241,18 +245,26 @@ def test_sigterm_saves_a_checkpoint_and_a_second_trainer_is_kept_out(inputs, tmp
     )
     assert other.returncode == 1
     assert other.stderr == f"fuseline.train: error: Another trainer is at work in {job.run_folder}. Wait for it, or stop it.\n"
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(timeout=30) == 128 + signal.SIGTERM
+    process.send_signal(number)
+    assert process.wait(timeout=60) == 128 + number
     assert not ranks_of(job.run_folder)
     steps = [record["step"] for record in read_metrics(job.run_folder)]
     assert records.checkpoint_steps(job.run_folder) == [steps[-1]]
 
 
-def test_a_checkpoint_of_two_ranks_resumes_on_one(inputs, alone, tensor_parallel, tmp_path):
-    shutil.copytree(tensor_parallel[0].run_folder / "checkpoints" / "step-00000004", tmp_path / "one" / "checkpoints" / "step-00000004")
-    found = train(make_job(inputs, tmp_path / "one"))
-    assert [record["step"] for record in found] == [5, 6]
-    np.testing.assert_allclose(numbers(found), numbers(alone[1][4:]), atol=1e-5, rtol=0)
+@pytest.mark.parametrize(("ranks", "layout"), [(2, {}), (1, {"tensor_parallel": 2}), (1, {"data_parallel": 2})])
+def test_a_checkpoint_resumes_on_another_number_of_ranks(inputs, alone, tensor_parallel, tmp_path, ranks, layout):
+    checkpoint = records.checkpoint_folder((alone if ranks == 1 else tensor_parallel)[0].run_folder, step=28)
+    shutil.copytree(checkpoint, tmp_path / "other" / "checkpoints" / checkpoint.name)
+    found = train(make_job(inputs, tmp_path / "other", **layout))
+    assert [record["step"] for record in found] == list(range(29, STEPS + 1))
+    np.testing.assert_allclose(numbers(found), numbers(alone[1][28:]), atol=1e-5, rtol=0)
+
+
+def test_the_clock_asks_for_checkpoints_too(inputs, tmp_path):
+    job = make_job(inputs, tmp_path / "clock", steps=4, checkpoint_every=1000, checkpoint_minutes=1e-6, keep_checkpoints=3)
+    train(job)
+    assert records.checkpoint_steps(job.run_folder) == [2, 3, 4]
 
 
 def test_a_loss_that_is_not_finite_stops_with_the_segments_and_the_last_checkpoint(inputs, tmp_path):

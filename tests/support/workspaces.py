@@ -39,6 +39,7 @@ learning_rate = 1e-3
 warmup_fraction = 0.1
 steps = 24
 checkpoint_every = 4
+evaluate_every = 8
 """
 
 
@@ -91,6 +92,7 @@ def contents(root: Path) -> dict[str, object]:
         found[f"metrics/{path.parent.name}"] = [
             {name: value for name, value in record.items() if "second" not in name} for record in records
         ]
+        found[f"evaluations/{path.parent.name}"] = (path.parent / "evaluations.jsonl").read_text()
     for path in sorted((root / "exports").glob("*/*.safetensors")):
         found[f"exports/{path.parent.name}/{path.name}"] = hashlib.sha256(path.read_bytes()).hexdigest()
     return found
