@@ -69,7 +69,8 @@ class Recipe(BaseModel):
         """The training on fused targets, and the baseline where one is wanted."""
         if not self.evaluation.clm_baseline:
             return [self.training]
-        return [self.training.model_copy(update={"name": self.evaluation.clm_name, "clm_weight": 1.0}), self.training]
+        baseline = {"name": self.evaluation.clm_name, "clm_weight": 1.0, "clm_weight_end": None}
+        return [self.training.model_copy(update=baseline), self.training]
 
 
 _COMPARED = ("name", "path", "model", "revision")  # the keys that other sections are compared with, and those without which there is none
@@ -223,6 +224,8 @@ def _impossible(recipe: Recipe) -> Iterator[Problem]:
         yield Problem(("training", "clm_weight"), "1 is what the baseline trains with: set evaluation.clm_baseline = false")
     if recipe.evaluation.split == "train":
         yield Problem(("evaluation", "split"), "'train' is what the models are trained on: choose another split")
+    if recipe.training.domain_weights and recipe.corpus.domain_column is None:
+        yield Problem(("training", "domain_weights"), "needs to know the documents' domains: say corpus.domain_column")
     yield from _impossible_fusion(recipe)
 
 

@@ -5,14 +5,13 @@ stored of each model, and its alignment, stays as it is and is used again.
 """
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..align.config import FusionConfig
 from ..store.dataset import Dataset
-from ..store.errors import FingerprintMismatch, UsageError
+from ..store.errors import FingerprintMismatch
 from ..store.fingerprint import differences
 from ..store.workspace import Workspace
 from ..train.config import TrainJob
@@ -51,14 +50,6 @@ def require_free(conflicts: Sequence[Conflict], *, workspace: Workspace) -> None
     folders = " ".join(str(folder) for conflict in conflicts for folder in conflict.folders if folder.exists())
     lines.append(f"To make it in place of what is there, remove first: {folders}")
     raise FingerprintMismatch("\n".join(lines))
-
-
-def require_domains(fusion: FusionConfig, *, known: Iterable[str | None]) -> None:
-    """Raise UsageError if weights are given for a domain that the corpus has not."""
-    domains = sorted(domain for domain in known if domain is not None)
-    unknown = sorted(fusion.domain_weights.keys() - set(domains))
-    if unknown:
-        raise UsageError(f"fusion.domain_weights: {', '.join(unknown)} must be among the corpus's domains: {', '.join(domains)}.")
 
 
 def fusion_conflicts(workspace: Workspace, *, name: str, identity: Mapping[str, Any]) -> list[Conflict]:

@@ -1,7 +1,7 @@
 """The pipeline of a recipe: which datasets it needs, in which order, and what of them is missing."""
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -18,14 +18,15 @@ from ..ingest.models import ModelConfig, ModelFolder, find_model
 from ..ingest.sources import find_source
 from ..recipe import Recipe
 from ..store import catalog, durable, journal
-from ..store.dataset import Dataset, Manifest
+from ..store.corpus_plan import require_domains
+from ..store.dataset import Dataset, Manifest, as_ranges
 from ..store.errors import FuselineError, UsageError, WorkspaceBusy
 from ..store.fingerprint import fingerprint
 from ..store.workspace import Workspace
 from ..train.config import HeldOut, TrainingConfig, TrainJob
 from ..train.launch import launch
 from ..train.records import read_done, require_identity
-from .conflicts import Conflict, fusion_conflicts, require_domains, require_free, training_conflicts
+from .conflicts import Conflict, fusion_conflicts, require_free, training_conflicts
 from .executor import Executor
 from .origin import lineage
 from .progress import Progress, size
@@ -86,7 +87,8 @@ class Pipeline:
 
     def _check_identities(self) -> None:
         """Meet every mismatch with what the workspace holds before hours are spent on what comes before it."""
-        require_domains(self.recipe.fusion, known=self.corpus.plan.documents["domain"].unique())
+        self._require_domains("fusion", self.recipe.fusion.domain_weights)
+        self._require_domains("training", self.recipe.training.domain_weights)
         conflicts = self._fusion_conflicts()  # opens the datasets of all stages up to the fusion
         for job in self._jobs(self._parts_of("train")):
             key = ("training", "name") if job.config.name == self.recipe.training.name else ("evaluation", "clm_name")
@@ -226,7 +228,7 @@ class Pipeline:
     def make_targets(self) -> None:
         """The fused targets."""
         parts = self._parts_of("train")
-        require_domains(self.recipe.fusion, known=self.corpus.plan.documents["domain"].unique())
+        self._require_domains("fusion", self.recipe.fusion.domain_weights)
         stage = self._fusion_stage
         for source in stage.sources:
             for dataset, needed, command in (
@@ -456,12 +458,15 @@ class Pipeline:
 
     # ---- common ------------------------------------------------------------------------------------------------------------------------
 
+    def _require_domains(self, section: str, weights: Iterable[str]) -> None:
+        require_domains(weights, field=f"{section}.domain_weights", known=self.corpus.plan.documents["domain"].unique())
+
     def _require(self, dataset: Dataset, *, parts: list[int], command: str) -> None:
-        missing = sorted(set(parts) - set(dataset.parts()))
+        missing = dataset.missing(parts)
         if missing:
-            listed = ", ".join(map(str, missing[:10])) + (f" and {len(missing) - 10} more" if len(missing) > 10 else "")
             raise UsageError(
-                f"{dataset.kind}/{dataset.name} lacks {len(missing)} of {len(parts)} parts ({listed}). First: fuseline {command} RECIPE."
+                f"{dataset.kind}/{dataset.name} lacks {len(missing)} of {len(parts)} parts ({as_ranges(missing)}). "
+                f"First: fuseline {command} RECIPE."
             )
 
     def make(self, title: str, stage: Stage, *, parts: list[int]) -> None:

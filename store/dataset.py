@@ -16,7 +16,7 @@ import os
 import platform
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -139,6 +139,10 @@ class Dataset:
         """Indices of the committed parts, ascending."""
         names = (_MANIFEST.fullmatch(path.name) for path in self.folder.glob("part-*.json"))
         return sorted(int(name["part"]) for name in names if name)
+
+    def missing(self, parts: Iterable[int]) -> list[int]:
+        """Which of these parts are not committed, ascending."""
+        return sorted(set(parts) - set(self.parts()))
 
     def manifest(self, part: int) -> Manifest:
         """The manifest of a committed part.
@@ -295,6 +299,17 @@ class Dataset:
     def _remedy(self, part: int) -> str:
         manifest = self._path(part, ".json")
         return f"Remove {manifest} and run the stage again, or run `fuseline store repair RECIPE --full`: only this part is made anew."
+
+
+def as_ranges(parts: Iterable[int]) -> str:
+    """Numbers of parts as people write them: `3-7, 12`."""
+    found: list[list[int]] = []
+    for part in sorted(parts):
+        if found and part == found[-1][-1] + 1:
+            found[-1][1:] = [part]
+        else:
+            found.append([part])
+    return ", ".join("-".join(map(str, ends)) for ends in found)
 
 
 def _reason(error: Exception) -> str:

@@ -69,6 +69,7 @@ CREATE TABLE training_evaluations (
 ALTER TABLE metrics ADD COLUMN clm_weight DOUBLE;
 ALTER TABLE metrics ADD COLUMN held_out_bpb DOUBLE;
 ALTER TABLE metrics ADD COLUMN mfu DOUBLE;
+ALTER TABLE metrics ADD COLUMN peak_memory_bytes BIGINT;
 ALTER TABLE metrics ADD COLUMN warning VARCHAR;
 """
 

@@ -1,7 +1,9 @@
 """The unit that goes through the model at once. Axes: T tokens, N = T positions, K stored entries of a distribution."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
+from operator import itemgetter
 
 import torch
 import torch.nn.functional as F  # noqa: N812 (the field's name for it)
@@ -15,34 +17,43 @@ class MicroBatch:
     """Packed sequences of one forward pass, laid end to end as one row of T tokens."""
 
     token_ids_T: Tensor  # int64
-    lengths: Sequence[int]  # tokens of each segment, in order; positions restart at each, and each attends only within itself
-    labels_T: Tensor  # int64 next token of the segment, or IGNORED
+    lengths: Sequence[int]  # runs of tokens that attend to each other, in order; positions restart at each
+    labels_T: Tensor  # int64 next token, or IGNORED
     soft: SoftTargets | None
+    weights_T: Tensor | None = None  # float32 weight of each position in the losses; None: all 1
 
     def to(self, device: torch.device) -> "MicroBatch":
-        """The same batch on a device."""
-        soft = None
-        if self.soft is not None:
-            tail_mass_N = None if self.soft.tail_mass_N is None else self.soft.tail_mass_N.to(device)
-            soft = SoftTargets(
-                topk_ids_NK=self.soft.topk_ids_NK.to(device), topk_masses_NK=self.soft.topk_masses_NK.to(device), tail_mass_N=tail_mass_N
-            )
-        moved = {name: getattr(self, name).to(device) for name in ("token_ids_T", "labels_T")}
-        return replace(self, **moved, soft=soft)
+        """The same batch on a device. From pinned memory the copies do not wait, and run in order with what the device does next."""
+        return self._each(lambda tensor: tensor.to(device, non_blocking=True), lengths=self.lengths)
+
+    def pinned(self) -> "MicroBatch":
+        """The same batch in memory that a GPU can copy from by itself."""
+        return self._each(lambda tensor: tensor.pin_memory(), lengths=self.lengths)
+
+    def split(self, n_lengths: Sequence[int]) -> "list[MicroBatch]":
+        """Batches of the next so many `lengths` each, which share this one's memory."""
+        ends = list(accumulate(n_lengths))
+        found, start = [], 0
+        for first, stop in zip([0, *ends], ends, strict=False):
+            lengths = self.lengths[first:stop]
+            rows = slice(start, start + sum(lengths))
+            found.append(self._each(itemgetter(rows), lengths=lengths))
+            start = rows.stop
+        return found
 
     def padded(self, multiple: int) -> "MicroBatch":
         """The same batch with one more segment, of tokens that teach nothing, where T is not a multiple."""
         n = -len(self.token_ids_T) % multiple
         if not n:
             return self
-        soft = None
-        if self.soft is not None:
-            ids_NK, masses_NK = (F.pad(x, (0, 0, 0, n)) for x in (self.soft.topk_ids_NK, self.soft.topk_masses_NK))
-            tail_mass_N = None if self.soft.tail_mass_N is None else F.pad(self.soft.tail_mass_N, (0, n))
-            soft = SoftTargets(topk_ids_NK=ids_NK, topk_masses_NK=masses_NK, tail_mass_N=tail_mass_N)
+        wider = self._each(lambda tensor: F.pad(tensor, (0, 0) * (tensor.ndim - 1) + (0, n)), lengths=[*self.lengths, n])
+        return replace(wider, labels_T=F.pad(self.labels_T, (0, n), value=IGNORED))
+
+    def _each(self, change: Callable[[Tensor], Tensor], *, lengths: Sequence[int]) -> "MicroBatch":
         return MicroBatch(
-            token_ids_T=F.pad(self.token_ids_T, (0, n)),
-            lengths=[*self.lengths, n],
-            labels_T=F.pad(self.labels_T, (0, n), value=IGNORED),
-            soft=soft,
+            token_ids_T=change(self.token_ids_T),
+            lengths=lengths,
+            labels_T=change(self.labels_T),
+            soft=None if self.soft is None else self.soft.each(change),
+            weights_T=None if self.weights_T is None else change(self.weights_T),
         )

@@ -24,6 +24,9 @@ _NOT_IDENTITY = {
     "recompute",
     "sequence_parallel",
 }
+# Keys that came later. They are in the identity only where they do not have their default, so that runs from before keep theirs.
+_LATER = {"clm_weight_end", "fusion_loss", "temperature", "domain_weights", "packing"}
+_OF_TARGETS = {"tail", "fusion_loss", "temperature"}  # what the fused targets are turned into: of no matter where they weigh nothing
 
 Count = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
@@ -38,12 +41,29 @@ class TrainingConfig(BaseModel):
 
     name: str = Field("fused", min_length=1, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="names the run and the exported model")
     clm_weight: Fraction = Field(0.9, description="λ: weight of next-token cross-entropy; 1 - λ weighs the fused targets")
+    clm_weight_end: Fraction | None = Field(
+        None, description="λ at the last step, to which it goes linearly from clm_weight at the first; none keeps it constant"
+    )
+    fusion_loss: Literal["ce", "kl"] = Field(
+        "ce",
+        description="cross-entropy with the fused targets, or less their own entropy: 0 where they are met; same gradient",
+    )
+    temperature: Positive = Field(
+        1.0, description="divides the logits of model and targets in the fusion loss, which is multiplied by its square; needs renormalise"
+    )
+    domain_weights: dict[str, Positive] = Field(
+        {}, description="weight of the documents of some domains in both losses, as `[training.domain_weights]`; 1 for the others"
+    )
     tail: Literal["renormalise", "ghost"] = Field(
         "ghost", description="mass outside the stored top-k: scaled away, or one extra bucket against the student's own tail mass"
     )
     epochs: Count | None = Field(None, description=f"passes over the targets; {DEFAULT_EPOCHS} unless steps is given")
     steps: Count | None = Field(None, description="optimizer steps, instead of epochs")
     sequence_length: Annotated[int, Field(ge=2)] = Field(2048, description="tokens in a packed sequence, at most")
+    packing: Literal["isolated", "concatenated"] = Field(
+        "isolated",
+        description="segments in a packed sequence do not see each other; or, as published, they are laid end to end, cut, and one text",
+    )
     global_batch_size: Count = Field(128, description="packed sequences in an optimizer step")
     micro_batch_size: Count = Field(1, description="packed sequences in one forward pass of a rank")
     learning_rate: Positive = Field(1e-5, description="peak learning rate")
@@ -77,6 +97,11 @@ class TrainingConfig(BaseModel):
     def _possible(self) -> Self:
         if self.epochs is not None and self.steps is not None:
             raise ValueError(f"epochs ({self.epochs}) and steps ({self.steps}) must not both be given: remove one of them")
+        if self.temperature != 1 and self.tail == "ghost":
+            raise ValueError(
+                f"temperature ({self.temperature}) must be 1 where tail is 'ghost', because the entries in the tail are not known: "
+                "set tail = 'renormalise'"
+            )
         share = self.micro_batch_size * self.data_parallel
         if self.global_batch_size % share:
             raise ValueError(
@@ -98,7 +123,14 @@ class TrainingConfig(BaseModel):
     @property
     def uses_targets(self) -> bool:
         """Whether the fused targets weigh anything; if not they are not even read."""
-        return self.clm_weight < 1
+        return self.clm_weight < 1 or (self.clm_weight_end is not None and self.clm_weight_end < 1)
+
+    @property
+    def determines(self) -> dict[str, Any]:
+        """The settings that change what a run computes."""
+        fields = type(self).model_fields
+        at_default = {name for name in _LATER if getattr(self, name) == fields[name].default}
+        return self.model_dump(exclude=_NOT_IDENTITY | {"name"} | at_default | (set() if self.uses_targets else _OF_TARGETS))
 
 
 class HeldOut(BaseModel):
@@ -156,7 +188,7 @@ class TrainJob(BaseModel):
                     # Without fusion the targets' tokens matter, and not what is fused in them.
                     "targets": self.targets_fingerprint if self.config.uses_targets else self.tokens_fingerprint,
                     "parts": self.parts,
-                    "config": self.config.model_dump(exclude=_NOT_IDENTITY | {"name"} | (set() if self.config.uses_targets else {"tail"})),
+                    "config": self.config.determines,
                 }
             )
         )

@@ -1,59 +1,101 @@
 """Reads fused targets as micro-batches. What a step trains on is a function of its number, the seed, the targets and the config.
 
-Axes: T tokens of a part or a micro-batch, K stored entries of a distribution.
+Axes: T tokens of a step or a micro-batch, K stored entries of a distribution, S segments, P pieces.
 
-Position j of a segment predicts token j + 1 of the same segment, and the distribution stored at j is about that token. The last position
-of a segment predicts nothing: no label, no target. Where a long segment is cut, the position before the cut keeps its label and target.
+Position j of a segment predicts token j + 1 of the same segment, and the distribution stored at j is about that token. After the last
+position of a segment nothing is known to follow: it has no target, and no label either, but for one case: in `concatenated` packs its label
+is the first token of the segment that was laid after it, as in the published training, which joins texts and trains on what it sees. The
+last position of a pack keeps label and target if its segment goes on. Where the targets have an array `label_mask_T`, a position where it
+is 0 has neither.
 """
 
-from collections import OrderedDict
+from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ..store.dataset import Dataset
-from ..store.errors import DataError, FingerprintMismatch
+from ..store.corpus_plan import Domains, require_domains
+from ..store.dataset import Dataset, as_ranges
+from ..store.errors import DataError, FingerprintMismatch, UsageError
 from .batch import MicroBatch
+from .blocks import Blocks
 from .config import DEFAULT_EPOCHS, TrainingConfig, TrainJob
 from .loss import IGNORED, SoftTargets
-from .packing import BUFFER_PARTS, EpochPacks, Piece, pack_epoch
+from .order import PackOrder, SegmentIndex
+from .packing import Packs
 
-Pack = list[Piece]
+PREFETCHED_STEPS = 3  # batches that are ready or being read while one is trained on
+_MASK = "label_mask_T"
 _TARGET_ARRAYS = ("topk_ids_TK", "topk_logprobs_TK", "tail_logprob_T")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Piece:
+    """What of a segment is in a pack."""
+
+    part: int
+    segment: int  # number in its part
+    length: int  # tokens
 
 
 class TargetsData:
     """The batches of a run.
 
     The packs of all epochs follow each other; batch t is packs t·G … (t + 1)·G - 1. Where the last epoch ends within a batch, the batch is
-    completed from the beginning of one more epoch, so every batch is full.
+    completed from the beginning of one more epoch, so every batch is full. Any batch is found without those before it. A data-parallel rank
+    decodes the blocks that its share of the packs is in; with shares of a few packs a step these are all blocks.
     """
 
-    def __init__(self, dataset: Dataset, *, parts: list[int], vocab_size: int, config: TrainingConfig) -> None:
-        """Index the packs: reads only the segment offsets of each part.
+    def __init__(
+        self,
+        dataset: Dataset,
+        *,
+        parts: list[int],
+        vocab_size: int,
+        config: TrainingConfig,
+        domains: Domains | None = None,
+        pin_memory: bool = False,
+    ) -> None:
+        """Index the segments: reads only the segment offsets of each part (and the documents' ids for weights by domain).
+
+        Args:
+            dataset: fused targets.
+            parts: those to train on.
+            vocab_size: of the model; ids must be below.
+            config: how to train.
+            domains: of the corpus's documents; needed with `domain_weights`.
+            pin_memory: put batches where a GPU can copy them from while it computes.
 
         Raises:
-            DataError: a part is not there, or the parts hold no segment of two tokens or more.
+            DataError: parts are missing, or they hold no segment of two tokens or more.
+            UsageError: a weight is for a domain that the corpus has not.
         """
-        absent = sorted(set(parts) - set(dataset.parts()))
-        if absent:
-            raise DataError(f"{dataset.folder} has no part {', '.join(map(str, absent[:5]))}. Run the fusion again.")
-        self.config = config
-        self._dataset = dataset
-        self._vocab_size = vocab_size
-        self._offsets = {part: dataset.read(part, "segment_offsets")[0].astype(np.int64) for part in parts}
-        self._epochs: dict[int, EpochPacks] = {}
-        self._parts = _PartCache(dataset, names=("token_ids_T", *(_TARGET_ARRAYS if config.uses_targets else ())))
-        if not len(self._epoch(0)):
+        missing = dataset.missing(parts)
+        if missing:
+            raise DataError(
+                f"{dataset.folder} lacks {len(missing)} of the {len(parts)} parts to train on ({as_ranges(missing)}). "
+                "Finish the fusion first."
+            )
+        self.config, self._dataset, self._vocab_size, self._pin_memory = config, dataset, vocab_size, pin_memory
+        offsets = {part: dataset.read(part, "segment_offsets")[0].astype(np.int64) for part in parts}
+        self.index = SegmentIndex.of(offsets)
+        if int(self.index.length_S.max(initial=0)) < 2:
             raise DataError(f"{dataset.folder} has no segment of two tokens or more in its {len(parts)} parts: nothing to train on.")
+        self._weight_S = self._weights(dataset, parts=parts, domains=domains) if config.domain_weights else None
+        self._has_mask = _MASK in dataset.arrays(parts[0]).names
+        names = ("token_ids_T", *((_MASK,) if self._has_mask else ()), *(_TARGET_ARRAYS if config.uses_targets else ()))
+        self._blocks = Blocks(dataset, index=self.index, names=names)
+        self._order = PackOrder(self.index, packing=config.packing, sequence_length=config.sequence_length, seed=config.seed)
         self.steps = config.steps or self._steps_of_epochs(config.epochs or DEFAULT_EPOCHS)
 
     @classmethod
-    def of(cls, job: TrainJob, *, vocab_size: int) -> "TargetsData":
+    def of(cls, job: TrainJob, *, vocab_size: int, pin_memory: bool = False) -> "TargetsData":
         """The batches of a job, whose targets must still be those it was made for."""
         dataset = Dataset.open(job.targets_folder)
         if dataset.fingerprint != job.targets_fingerprint:
@@ -61,22 +103,19 @@ class TargetsData:
                 f"{job.targets_folder}: the fingerprint of the targets ({dataset.fingerprint[:12]}…) must equal the job's "
                 f"({job.targets_fingerprint[:12]}…). Start the training again from the recipe."
             )
-        return cls(dataset, parts=job.parts, vocab_size=vocab_size, config=job.config)
+        domains = Domains.of(job.corpus_folder) if job.config.domain_weights and job.corpus_folder else None
+        return cls(dataset, parts=job.parts, vocab_size=vocab_size, config=job.config, domains=domains, pin_memory=pin_memory)
 
-    def packs(self, step: int) -> list[Pack]:
-        """The packs of a global batch; steps count from 0."""
-        first = step * self.config.global_batch_size
-        found: list[Pack] = []
-        epoch = before = 0
-        while len(found) < self.config.global_batch_size:
-            index = self._epoch(epoch)
-            wanted = range(max(0, first + len(found) - before), len(index))
-            found += [index[pack] for pack in wanted[: self.config.global_batch_size - len(found)]]
-            before += len(index)
-            epoch += 1
-        return found
+    def packs(self, step: int) -> list[list[Piece]]:
+        """What the packs of a global batch are made of; steps count from 0."""
+        packs = self._packs(step)
+        block_P = packs.block_P
+        number_P = self.index.number_B[block_P] + packs.segment_P - self.index.first_B1[block_P]
+        columns = (self.index.part_B[block_P], number_P, packs.length_P)
+        pieces = [Piece(part=part, segment=segment, length=n) for part, segment, n in zip(*(c.tolist() for c in columns), strict=True)]
+        return [pieces[first:stop] for first, stop in zip(packs.offsets_N1, packs.offsets_N1[1:], strict=False)]
 
-    def named(self, packs: list[Pack]) -> str:
+    def named(self, packs: list[list[Piece]]) -> str:
         """The documents in some packs, and where they are, for messages."""
         segments: dict[int, set[int]] = {}
         for piece in (piece for pack in packs for piece in pack):
@@ -88,79 +127,95 @@ class TargetsData:
         return f"documents {', '.join(map(str, documents))} (part {part}, segments {', '.join(map(str, segments))})"
 
     def micro_batches(self, step: int, *, data_rank: int) -> list[MicroBatch]:
-        """A data-parallel rank's share of a global batch, on the CPU."""
+        """A data-parallel rank's share of a global batch, on the CPU.
+
+        Raises:
+            DataError: a token's id is not in the model's vocabulary.
+            DamagedPart: targets cannot be read.
+        """
         share = self.config.global_batch_size // self.config.data_parallel
-        packs = self.packs(step)[data_rank * share : (data_rank + 1) * share]
-        size = self.config.micro_batch_size
-        return [self._micro_batch([piece for pack in packs[i : i + size] for piece in pack]) for i in range(0, share, size)]
-
-    def _micro_batch(self, pieces: list[Piece]) -> MicroBatch:
-        token_ids_T, labels_T = (np.concatenate(rows) for rows in zip(*map(self._tokens, pieces), strict=True))
-        largest = int(token_ids_T.max())
-        if largest >= self._vocab_size:
-            raise DataError(f"token id ({largest}) of part {pieces[0].part} must be below the model's vocab_size ({self._vocab_size}).")
-        return MicroBatch(
+        packs = self._packs(step)[data_rank * share : (data_rank + 1) * share]
+        rows, following_P = self._blocks.gather(packs)
+        token_ids_T = rows["token_ids_T"].astype(np.int64)
+        self._require_known(token_ids_T, packs=packs)
+        counts_T = rows[_MASK].astype(np.bool_) if self._has_mask else None
+        labels_T = self._labels(token_ids_T, packs=packs, following_P=following_P)
+        if counts_T is not None:
+            labels_T[~counts_T] = IGNORED
+        weight_P = None if self._weight_S is None else self._weight_S[packs.segment_P]
+        whole = MicroBatch(
             token_ids_T=torch.from_numpy(token_ids_T),
-            lengths=[piece.length for piece in pieces],
+            lengths=self._lengths(packs),
             labels_T=torch.from_numpy(labels_T),
-            soft=self._soft_targets(pieces) if self.config.uses_targets else None,
+            soft=self._soft_targets(rows, packs=packs, counts_T=counts_T) if self.config.uses_targets else None,
+            weights_T=None if weight_P is None else torch.from_numpy(np.repeat(weight_P, packs.length_P)),
         )
+        size = self.config.micro_batch_size
+        n_lengths = packs.offsets_N1 if self.config.packing == "isolated" else np.arange(len(packs) + 1)
+        whole = whole.pinned() if self._pin_memory else whole
+        return whole.split([int(n_lengths[min(i + size, share)] - n_lengths[i]) for i in range(0, share, size)])
 
-    def _tokens(self, piece: Piece) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        part_token_ids_T = self._parts[piece.part]["token_ids_T"]
-        end = piece.start + piece.length
-        token_ids_T = part_token_ids_T[piece.start : end].astype(np.int64)
-        labels_T = np.append(token_ids_T[1:], IGNORED if piece.ends_segment else int(part_token_ids_T[end]))
-        return token_ids_T, labels_T
+    def _packs(self, step: int) -> Packs:
+        size = self.config.global_batch_size
+        return self._order.packs(step * size, (step + 1) * size)
 
-    def _soft_targets(self, pieces: list[Piece]) -> SoftTargets:
-        arrays = [self._distributions(piece) for piece in pieces]
-        topk_ids_TK, topk_logprobs_TK, tail_logprob_T = (torch.from_numpy(np.concatenate(rows)) for rows in zip(*arrays, strict=True))
+    def _lengths(self, packs: Packs) -> list[int]:
+        """Runs of tokens that see each other."""
+        if self.config.packing == "isolated":
+            return packs.length_P.tolist()
+        return np.add.reduceat(packs.length_P, packs.offsets_N1[:-1]).tolist()
+
+    def _labels(self, token_ids_T: NDArray[np.int64], *, packs: Packs, following_P: NDArray[np.int64]) -> NDArray[np.int64]:
+        last_P = np.cumsum(packs.length_P) - 1
+        labels_T = np.append(token_ids_T[1:], IGNORED)
+        joins_P = np.zeros(len(last_P), np.bool_)
+        if self.config.packing == "concatenated":
+            joins_P = packs.ends_segment_P.copy()
+            joins_P[packs.offsets_N1[1:] - 1] = False
+        labels_T[last_P[~joins_P]] = np.where(packs.ends_segment_P, IGNORED, following_P)[~joins_P]
+        return labels_T
+
+    def _soft_targets(self, rows: dict[str, NDArray[Any]], *, packs: Packs, counts_T: NDArray[np.bool_] | None) -> SoftTargets:
+        ids_TK, logprobs_TK, tail_logprob_T = (torch.from_numpy(rows[name]) for name in _TARGET_ARRAYS)
+        is_known_T = np.ones(len(logprobs_TK), np.bool_) if counts_T is None else counts_T
+        is_known_T[np.cumsum(packs.length_P)[packs.ends_segment_P] - 1] = False
+        logprobs_TK = logprobs_TK.float()
+        logprobs_TK[torch.from_numpy(~is_known_T)] = -torch.inf
         return SoftTargets.from_logprobs(
-            topk_ids_TK, topk_logprobs_NK=topk_logprobs_TK, tail_logprob_N=tail_logprob_T, tail=self.config.tail
+            ids_TK.long(),
+            topk_logprobs_NK=logprobs_TK,
+            tail_logprob_N=tail_logprob_T,
+            tail=self.config.tail,
+            temperature=self.config.temperature,
         )
 
-    def _distributions(self, piece: Piece) -> tuple[NDArray[Any], ...]:
-        arrays = self._parts[piece.part]
-        span = slice(piece.start, piece.start + piece.length)
-        topk_ids_TK, topk_logprobs_TK, tail_logprob_T = (arrays[name][span] for name in _TARGET_ARRAYS)
-        topk_logprobs_TK = topk_logprobs_TK.astype(np.float32)
-        if piece.ends_segment:
-            topk_logprobs_TK[-1] = -np.inf
-        return topk_ids_TK.astype(np.int64), topk_logprobs_TK, tail_logprob_T.astype(np.float32)
+    def _require_known(self, token_ids_T: NDArray[np.int64], *, packs: Packs) -> None:
+        place = int(token_ids_T.argmax())
+        if token_ids_T[place] >= self._vocab_size:
+            piece = int(np.searchsorted(np.cumsum(packs.length_P), place, side="right"))
+            part = self.index.part_B[packs.block_P[piece]]
+            raise DataError(f"token id ({token_ids_T[place]}) of part {part} must be below the model's vocab_size ({self._vocab_size}).")
 
-    def _epoch(self, epoch: int) -> EpochPacks:
-        if epoch not in self._epochs:
-            self._epochs[epoch] = pack_epoch(self._offsets, sequence_length=self.config.sequence_length, seed=self.config.seed, epoch=epoch)
-        return self._epochs[epoch]
+    def _weights(self, dataset: Dataset, *, parts: list[int], domains: Domains | None) -> NDArray[np.float32]:
+        """The weight of each segment, by its document's domain."""
+        if domains is None:
+            raise UsageError("training.domain_weights must be empty (there is no corpus to say the documents' domains).")
+        require_domains(self.config.domain_weights, field="training.domain_weights", known=domains.names)
+        weights = np.array([self.config.domain_weights.get(name, 1.0) for name in domains.names], np.float32)
+        return np.concatenate([weights[domains.codes(dataset.read(part, "doc_id_S")[0])] for part in sorted(parts)])
 
     def _steps_of_epochs(self, epochs: int) -> int:
-        return -(-sum(len(self._epoch(epoch)) for epoch in range(epochs)) // self.config.global_batch_size)
-
-
-class _PartCache:
-    """The arrays of the parts used last, decoded whole."""
-
-    def __init__(self, dataset: Dataset, *, names: tuple[str, ...]) -> None:
-        self._dataset = dataset
-        self._names = names
-        self._arrays: OrderedDict[int, dict[str, NDArray[Any]]] = OrderedDict()
-
-    def __getitem__(self, part: int) -> dict[str, NDArray[Any]]:
-        if part in self._arrays:
-            self._arrays.move_to_end(part)
-            return self._arrays[part]
-        if len(self._arrays) >= 2 * BUFFER_PARTS:  # packs reach back into the buffer before
-            self._arrays.popitem(last=False)
-        self._arrays[part] = dict(zip(self._names, self._dataset.read(part, *self._names), strict=True))
-        return self._arrays[part]
+        return -(-sum(self._order.n_packs(epoch) for epoch in range(epochs)) // self.config.global_batch_size)
 
 
 def prefetched(read: Callable[[int], Any], steps: range) -> Iterator[Any]:
-    """`read(step)` of each step in order, read one step ahead in a thread."""
-    with ThreadPoolExecutor(1, thread_name_prefix="targets") as executor:
-        following: Future[Any] | None = None
-        for step in steps:
-            current = following or executor.submit(read, step)
-            following = executor.submit(read, step + 1) if step + 1 in steps else None
-            yield current.result()
+    """`read(step)` of each step in order, read in a thread up to PREFETCHED_STEPS steps ahead."""
+    ahead: deque[Future[Any]] = deque()
+    to_read = iter(steps)
+    executor = ThreadPoolExecutor(1, thread_name_prefix="targets")
+    try:
+        for _ in steps:
+            ahead.extend(executor.submit(read, step) for step in islice(to_read, PREFETCHED_STEPS + 1 - len(ahead)))
+            yield ahead.popleft().result()
+    finally:
+        executor.shutdown(wait=True, cancel_futures=True)

@@ -66,6 +66,7 @@ class FusionModel(GPTModel):
             soft=labels.soft,
             group=self.runtime.tensor_group,
             vocab_size=self.architecture.vocab_size,
+            chunk_elements=self.runtime.loss_chunk_elements,
         )
 
     def _embedded(self, batch: MicroBatch) -> Tensor:

@@ -7,6 +7,7 @@ names are those of one exact version, which is checked.
 
 import contextlib
 import os
+import resource
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from torch.overrides import TorchFunctionMode
 
 from ..store.errors import UsageError
 from .config import TrainingConfig
+from .loss import CHUNK_ELEMENTS
 from .megatron import DistributedDataParallelConfig, parallel_state, random, require_version, tensor_parallel
 
 # Dense bfloat16 operations per second by the makers' data sheets, by what a GPU's name contains; the first that fits counts.
@@ -83,6 +85,23 @@ class Runtime:
         if self.device.type == "cuda":
             return torch.cuda.mem_get_info(self.device)[0]
         return psutil.virtual_memory().available // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+    @property
+    def pins_memory(self) -> bool:
+        """Whether batches should lie where the device can copy them from while it computes."""
+        return self.device.type == "cuda"
+
+    @property
+    def loss_chunk_elements(self) -> int:
+        """Logits that the loss works on at a time: what a CPU's caches hold; a GPU wants few, large kernels (2 × 0.5 GB in float32)."""
+        return CHUNK_ELEMENTS if self.device.type == "cpu" else 1 << 27
+
+    @property
+    def peak_memory(self) -> int:
+        """Most bytes that this rank has held so far: on its GPU, or of the machine's memory."""
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device)
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
     @property
     def model_settings(self) -> Mapping[str, Any]:

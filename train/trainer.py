@@ -29,10 +29,10 @@ from .data import TargetsData, prefetched
 from .export import export
 from .families import read_architecture
 from .held_out import HeldOutText, over_domains
-from .loss import IGNORED
 from .megatron import DistributedDataParallel, finalize_model_grads
 from .metrics import Metrics
 from .model import FusionModel
+from .objective import Objective
 from .optimizer import make_optimizer, make_scheduler
 from .preflight import require_memory
 from .runtime import Runtime
@@ -46,9 +46,6 @@ class _Losses:
     clm: float
     fusion: float | None
     tokens: int
-
-    def total(self, clm_weight: float) -> float:
-        return self.clm if self.fusion is None else clm_weight * self.clm + (1 - clm_weight) * self.fusion
 
 
 class Asked(IntEnum):
@@ -71,7 +68,8 @@ class Trainer:
         self.architecture = read_architecture(job.model_folder, training=job.config)
         cost = Cost.of(job.model_folder, architecture=self.architecture, config=job.config)
         require_memory(cost, config=job.config, free=runtime.free_memory)
-        self.data = TargetsData.of(job, vocab_size=self.architecture.vocab_size)
+        self.data = TargetsData.of(job, vocab_size=self.architecture.vocab_size, pin_memory=runtime.pins_memory)
+        self.objective = Objective(job.config, steps=self.data.steps)
         self.model = self._load_model()
         self.optimizer = make_optimizer(self.model, config=job.config, runtime=runtime)
         self.scheduler = make_scheduler(self.optimizer, config=job.config, steps=self.data.steps)
@@ -143,8 +141,8 @@ class Trainer:
 
     def _train_step(self, step: int, batch: Sequence[MicroBatch], *, data_wait_seconds: float) -> records.Record:
         started = time.monotonic()
-        losses, is_finite = self._backward(batch)
-        loss = losses.total(self.config.clm_weight)
+        losses, is_finite = self._backward(batch, step=step)
+        loss = self.objective.total(clm=losses.clm, fusion=losses.fusion, step=step)
         if not math.isfinite(loss):
             raise self._failure(step, f"the loss is {loss}", is_finite=is_finite)
         finalize_model_grads([self.model])
@@ -159,12 +157,14 @@ class Trainer:
             "loss": loss,
             "clm_loss": losses.clm,
             "fusion_loss": losses.fusion,
+            "clm_weight": self.objective.clm_weight(step),
             "grad_norm": float(gradient_norm),
             "learning_rate": self.optimizer.param_groups[0]["lr"],
             "tokens": losses.tokens,
             "tokens_per_second": losses.tokens / seconds,
             "data_wait_seconds": data_wait_seconds,
             "mfu": self._utilisation(batch, seconds=seconds),
+            "peak_memory_bytes": self.runtime.peak_memory,
             "held_out_bpb": None,
             "warning": self._warning(step, norm=float(gradient_norm)),
         }
@@ -187,29 +187,25 @@ class Trainer:
             f"the batch has {self.data.named(self.data.packs(step))}"
         )
 
-    def _backward(self, batch: Sequence[MicroBatch]) -> tuple[_Losses, list[Tensor]]:
+    def _backward(self, batch: Sequence[MicroBatch], *, step: int) -> tuple[_Losses, list[Tensor]]:
         """Gradients of this rank's micro-batches and losses of the global batch; also whether each micro-batch's loss is finite."""
         self.model.zero_grad_buffer()
         self.optimizer.zero_grad()
-        counts = self._summed(torch.stack([_counts(micro_batch) for micro_batch in batch]).sum(0))
-        n_labels, n_targets = counts[0].clamp(min=1), counts[1].clamp(min=1)
+        total_weights = self._summed(torch.stack([self.objective.weights(micro_batch) for micro_batch in batch]).sum(0))
         sums = torch.zeros(3, dtype=torch.float64, device=self.runtime.device)
         sums[2] = sum(len(micro_batch.token_ids_T) for micro_batch in batch)
         is_finite: list[Tensor] = []  # looked at only if something is wrong: a look makes a GPU wait
         for i, micro_batch in enumerate(batch):
             with self.model.no_sync() if i + 1 < len(batch) else contextlib.nullcontext():
-                ce_T, soft_T = self.model(micro_batch.to(self.runtime.device))
-                loss = (self.config.clm_weight if self.config.uses_targets else 1.0) * ce_T.sum() / n_labels
-                sums[0] += ce_T.detach().sum(dtype=torch.float64)
-                if soft_T is not None:
-                    loss = loss + (1 - self.config.clm_weight) * soft_T.sum() / n_targets
-                    sums[1] += soft_T.detach().sum(dtype=torch.float64)
+                here = micro_batch.to(self.runtime.device)
+                loss, means = self.objective.loss(*self.model(here), batch=here, step=step, total_weights=total_weights)
+                sums[:2] += means
                 is_finite.append(loss.detach().isfinite())
                 loss.backward()
         sums = self._summed(sums)
         return _Losses(
-            clm=float(sums[0] / n_labels),
-            fusion=float(sums[1] / n_targets) if self.config.uses_targets else None,
+            clm=float(sums[0]),
+            fusion=float(sums[1]) if self.config.uses_targets else None,
             tokens=round(sums[2].item()),
         ), is_finite
 
@@ -246,12 +242,6 @@ class Trainer:
             done = facts | {"seconds": seconds, "export": str(self.job.export_folder), "identity": self.job.identity}
             durable.write_json(self.job.run_folder / "done.json", done)
         dist.barrier()
-
-
-def _counts(batch: MicroBatch) -> Tensor:
-    """Positions with a label, and positions with a fused target."""
-    n_targets = 0 if batch.soft is None else int((batch.soft.topk_masses_NK.sum(-1) > 0).sum())
-    return torch.tensor([int((batch.labels_T != IGNORED).sum()), n_targets])
 
 
 def _timed(batches: Iterator[Sequence[MicroBatch]]) -> Iterator[tuple[Sequence[MicroBatch], float]]:

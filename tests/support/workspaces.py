@@ -90,7 +90,7 @@ def contents(root: Path) -> dict[str, object]:
     for path in sorted((root / "runs").glob("*/metrics.jsonl")):
         records = [json.loads(line) for line in path.read_text().splitlines()]
         found[f"metrics/{path.parent.name}"] = [
-            {name: value for name, value in record.items() if "second" not in name} for record in records
+            {name: value for name, value in record.items() if "second" not in name and "memory" not in name} for record in records
         ]
         found[f"evaluations/{path.parent.name}"] = (path.parent / "evaluations.jsonl").read_text()
     for path in sorted((root / "exports").glob("*/*.safetensors")):

@@ -1,0 +1,121 @@
+"""The order in which a run sees its segments: a function of their lengths, the seed and the number of the pack.
+
+Axes: S segments of all parts, B blocks of all parts.
+
+A block is what is read at once: the segments of a part that begin in the same `BLOCK_ROWS` of its rows. In each epoch all blocks come in
+random order, and the segments of `BUFFER_BLOCKS` of them are shuffled and packed together. So the segments of a batch are from up to
+`BUFFER_BLOCKS` places drawn at random from all parts, where the corpus has put documents at random already; a chunk is decoded about once
+in an epoch (9/8 times: a block may begin and end within chunks); and packs of one buffer tell nothing of others, so that any pack is found
+without those before it. The numbers of ranks and of packs in a micro-batch play no part.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..store.arrays import CHUNK_ROWS
+from .packing import Packing, Packs, Segments, count_packs, pack
+
+BLOCK_ROWS = 8 * CHUNK_ROWS
+BUFFER_BLOCKS = 16  # about 2M tokens: 1,024 packs of 2,048
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SegmentIndex:
+    """All segments of a run, 4 bytes each, and the blocks that they are in."""
+
+    length_S: NDArray[np.int32]
+    part_B: NDArray[np.int64]
+    row_B: NDArray[np.int64]  # of the block's first token in its part
+    n_rows_B: NDArray[np.int64]
+    number_B: NDArray[np.int64]  # of the block's first segment in its part
+    first_B1: NDArray[np.int64]  # the block's first segment in S; B + 1 of them
+
+    @classmethod
+    def of(cls, offsets: Mapping[int, NDArray[np.int64]]) -> "SegmentIndex":
+        """Of `segment_offsets` of parts (tokens, ascending from 0), in the order of their numbers."""
+        columns: dict[str, list[NDArray[np.int64]]] = {name: [] for name in ("part_B", "row_B", "n_rows_B", "number_B")}
+        for part, starts in sorted(offsets.items()):
+            number_B = np.flatnonzero(np.diff(starts[:-1] // BLOCK_ROWS, prepend=-1))
+            row_B = starts[number_B]
+            n_rows_B = np.diff(row_B, append=starts[-1])
+            for name, column in zip(columns, (np.full_like(number_B, part), row_B, n_rows_B, number_B), strict=True):
+                columns[name].append(column)
+        lengths = [np.diff(offsets[part]).astype(np.int32) for part in sorted(offsets)]
+        before = np.cumsum([0, *map(len, lengths)])
+        first = [number_B + n for number_B, n in zip(columns["number_B"], before, strict=False)]
+        return cls(
+            length_S=np.concatenate(lengths),
+            first_B1=np.concatenate([*first, before[-1:]]),
+            **{name: np.concatenate(found) for name, found in columns.items()},
+        )
+
+    def segments(self, blocks: NDArray[np.int64]) -> Segments:
+        """The segments of some blocks, block by block."""
+        n_B = self.first_B1[blocks + 1] - self.first_B1[blocks]
+        before_S = np.repeat(np.cumsum(n_B) - n_B, n_B)
+        segment_S = np.repeat(self.first_B1[blocks], n_B) + np.arange(len(before_S)) - before_S
+        length_S = self.length_S[segment_S]
+        end_S = np.cumsum(length_S, dtype=np.int64)
+        rows_before_B = np.cumsum(self.n_rows_B[blocks]) - self.n_rows_B[blocks]
+        return Segments(
+            block_S=np.repeat(blocks, n_B).astype(np.int32),
+            segment_S=segment_S,
+            start_S=end_S - length_S - np.repeat(rows_before_B, n_B),
+            length_S=length_S,
+        )
+
+
+class PackOrder:
+    """The packs of all epochs, one after another, without end."""
+
+    def __init__(self, index: SegmentIndex, *, packing: Packing, sequence_length: int, seed: int) -> None:
+        """Nothing is packed yet; the first question about an epoch counts its packs, at about 10M segments a second."""
+        self.index, self._packing, self._sequence_length, self._seed = index, packing, sequence_length, seed
+        self._first_of_buffer: dict[int, NDArray[np.int64]] = {}  # of each epoch: the first pack of each buffer, and the number of packs
+        self._last_packed: tuple[tuple[int, int], Packs] | None = None
+
+    def n_packs(self, epoch: int) -> int:
+        """Packs of an epoch, which counts from 0."""
+        return int(self._counted(epoch)[-1])
+
+    def packs(self, first: int, stop: int) -> Packs:
+        """The packs `first` to `stop` of the run."""
+        found: list[Packs] = []
+        epoch = before = 0
+        while before < stop:
+            counted = self._counted(epoch) + before
+            buffers = range(int(np.searchsorted(counted, first, side="right")) - 1, len(counted) - 1)
+            for buffer in buffers if first < counted[-1] else ():
+                if counted[buffer] >= stop:
+                    break
+                found.append(self._buffer(epoch, buffer)[max(0, first - counted[buffer]) : stop - counted[buffer]])
+                first = min(stop, int(counted[buffer + 1]))
+            before, epoch = int(counted[-1]), epoch + 1
+        return Packs.joined(found)
+
+    def _blocks(self, epoch: int) -> list[NDArray[np.int64]]:
+        """The blocks of each buffer."""
+        order = np.random.default_rng((self._seed, epoch)).permutation(len(self.index.part_B))
+        return [order[i : i + BUFFER_BLOCKS] for i in range(0, len(order), BUFFER_BLOCKS)]
+
+    def _counted(self, epoch: int) -> NDArray[np.int64]:
+        if epoch not in self._first_of_buffer:
+            lengths = (self.index.segments(blocks).length_S for blocks in self._blocks(epoch))
+            counts = [count_packs(length_S, packing=self._packing, sequence_length=self._sequence_length) for length_S in lengths]
+            self._first_of_buffer[epoch] = np.cumsum([0, *counts])
+        return self._first_of_buffer[epoch]
+
+    def _buffer(self, epoch: int, buffer: int) -> Packs:
+        last = self._last_packed  # read once: the error report of another thread may ask too
+        if last is None or last[0] != (epoch, buffer):
+            packed = pack(
+                self.index.segments(self._blocks(epoch)[buffer]),
+                packing=self._packing,
+                sequence_length=self._sequence_length,
+                random=np.random.default_rng((self._seed, epoch, buffer)),
+            )
+            last = self._last_packed = (epoch, buffer), packed
+        return last[1]
