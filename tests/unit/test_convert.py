@@ -270,6 +270,11 @@ def test_a_tensor_too_many_is_named(folder, tmp_path):
         damaged(folder, tmp_path, lambda tensors: tensors.update({"model.layers.0.self_attn.q_proj.bias": torch.zeros(64)}))
 
 
+def test_buffers_in_published_folders_are_passed_over(folder, tmp_path):
+    names = ("gpt_neox.layers.0.attention.masked_bias", "model.layers.0.self_attn.rotary_emb.inv_freq")
+    damaged(folder, tmp_path, lambda tensors: tensors.update({name: torch.zeros(1) for name in names}))
+
+
 def run_rank(folder: Path) -> None:
     """One rank: load every model in every variant, and save what `folder` lists."""
     from fuseline.train.export import export
