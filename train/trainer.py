@@ -129,9 +129,8 @@ class Trainer:
         return over_domains(found)
 
     def _load_model(self) -> DistributedDataParallel:
-        model = FusionModel(
-            self.architecture, runtime=self.runtime, max_length=self.config.sequence_length, recompute=self.config.recompute
-        ).to(device=self.runtime.device, dtype=self.runtime.dtype)
+        model = FusionModel(self.architecture, runtime=self.runtime, recompute=self.config.recompute)
+        model = model.to(device=self.runtime.device, dtype=self.runtime.dtype)
         load_weights(
             model,
             model_folder=self.job.model_folder,
