@@ -75,7 +75,7 @@ class Domains:
             raise DataError(f"{corpus_folder} has no plan.json, which says the documents' domains. Run `fuseline ingest corpus RECIPE`.")
         domains = read_documents(corpus_folder, summary=summary).sort("doc_id")["domain"]
         names = domains.unique().sort()
-        return cls(names.to_list(), np.searchsorted(names.to_numpy(), domains.to_numpy()).astype(np.int32))
+        return cls(names.to_list(), domains.cast(pl.Enum(names)).to_physical().to_numpy().astype(np.int32))
 
     def codes(self, doc_ids: NDArray[Any]) -> NDArray[np.int32]:
         """The domain of each of these documents, as an index into `names`."""

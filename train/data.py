@@ -30,7 +30,7 @@ from .loss import IGNORED, SoftTargets
 from .order import PackOrder, SegmentIndex
 from .packing import Packs
 
-PREFETCHED_STEPS = 3  # batches that are ready or being read while one is trained on
+PREFETCHED_STEPS = 3  # batches that are ready or being read while one is trained on: 148 bytes a token each, with ten entries
 _MASK = "label_mask_T"
 _TARGET_ARRAYS = ("topk_ids_TK", "topk_logprobs_TK", "tail_logprob_T")
 

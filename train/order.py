@@ -85,15 +85,15 @@ class PackOrder:
         """The packs `first` to `stop` of the run."""
         found: list[Packs] = []
         epoch = before = 0
-        while before < stop:
+        while before + self.n_packs(epoch) <= first:
+            before, epoch = before + self.n_packs(epoch), epoch + 1
+        while first < stop:
             counted = self._counted(epoch) + before
-            buffers = range(int(np.searchsorted(counted, first, side="right")) - 1, len(counted) - 1)
-            for buffer in buffers if first < counted[-1] else ():
-                if counted[buffer] >= stop:
-                    break
-                found.append(self._buffer(epoch, buffer)[max(0, first - counted[buffer]) : stop - counted[buffer]])
-                first = min(stop, int(counted[buffer + 1]))
-            before, epoch = int(counted[-1]), epoch + 1
+            buffer = int(np.searchsorted(counted, first, side="right")) - 1
+            found.append(self._buffer(epoch, buffer)[first - counted[buffer] : stop - counted[buffer]])
+            first = int(counted[buffer + 1])
+            if first == counted[-1]:
+                before, epoch = first, epoch + 1
         return Packs.joined(found)
 
     def _blocks(self, epoch: int) -> list[NDArray[np.int64]]:

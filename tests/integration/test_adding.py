@@ -180,5 +180,8 @@ def test_weights_of_a_domain_that_the_corpus_has_not_are_told_before_anything_is
     code, output = fuseline("run", write(project, ("[training]", fixed % "nowhere")), models=models)
     assert (code, made(output)) == (2, set())
     assert "fusion.domain_weights: nowhere must be among the corpus's domains: even, odd." in output
+    code, output = fuseline("run", write(project, ("[training]", "[training.domain_weights]\nelsewhere = 2\n[training]")), models=models)
+    assert (code, made(output)) == (2, set())
+    assert "training.domain_weights: elsewhere must be among the corpus's domains: even, odd." in output
     code, output = fuseline("fuse", write(project, ("[training]", fixed % "even")), models=models)
     assert code == 0, output

@@ -268,6 +268,20 @@ def test_a_source_that_is_added_later_undoes_nothing(project, models_dir, finish
     }
 
 
+def test_training_waits_for_all_targets_and_names_those_that_are_missing(project, models_dir, finished):
+    parts = Dataset.open(finished / "targets" / "fused").parts()
+    for part in (1, 2, 3, 5):
+        (finished / "targets" / "fused" / f"part-{part:05d}.json").unlink()
+    shutil.rmtree(finished / "runs" / "fused")
+    for more in ((), ("--prepare",)):
+        result = fuseline("train", project, "-w", finished, "--models", models_dir, "--only", "fused", *more)
+        assert result.returncode == 2
+        message = f"targets/fused lacks 4 of {len(parts)} parts (1-3, 5). First: fuseline fuse RECIPE."
+        assert message in " ".join(result.stderr.split())
+        assert "Traceback" not in result.stderr
+    assert not (finished / "runs" / "fused").exists()
+
+
 def test_ranks_started_by_hand_train_the_same_model(project, models_dir, finished):
     before = contents(finished)
     for kind in ("runs", "exports"):

@@ -12,17 +12,21 @@ import time
 from pathlib import Path
 
 import numpy as np
+import polars as pl
 import pytest
 import torch
+from fuseline.store.corpus_plan import write_plan
 from fuseline.store.dataset import Dataset, PartContent
 from fuseline.store.errors import FingerprintMismatch, FuselineError
 from fuseline.store.trainings import read_metrics
 from fuseline.train import records
 from fuseline.train.config import TrainingConfig, TrainJob
+from fuseline.train.data import TargetsData
 from fuseline.train.launch import launch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 VOCAB, TOPK, STEPS = 259, 8, 50
+DOMAINS = ["code", "law", "news"]
 SETTINGS = {
     "steps": STEPS,
     "sequence_length": 64,
@@ -55,6 +59,9 @@ def inputs(tmp_path_factory) -> Path:
     LlamaForCausalLM(config).save_pretrained(folder / "model")
     (folder / "model" / "tokenizer.json").write_text("{}")
     write_targets(folder / "targets")
+    (folder / "corpus").mkdir()
+    documents = pl.DataFrame({"doc_id": range(300), "domain": DOMAINS * 100})
+    write_plan(folder / "corpus", documents=documents, summary={"parts": []})
     return folder
 
 
@@ -91,6 +98,7 @@ def make_job(inputs: Path, run_folder: Path, *, targets: str = "targets", **sett
         targets_fingerprint=dataset.fingerprint,
         tokens_fingerprint="tokens",
         parts=dataset.parts(),
+        corpus_folder=inputs / "corpus",
         export_folder=run_folder / "export",
         lineage={"sources": ["one", "two"]},
         config=TrainingConfig(**SETTINGS | settings),
@@ -168,14 +176,39 @@ def test_the_export_loads_in_transformers_with_the_trained_loss(inputs, alone):
 
 def clm_loss(model, job: TrainJob) -> float:
     """Next-token loss on the first batch, segment by segment."""
-    from fuseline.train.data import TargetsData
-
     losses = []
     for batch in TargetsData.of(job, vocab_size=VOCAB).micro_batches(0, data_rank=0):
         for ids, labels in zip(batch.token_ids_T.split(batch.lengths), batch.labels_T.split(batch.lengths), strict=True):
             logits = model(ids[None]).logits[0]
             losses.append(torch.nn.functional.cross_entropy(logits, labels, reduction="none")[labels >= 0])
     return torch.cat(losses).mean().item()
+
+
+def test_the_first_step_has_the_losses_that_its_settings_say(inputs, tmp_path):
+    """Two ranks, and everything at once: packs as published, weights by domain, divergence at a temperature, and λ that goes to 1."""
+    weights = {"code": 3.0, "news": 0.25}
+    settings = {"packing": "concatenated", "domain_weights": weights, "fusion_loss": "kl", "temperature": 2.0, "tail": "renormalise"}
+    job = make_job(inputs, tmp_path / "all", steps=2, clm_weight=0.7, clm_weight_end=1.0, data_parallel=2, **settings)
+    first, last = train(job)
+    model = AutoModelForCausalLM.from_pretrained(inputs / "model")
+    clm, fusion, labelled, aimed = 0.0, 0.0, 0.0, 0.0
+    data = TargetsData.of(job.model_copy(update={"config": job.config.model_copy(update={"data_parallel": 1})}), vocab_size=VOCAB)
+    for batch, pack in zip(data.micro_batches(0, data_rank=0), data.packs(0), strict=True):
+        assert len(batch.lengths) == 1
+        domains = [DOMAINS[(100 * piece.part + piece.segment) % 3] for piece in pack for _ in range(piece.length)]
+        weights_T = torch.tensor([weights.get(domain, 1.0) for domain in domains])
+        logits_TV = model(batch.token_ids_T[None]).logits[0].detach()
+        has_label_T, has_target_T = batch.labels_T >= 0, batch.soft.is_known_N()
+        clm += (weights_T * torch.nn.functional.cross_entropy(logits_TV, batch.labels_T, reduction="none")).sum()
+        target_TV = torch.zeros_like(logits_TV).scatter_add_(1, batch.soft.topk_ids_NK, batch.soft.topk_masses_NK)
+        divergence_T = torch.nn.functional.kl_div((logits_TV / 2).log_softmax(-1), target_TV, reduction="none").sum(-1)
+        fusion += 4 * (weights_T * has_target_T * divergence_T).sum()
+        labelled, aimed = labelled + (weights_T * has_label_T).sum(), aimed + (weights_T * has_target_T).sum()
+    assert first["clm_loss"] == pytest.approx((clm / labelled).item(), abs=1e-5)
+    assert first["fusion_loss"] == pytest.approx((fusion / aimed).item(), abs=1e-5)
+    assert first["loss"] == pytest.approx(0.7 * first["clm_loss"] + 0.3 * first["fusion_loss"], abs=1e-6)
+    assert last["loss"] == last["clm_loss"]
+    assert last["fusion_loss"] > 0
 
 
 def start_and_wait(job: TrainJob, *, until_step: int) -> subprocess.Popen:

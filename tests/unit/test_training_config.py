@@ -20,6 +20,12 @@ from pydantic import ValidationError
         ({"sequence_parallel": True}, "sequence_parallel (True) must be False where tensor_parallel (1) is 1"),
         ({"clm_weight": 1.5}, "less than or equal to 1"),
         ({"learning_rate": 0}, "greater than 0"),
+        (
+            {"temperature": 2.0},
+            "temperature (2.0) must be 1 where tail is 'ghost', because the entries in the tail are not known: set tail = 'renormalise'",
+        ),
+        ({"domain_weights": {"code": 0}}, "greater than 0"),
+        ({"clm_weight_end": -0.1}, "greater than or equal to 0"),
         ({"sequence_length": "2048"}, "valid integer"),
         ({"sequence_lenght": 2048}, "Extra inputs are not permitted"),
         ({"name": "../elsewhere"}, "should match pattern"),
@@ -69,3 +75,29 @@ def test_a_job_file_that_is_not_one_is_refused(tmp_path):
 def test_identity_leaves_out_what_only_changes_speed(tmp_path):
     assert make_job(tmp_path).identity == make_job(tmp_path, tensor_parallel=2, recompute=True, checkpoint_every=7).identity
     assert make_job(tmp_path).identity != make_job(tmp_path, learning_rate=2e-5).identity
+
+
+def test_keys_that_came_later_are_in_the_identity_only_with_another_value(tmp_path):
+    """A run that was begun before they were there is still the same run."""
+    first = {"clm_weight", "tail", "epochs", "steps", "sequence_length", "global_batch_size", "learning_rate", "min_learning_rate_ratio"}
+    first |= {"warmup_fraction", "weight_decay", "adam_beta1", "adam_beta2", "adam_eps", "gradient_clip", "dtype", "seed"}
+    assert make_job(tmp_path).identity["config"].keys() == first
+    others = {
+        "clm_weight_end": 1.0,
+        "fusion_loss": "kl",
+        "domain_weights": {"code": 2.0},
+        "packing": "concatenated",
+    }
+    for name, value in others.items():
+        assert make_job(tmp_path, **{name: value}).identity["config"].keys() == first | {name}
+    assert "temperature" in make_job(tmp_path, temperature=2.0, tail="renormalise").identity["config"]
+
+
+def test_what_targets_are_turned_into_is_no_matter_where_they_weigh_nothing(tmp_path):
+    plain = make_job(tmp_path, clm_weight=1.0)
+    assert plain.identity["targets"] == "i"
+    assert plain.identity == make_job(tmp_path, clm_weight=1.0, tail="renormalise", fusion_loss="kl", temperature=2.0).identity
+    assert plain.identity != make_job(tmp_path, clm_weight=1.0, domain_weights={"code": 2.0}).identity
+    decayed = make_job(tmp_path, clm_weight=1.0, clm_weight_end=0.5)
+    assert decayed.config.uses_targets
+    assert decayed.identity["targets"] == "t"
