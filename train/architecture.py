@@ -58,6 +58,11 @@ class Architecture(Sizes):
     parallel_residual: bool = False  # attention and MLP read the same hidden states
     embedding_scale: float | None = None
 
+    @property
+    def n_layers(self) -> int:
+        """Decoder layers."""
+        return len(self.layers)
+
     def rule_of(self, name: str) -> tuple[Layout, list[str]]:
         """Layout of a Megatron-core parameter and the Hugging Face tensors it is made of."""
         module, kind = name.rsplit(".", 1)

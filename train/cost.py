@@ -65,11 +65,14 @@ class Cost:
 def step_flops(architecture: Architecture, *, parameters: int, lengths: list[int]) -> float:
     """Floating-point operations of forward and backward over segments of these lengths, without any that recomputation repeats.
 
-    6 for each token and each parameter that is multiplied with, and 6 · length for each token and channel of attention, which is causal.
+    6 for each token and each parameter that is multiplied with, and 12 for each channel of attention and pair of tokens, one of which sees
+    the other: about length² / 2 of them, fewer in a layer with a window.
     """
     looked_up = 0 if architecture.tied_embeddings else architecture.vocab_size * architecture.hidden_size
-    channels = len(architecture.layers) * architecture.n_heads * architecture.head_dim
-    return 6.0 * ((parameters - looked_up) * sum(lengths) + channels * sum(length**2 for length in lengths))
+    channels = architecture.n_heads * architecture.head_dim
+    seen = [(length, min(length, layer.window or length)) for layer in architecture.layers for length in lengths]
+    pairs = sum(window * (2 * length - window) for length, window in seen) / 2
+    return 6.0 * (parameters - looked_up) * sum(lengths) + 12.0 * channels * pairs
 
 
 def _activation_bytes(architecture: Architecture, *, config: TrainingConfig) -> int:
@@ -77,8 +80,7 @@ def _activation_bytes(architecture: Architecture, *, config: TrainingConfig) -> 
     heads = architecture.n_heads + architecture.n_kv_heads
     mlp = (4 if architecture.gated else 2) * architecture.ffn_size  # gate, up, activation and product; or one and its activation
     split = 2 * heads * architecture.head_dim + mlp
-    layer = 6 * architecture.hidden_size + split / ranks
-    n_layers = len(architecture.layers)
-    layers = architecture.hidden_size * n_layers + layer if config.recompute else layer * n_layers
+    layer = 6 * architecture.hidden_size / (ranks if config.sequence_parallel else 1) + split / ranks
+    layers = architecture.hidden_size * architecture.n_layers + layer if config.recompute else layer * architecture.n_layers
     logits = architecture.padded_vocab_size(ranks) / ranks
     return round(tokens * item * (layers + logits))

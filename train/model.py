@@ -20,15 +20,15 @@ from .runtime import Runtime
 class FusionModel(GPTModel):
     """A GPTModel that is called with a micro-batch and gives the losses of its positions."""
 
-    def __init__(self, architecture: Architecture, *, runtime: Runtime, max_length: int, recompute: bool) -> None:
+    def __init__(self, architecture: Architecture, *, runtime: Runtime, recompute: bool) -> None:
         """Build this rank's shard, with weights that are still to be loaded."""
         config = _transformer_config(architecture, runtime=runtime, recompute=recompute)
-        layers = [layer_spec(architecture, runtime=runtime)] * len(architecture.layers)
+        layers = [layer_spec(architecture, runtime=runtime)] * architecture.n_layers
         super().__init__(
             config=config,
             transformer_layer_spec=TransformerBlockSubmodules(layer_specs=layers, layer_norm=norm_spec(architecture)),
             vocab_size=architecture.padded_vocab_size(runtime.tensor_parallel),
-            max_sequence_length=max_length,
+            max_sequence_length=architecture.max_length,
             share_embeddings_and_output_weights=architecture.tied_embeddings,
             position_embedding_type="none",  # attention rotates by itself
         )
@@ -81,7 +81,7 @@ def _transformer_config(architecture: Architecture, *, runtime: Runtime, recompu
     recomputing = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1} if recompute else {}
     biases = architecture.biases
     return TransformerConfig(
-        num_layers=len(architecture.layers),
+        num_layers=architecture.n_layers,
         hidden_size=architecture.hidden_size,
         ffn_hidden_size=architecture.ffn_size,
         num_attention_heads=architecture.n_heads,

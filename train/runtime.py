@@ -132,7 +132,9 @@ class Runtime:
 
     def has_flash_attention(self, head_dim: int) -> bool:
         """Whether one kernel can do the attention of all packed segments: FlashAttention, for heads of `head_dim` channels."""
-        return self.device.type == "cuda" and self.dtype == torch.bfloat16 and head_dim % 8 == 0 and head_dim <= 256
+        if self.device.type != "cuda" or self.dtype != torch.bfloat16 or head_dim % 8 or head_dim > 256:
+            return False
+        return torch.cuda.get_device_capability(self.device) >= (8, 0)
 
 
 @contextlib.contextmanager

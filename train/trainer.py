@@ -76,6 +76,7 @@ class Trainer:
         self.checkpoints = Checkpoints(job.run_folder, identity=job.identity, model=self.model, optimizer=self.optimizer, runtime=runtime)
         self.held_out = HeldOutText(job, runtime=runtime)
         self._parameters = cost.parameters
+        self._watch = GradientWatch()
         self._stop_asked = False
 
     def run(self) -> None:
@@ -99,7 +100,7 @@ class Trainer:
                 begin=self.runtime.begin_thread,
             )
             for batch, waited in _timed(batches):
-                record = self._train_step(step, batch, data_wait_seconds=waited)
+                record = self.train_step(step, batch, data_wait_seconds=waited)
                 step += 1
                 if self._is_due(self.config.evaluate_every, step=step):
                     record["held_out_bpb"] = self._evaluate(step, metrics=metrics)
@@ -132,9 +133,8 @@ class Trainer:
         return over_domains(found)
 
     def _load_model(self) -> DistributedDataParallel:
-        model = FusionModel(
-            self.architecture, runtime=self.runtime, max_length=self.config.sequence_length, recompute=self.config.recompute
-        ).to(device=self.runtime.device, dtype=self.runtime.dtype)
+        model = FusionModel(self.architecture, runtime=self.runtime, recompute=self.config.recompute)
+        model = model.to(device=self.runtime.device, dtype=self.runtime.dtype)
         load_weights(
             model,
             model_folder=self.job.model_folder,
@@ -144,7 +144,8 @@ class Trainer:
         )
         return DistributedDataParallel(model.config, self.runtime.gradient_settings, model)
 
-    def _train_step(self, step: int, batch: Sequence[MicroBatch], *, data_wait_seconds: float) -> records.Record:
+    def train_step(self, step: int, batch: Sequence[MicroBatch], *, data_wait_seconds: float) -> records.Record:
+        """One optimizer step on this rank's share of a batch; returns the record of it. Every rank must call it."""
         started = time.monotonic()
         losses, is_finite = self._backward(batch, step=step)
         loss = self.objective.total(clm=losses.clm, fusion=losses.fusion, step=step)

@@ -146,6 +146,8 @@ def test_the_run_folder_is_complete(alone):
 
 def test_tensor_and_data_parallel_give_the_same_losses(inputs, alone, tensor_parallel, tmp_path):
     data_parallel = train(make_job(inputs, tmp_path / "dp2", data_parallel=2))
+    shared_tokens = train(make_job(inputs, tmp_path / "sp2", tensor_parallel=2, sequence_parallel=True))
+    np.testing.assert_allclose(numbers(shared_tokens), numbers(alone[1]), atol=1e-5, rtol=0)
     np.testing.assert_allclose(numbers(tensor_parallel[1]), numbers(alone[1]), atol=1e-5, rtol=0)
     np.testing.assert_allclose(numbers(data_parallel), numbers(alone[1]), atol=1e-5, rtol=0)
 

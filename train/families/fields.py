@@ -49,11 +49,9 @@ def rope(parameters: Mapping[str, Any], *, head_dim: int) -> Rope:
     raise ValueError(f"rope_type {kind!r} cannot be trained. Supported: default, linear, llama3.")
 
 
-def layers(hf: PretrainedConfig, *, rope: Rope) -> tuple[Attention, ...]:
-    """Attention of layers that are alike but for the window, which those that `layer_types` calls sliding have; without it, all do."""
-    types = getattr(hf, "layer_types", None) or ["sliding_attention"] * hf.num_hidden_layers
-    unknown = set(types) - {"sliding_attention", "full_attention"}
+def layers_by_type(hf: PretrainedConfig, *, rope: Rope) -> tuple[Attention, ...]:
+    """Attention of layers that are alike but for the window, which those have that `layer_types` calls sliding."""
+    unknown = set(hf.layer_types) - {"sliding_attention", "full_attention"}
     if unknown:
         raise ValueError(f"layer_types ({', '.join(sorted(unknown))}) must be sliding_attention or full_attention.")
-    window = getattr(hf, "sliding_window", None)
-    return tuple(Attention(rope=rope, window=window if kind == "sliding_attention" else None) for kind in types)
+    return tuple(Attention(rope=rope, window=hf.sliding_window if kind == "sliding_attention" else None) for kind in hf.layer_types)

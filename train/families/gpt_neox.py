@@ -2,7 +2,7 @@
 
 from transformers import PretrainedConfig
 
-from ..architecture import Architecture, Biases, Norm
+from ..architecture import Architecture, Attention, Biases, Norm
 from ..layouts import COLUMNS, REPLICATED, ROWS, VOCABULARY, Rule
 from . import fields
 
@@ -26,10 +26,10 @@ RULES = {
 
 def read(hf: PretrainedConfig) -> Architecture:
     """GPT-NeoX; `use_parallel_residual` tells the two forms apart."""
-    head_dim = fields.head_dim(hf)
+    head_dim = hf.hidden_size // hf.num_attention_heads
     return Architecture(
         model_type=hf.model_type,
-        layers=fields.layers(hf, rope=fields.rope(hf.rope_parameters, head_dim=head_dim)),
+        layers=(Attention(rope=fields.rope(hf.rope_parameters, head_dim=head_dim)),) * hf.num_hidden_layers,
         hidden_size=hf.hidden_size,
         ffn_size=hf.intermediate_size,
         n_heads=hf.num_attention_heads,

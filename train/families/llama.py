@@ -4,7 +4,7 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
-from ..architecture import Architecture, Biases, Norm
+from ..architecture import Architecture, Attention, Biases, Norm
 from ..layouts import COLUMNS, GATE_UP, QKV, REPLICATED, VOCABULARY, Rule
 from . import fields
 
@@ -54,5 +54,5 @@ def like_llama(hf: PretrainedConfig, **differences: Any) -> Architecture:
     if "activation" not in differences:
         as_llama["activation"] = fields.activation(hf.hidden_act)
     if "layers" not in differences:
-        as_llama["layers"] = fields.layers(hf, rope=fields.rope(hf.rope_parameters, head_dim=head_dim))
+        as_llama["layers"] = (Attention(rope=fields.rope(hf.rope_parameters, head_dim=head_dim)),) * hf.num_hidden_layers
     return Architecture(**as_llama | differences)
