@@ -14,7 +14,7 @@ from typing import Any
 import torch.distributed as dist
 
 from ..store import durable
-from ..store.errors import DamagedPart
+from ..store.errors import DamagedPart, FingerprintMismatch
 from . import records
 from .megatron import (
     CheckpointingException,
@@ -26,6 +26,8 @@ from .megatron import (
 )
 from .optimizer import load_state
 from .runtime import Runtime
+
+_VERSION = 2  # of what a checkpoint holds, and of the order of the data that goes with it
 
 
 class Checkpoints:
@@ -55,7 +57,7 @@ class Checkpoints:
         if self._runtime.leads:
             temporary.mkdir(parents=True)
         dist.barrier()
-        state = self._sharded_state(loading=False) | {"identity": dict(self._identity), "step": step}
+        state = self._sharded_state(loading=False) | {"identity": dict(self._identity), "step": step, "version": _VERSION}
         dist_checkpointing.save(state, str(temporary), _InThisProcess("torch_dist", 1))
         dist.barrier()
         if self._runtime.leads:
@@ -87,8 +89,9 @@ class Checkpoints:
             return 0
         folder = records.checkpoint_folder(self.run_folder, step=step)
         try:
-            identity = dist_checkpointing.load_common_state_dict(str(folder))["identity"]
-            records.require_identity(self.run_folder, stored=identity, asked=self._identity)
+            stored = dist_checkpointing.load_common_state_dict(str(folder))
+            records.require_identity(self.run_folder, stored=stored["identity"], asked=self._identity)
+            _require_version(stored.get("version", 1), folder=folder)
             state = dist_checkpointing.load(self._sharded_state(loading=True), str(folder))
         except (OSError, KeyError, EOFError, CheckpointingException) as error:
             raise DamagedPart(f"The checkpoint {folder} cannot be read ({error}). Remove it to go on from the one before.") from error
@@ -101,6 +104,14 @@ class Checkpoints:
         metadata = {"dp_cp_group": self._runtime.data_group, "distrib_optim_sharding_type": "fully_reshardable"}
         model = self._model.module.sharded_state_dict(metadata=metadata)
         return {"model": model, "optimizer": self._optimizer.sharded_state_dict(model, is_loading=loading, metadata=metadata)}
+
+
+def _require_version(version: int, *, folder: Path) -> None:
+    if version != _VERSION:
+        raise FingerprintMismatch(
+            f"The checkpoint {folder} is of version {version}, and this fuseline goes on from version {_VERSION}: it has another order of the "
+            f"data, or other contents. Remove {folder.parents[1]} to start the training over."
+        )
 
 
 class _InThisProcess(TorchDistSaveShardedStrategy):
