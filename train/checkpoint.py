@@ -109,8 +109,8 @@ class Checkpoints:
 def _require_version(version: int, *, folder: Path) -> None:
     if version != _VERSION:
         raise FingerprintMismatch(
-            f"The checkpoint {folder} is of version {version}, and this fuseline goes on from version {_VERSION}: it has another order of the "
-            f"data, or other contents. Remove {folder.parents[1]} to start the training over."
+            f"The checkpoint {folder} is of version {version}, and this fuseline goes on from version {_VERSION}: it has another order "
+            f"of the data, or other contents. Remove {folder.parents[1]} to start the training over."
         )
 
 
