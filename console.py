@@ -59,7 +59,7 @@ def show_wanted(recipe: Path, workspace: "Workspace", *, as_json: bool) -> None:
     elif any(item.state == "other inputs" for item in found):
         click.echo("What is of other inputs stays as it is: give what is new another name in the recipe. `fuseline run` names a free one.")
     else:
-        click.echo(f"What is missing is made by: fuseline run {recipe}")
+        click.echo(f"What is missing is made by: fuseline run {recipe} -w {workspace.root}")
 
 
 def watch_status(workspace: "Workspace") -> None:

@@ -43,7 +43,10 @@ def trained(settings: dict[str, Any], *, workspace: Workspace, arguments: argpar
     """What one training came to."""
     targets = Dataset.open(workspace.folder("targets", arguments.targets))
     parts = targets.parts()[: arguments.parts]
-    (held_out,) = (dataset for dataset in workspace.datasets() if dataset.kind == "evaluations" and is_start(dataset, arguments.model))
+    found = [dataset for dataset in workspace.datasets() if dataset.kind == "evaluations" and is_start(dataset, arguments.model)]
+    if len(found) != 1:
+        raise SystemExit(f"{workspace.root} must have one evaluation of {arguments.model.name}, and has {len(found)}: run fuseline eval.")
+    held_out = found[0]
     with tempfile.TemporaryDirectory() as folder:
         config = TrainingConfig(**{"checkpoint_every": 10**9, "keep_checkpoints": 1} | settings)
         n_tokens = sum(targets.manifest(part).counts["tokens"] for part in parts)

@@ -102,12 +102,9 @@ class Pipeline:
         if all(self._is_trained(training) for training in self.recipe.trainings):
             return
         from ..train.families import read_architecture  # loads transformers
-        from ..train.preflight import require_vocabulary
 
-        start = self.models[self.recipe.target.name]
         for training in self.recipe.trainings:
-            architecture = read_architecture(start.folder, training=training)
-            require_vocabulary(start.folder, vocab_size=architecture.vocab_size)
+            read_architecture(self.models[self.recipe.target.name].folder, training=training)
 
     @cached_property
     def corpus(self) -> CorpusStage:
@@ -350,7 +347,7 @@ class Pipeline:
         for job in self._jobs(parts, names=names):
             job.save()
             self.progress.say(
-                f"{describe(job)}\ntraining {job.config.name} is prepared for {job.config.world_size} ranks. "
+                f"{describe(job)}\ntraining {job.config.name} is prepared. "
                 f"On one machine, start them with:\n"
                 f"  torchrun --nproc-per-node {job.config.world_size} -m fuseline.train {job.run_folder}"
             )
@@ -385,7 +382,7 @@ class Pipeline:
             launch(job, on_metrics=lambda record: None)  # checks that it is the same training
             self.progress.say(f"training {training.name}: nothing to do")
             return
-        train(job, workspace=self.workspace, progress=self.progress)
+        train(job, workspace=self.workspace, progress=self.progress, fold=self.fold)
         self.fold()
         self.progress.say(f"training {training.name}: model written to {job.export_folder}")
 

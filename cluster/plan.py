@@ -100,13 +100,14 @@ def _training(training: TrainingConfig, *, target: _Model, tokens: float, worksp
         trained = tokens * (training.epochs or 1)
     else:
         trained = float(training.steps * training.global_batch_size * training.sequence_length)
+    item = 4 if training.dtype == "float32" else 2
     return PlannedStage(
         stage=f"training {training.name} (TP {training.tensor_parallel} × DP {training.data_parallel})",
         parts=1,
         parts_done=int((workspace.folder("runs", training.name) / "done.json").exists()),
         tokens=trained,
         # Weights, float32 master weights and two moments in each checkpoint that is kept; and the export.
-        stored_bytes=training.keep_checkpoints * target.parameters * 14 + 2 * target.parameters,
+        stored_bytes=(training.keep_checkpoints * (item + 12) + item) * target.parameters,
         gpu_hours=6 * target.parameters * trained / (GPU_FLOPS * UTILISATION) / 3600,
     )
 

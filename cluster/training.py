@@ -1,11 +1,16 @@
 """One training of the pipeline: looked over, started, followed, and taken note of."""
 
+import time
+from collections.abc import Callable
 from typing import Any
 
 from ..store.workspace import Workspace
 from ..train.config import TrainJob
 from ..train.launch import launch
+from ..train.records import figures
 from .progress import Progress, size
+
+FOLD_SECONDS = 60.0
 
 
 def describe(job: TrainJob) -> str:
@@ -23,40 +28,31 @@ def describe(job: TrainJob) -> str:
     )
 
 
-def train(job: TrainJob, *, workspace: Workspace, progress: Progress) -> None:
-    """Train to the end, from the newest checkpoint if there is one, with a run in the workspace and a line of progress."""
+def train(job: TrainJob, *, workspace: Workspace, progress: Progress, fold: Callable[[], None]) -> None:
+    """Train to the end, from the newest checkpoint if there is one, with a run in the workspace and a line of progress.
+
+    `fold` brings the catalog up to date; it is called now and then, so that queries see how far the training is.
+    """
     name = job.config.name
     progress.say(describe(job))
     with (
         workspace.run("train", name=name, parameters=job.config.model_dump()) as run,
         progress.stage(f"training {name}", total=1.0) as tracker,
     ):
+        folded = time.monotonic()
         is_first = True
 
         def follow(record: dict[str, Any]) -> None:
-            nonlocal is_first
+            nonlocal is_first, folded
             if record["warning"] is not None:
                 progress.say(f"training {name}: {record['warning']}")
-            tracker(1 / record["steps"], figures(record), earlier=(record["step"] - 1) / record["steps"] if is_first else 0.0)
+            done = 1 / record["steps"]
+            # The first step counts as done before: with it the start of the ranks would be counted.
+            tracker(0.0 if is_first else done, figures(record), earlier=record["step"] * done if is_first else 0.0)
             is_first = False
             run.metrics.update(step=record["step"], loss=record["loss"])
+            if time.monotonic() - folded > FOLD_SECONDS:
+                fold()
+                folded = time.monotonic()
 
         launch(job, on_metrics=follow)
-
-
-def figures(record: dict[str, Any]) -> str:
-    """A step's record in one line."""
-    terms = "" if record["fusion_loss"] is None else f" (text {record['clm_loss']:.4f}, fused {record['fusion_loss']:.4f})"
-    seconds = record["tokens"] / record["tokens_per_second"]
-    found = [
-        f"step {record['step']}/{record['steps']}",
-        f"loss {record['loss']:.4f}{terms}",
-        f"learning rate {record['learning_rate']:.2e}",
-        f"{record['tokens_per_second']:,.0f} tokens/s",
-    ]
-    if record["mfu"] is not None:
-        found.append(f"MFU {record['mfu']:.0%}")
-    found.append(f"data wait {record['data_wait_seconds'] / seconds:.0%}")
-    if record["held_out_bpb"] is not None:
-        found.append(f"held out {record['held_out_bpb']:.4f} bits per byte")
-    return ", ".join(found)

@@ -4,6 +4,7 @@ Neither a model nor the source of the corpus is opened: that one of these was ch
 """
 
 import itertools
+import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -174,10 +175,11 @@ def _training(name: str, *, recipe: Recipe, workspace: Workspace, status: Traini
     (training,) = (training for training in recipe.trainings if training.name == name)
     learned_from = ("targets", recipe.fusion.name) if training.uses_targets else ("distributions", recipe.target.name)
     done, there = read_done(workspace.folder("runs", name)), _open(workspace.folder(*learned_from))
-    found: list[str] = []
-    if done is not None and (there is None or done["identity"]["targets"] != there.fingerprint):
-        found = [f"learned from something else than {'/'.join(learned_from)}"]
-    elif done is not None and training.uses_targets and _fusion_differences(recipe, workspace=workspace):
-        found = ["learned from targets of other inputs"]
+    found = [] if done is None else differences(done["identity"]["config"], json.loads(json.dumps(training.determines)))
+    if done is not None and not found:
+        if there is None or done["identity"]["targets"] != there.fingerprint:
+            found = [f"learned from something else than {'/'.join(learned_from)}"]
+        elif training.uses_targets and _fusion_differences(recipe, workspace=workspace):
+            found = ["learned from targets of other inputs"]
     state: State = "other inputs" if found else "missing" if status is None else "done" if status.done else "incomplete"
     return Wanted(kind="training", name=name, state=state, expected_parts=None, differences=found, status=status)

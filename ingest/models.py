@@ -105,9 +105,9 @@ class ModelFolder:
                     f"{self.folder}: vocab_size of config.json ({self.vocab_size}) must equal the rows of {name} in the weights "
                     f"({tensor['shape'][0]}). Correct config.json, or save the model again."
                 )
-        if self.tokenizer.vocab_size > self.vocab_size:
+        if self.tokenizer.largest_id >= self.vocab_size:
             raise DataError(
-                f"{self.folder}: the tokenizer's vocabulary ({self.tokenizer.vocab_size}) must not be larger than vocab_size of "
+                f"{self.folder}: the largest id of the tokenizer ({self.tokenizer.largest_id}) must be below vocab_size of "
                 f"config.json ({self.vocab_size}). The tokenizer is another model's, or tokens were added without resizing the embeddings."
             )
         return self

@@ -169,6 +169,13 @@ class Tokenizer:
         """One more than the highest id."""
         return len(self.token_bytes)
 
+    @property
+    def largest_id(self) -> int:
+        """The highest id that text can get, or bos. Some tokenizers have control tokens beyond, for which their model has no embedding."""
+        of_text = int(np.flatnonzero(~self.token_bytes.is_special_V).max(initial=-1))
+        bos = self.roles["bos"] if self.prepends_bos else None
+        return of_text if bos is None else max(of_text, bos)
+
     @cached_property
     def token_bytes(self) -> TokenBytes:
         """The bytes of every token of the vocabulary."""

@@ -4,6 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from . import durable
+from .checksums import size_and_crc
 from .workspace import Workspace
 
 METRICS = "metrics.jsonl"
@@ -28,6 +30,42 @@ def read_metrics(run_folder: Path) -> list[dict[str, Any]]:
 def read_evaluations(run_folder: Path) -> list[dict[str, Any]]:
     """The records of `evaluations.jsonl`, one per evaluation and domain; step 0 is the start."""
     return read_records(run_folder / EVALUATIONS)
+
+
+def seal_checkpoint(folder: Path, *, share: int = 0, shares: int = 1) -> None:
+    """Write down sizes and CRC-32 of a checkpoint's files; of every `shares`-th of them, if several processes share the work."""
+    files = {path.name: size_and_crc(path) for path in _checkpoint_files(folder)[share::shares]}
+    durable.write_json(folder / f"checksums-{share}.json", files)
+
+
+def checkpoint_damage(folder: Path, *, share: int = 0, shares: int = 1, full: bool = True) -> str | None:
+    """What is wrong with a checkpoint's files, if anything; with `full` their contents are read. `share` as in `seal_checkpoint`."""
+    try:
+        sealed = [json.loads(path.read_text(encoding="utf-8")) for path in folder.glob("checksums-*.json")]
+        expected = {name: tuple(facts) for files in sealed for name, facts in files.items()}
+        if not expected:
+            return "its checksums are missing"
+        for name in sorted(expected)[share::shares]:
+            path = folder / name
+            if not path.is_file():
+                return f"{name} is missing"
+            if path.stat().st_size != expected[name][0]:
+                return f"{name} has {path.stat().st_size} bytes, and had {expected[name][0]}"
+            if full and size_and_crc(path) != expected[name]:
+                return f"{name} is not what was written"
+    except (OSError, ValueError, TypeError, AttributeError, IndexError) as error:
+        return f"its checksums cannot be read: {error}"
+    return None
+
+
+def _checkpoint_files(folder: Path) -> list[Path]:
+    """All but checksums, also those that another process is writing."""
+    return sorted(path for path in folder.iterdir() if not path.name.startswith(("checksums-", durable.TEMPORARY)))
+
+
+def checkpoint_folder(run_folder: Path, *, step: int) -> Path:
+    """Where the checkpoint after `step` steps is."""
+    return run_folder / "checkpoints" / f"step-{step:08d}"
 
 
 def checkpoint_steps(run_folder: Path) -> list[int]:

@@ -17,6 +17,7 @@ from .dataset import Dataset, Manifest
 from .errors import DamagedPart, FuselineError, NewerPart, WorkspaceBusy
 from .lineage import check_counts, check_inputs
 from .tokenizer import tokenizer_digest
+from .trainings import checkpoint_damage, checkpoint_folder, checkpoint_steps, training_folders
 from .workspace import DATASET_KINDS, Workspace
 
 PartName = tuple[str, str, int]  # kind and name of the dataset, index of the part
@@ -87,6 +88,7 @@ def verify(workspace: Workspace, *, full: bool = False) -> Verification:
     findings += [_damaged(dataset, part, problem) for dataset, part, problem in check_counts(sound)]
     for folder in workspace.tokenizer_folders():
         findings += _check_tokenizer(folder, full=full)
+    findings += _check_checkpoints(workspace, full=full)
     if (workspace.root / "repair.json").exists():
         problem = "a repair is under way or was interrupted: parts that it set aside are not made again yet"
         findings.append(Finding(path=workspace.root / "repair.json", problem=problem, remedy="If it was interrupted, run it again."))
@@ -157,6 +159,15 @@ def _check_part(dataset: Dataset, part: int, *, full: bool) -> Iterator[Finding]
     except FuselineError as error:
         mend: Literal["by hand", "remake"] = "by hand" if isinstance(error, NewerPart) else "remake"
         yield _finding(dataset.manifest_path(part), error, part=(*_key(dataset), part), mend=mend)
+
+
+def _check_checkpoints(workspace: Workspace, *, full: bool) -> Iterator[Finding]:
+    for run_folder in training_folders(workspace):
+        for step in checkpoint_steps(run_folder):
+            folder = checkpoint_folder(run_folder, step=step)
+            damage = checkpoint_damage(folder, full=full)
+            if damage is not None and folder.exists():  # it may have been removed meanwhile
+                yield Finding(path=folder, problem=damage, remedy="Remove it: the training goes on from the checkpoint before.")
 
 
 def _check_files(dataset: Dataset, part: int, *, manifest: Manifest, full: bool) -> None:

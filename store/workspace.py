@@ -172,7 +172,7 @@ class Workspace:
         try:
             yield Run(folder, record["metrics"])
             status = "done"
-        except KeyboardInterrupt:
+        except (KeyboardInterrupt, SystemExit):  # SystemExit: a signal that asked to stop
             status = "interrupted"
             raise
         finally:

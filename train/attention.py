@@ -24,18 +24,19 @@ class Segments(PackedSeqParams):
 
     lengths: Sequence[int] = ()
     rotations: Mapping[Rope, Rotation] = field(default_factory=dict)
+    masks: dict[tuple[int, Attention], Tensor] = field(default_factory=dict)  # by length, shared by the layers with the same attention
 
     @classmethod
     def of(cls, lengths: Sequence[int], *, inverse_frequencies: Mapping[Rope, Tensor], runtime: Runtime) -> "Segments":
-        """Offsets and angles on the device; positions start at 0 in each segment."""
-        offsets = torch.tensor([0, *lengths]).cumsum(0, dtype=torch.int32)
-        positions_T = torch.cat([torch.arange(length) for length in lengths]).to(runtime.device)
+        """Offsets and angles on the device; positions start at 0 in each segment. Nothing here waits for the device either."""
+        offsets = runtime.moved(torch.tensor([0, *lengths]).cumsum(0, dtype=torch.int32))
+        n_tokens = sum(lengths)
+        starts_T = offsets[:-1].repeat_interleave(offsets.diff(), output_size=n_tokens)
+        positions_T = torch.arange(n_tokens, device=runtime.device) - starts_T
         rotations = {
             rope: Rotation.of(positions_T, inverse_frequencies=values, dtype=runtime.dtype) for rope, values in inverse_frequencies.items()
         }
-        return cls(
-            qkv_format="thd", cu_seqlens_q=offsets.to(runtime.device), max_seqlen_q=max(lengths), lengths=lengths, rotations=rotations
-        )
+        return cls(qkv_format="thd", cu_seqlens_q=offsets, max_seqlen_q=max(lengths), lengths=lengths, rotations=rotations)
 
 
 class SegmentAttention(MegatronModule):
@@ -93,19 +94,25 @@ class SegmentAttention(MegatronModule):
         grouped = query_THD.shape[1] != key_TGD.shape[1]
         outputs = []
         for q, k, v in parts:
-            mask = self._mask(q)
+            mask = self._mask(q, masks=segments.masks)
             output = F.scaled_dot_product_attention(
                 q[None], k[None], v[None], attn_mask=mask, is_causal=mask is None, scale=self.scale, enable_gqa=grouped
             )
             outputs.append(output[0].transpose(0, 1))
         return torch.cat(outputs)
 
-    def _mask(self, query_HLD: Tensor) -> Tensor | None:
+    def _mask(self, query_HLD: Tensor, *, masks: dict[tuple[int, Attention], Tensor]) -> Tensor | None:
         """What is added to the scores, or which are kept; None where plain causal attention is the same."""
         length = query_HLD.shape[1]
         window = length if self.attention.window is None else self.attention.window
         if self.slopes_H is None and length <= window:
             return None
+        key = (length, self.attention)
+        if key not in masks:
+            masks[key] = self._made_mask(query_HLD, length=length, window=window)
+        return masks[key]
+
+    def _made_mask(self, query_HLD: Tensor, *, length: int, window: int) -> Tensor:
         positions_L = torch.arange(length, device=query_HLD.device)
         distance_LL = positions_L[:, None] - positions_L
         seen_LL = (distance_LL >= 0) & (distance_LL < window)

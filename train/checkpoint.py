@@ -12,9 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
+from torch.distributed.checkpoint import CheckpointException
 
 from ..store import durable
 from ..store.errors import DamagedPart, FingerprintMismatch
+from ..store.trainings import checkpoint_damage, checkpoint_folder, seal_checkpoint
 from . import records
 from .megatron import (
     CheckpointingException,
@@ -50,7 +52,7 @@ class Checkpoints:
 
     def save(self, step: int, *, keep: int) -> None:
         """Save the state after `step` steps and remove all but the `keep` newest checkpoints. Every rank must call it."""
-        folder = records.checkpoint_folder(self.run_folder, step=step)
+        folder = checkpoint_folder(self.run_folder, step=step)
         if folder.exists():
             return
         temporary = folder.with_name(durable.TEMPORARY + folder.name)  # the same name on every rank
@@ -60,11 +62,13 @@ class Checkpoints:
         state = self._sharded_state(loading=False) | {"identity": dict(self._identity), "step": step, "version": _VERSION}
         dist_checkpointing.save(state, str(temporary), _InThisProcess("torch_dist", 1))
         dist.barrier()
+        seal_checkpoint(temporary, share=self._runtime.rank, shares=dist.get_world_size())
+        dist.barrier()
         if self._runtime.leads:
             durable.publish(temporary, to=folder)
             self._point_at(folder)
             for old in records.checkpoint_steps(self.run_folder)[:-keep]:
-                durable.remove(records.checkpoint_folder(self.run_folder, step=old))
+                durable.remove(checkpoint_folder(self.run_folder, step=old))
         dist.barrier()
 
     def _point_at(self, folder: Path) -> None:
@@ -87,21 +91,32 @@ class Checkpoints:
         step = records.last_checkpoint(self.run_folder)
         if step is None:
             return 0
-        folder = records.checkpoint_folder(self.run_folder, step=step)
+        folder = checkpoint_folder(self.run_folder, step=step)
+        if self._runtime.leads:
+            self._point_at(folder)  # a later one may have been removed by hand
         try:
             stored = dist_checkpointing.load_common_state_dict(str(folder))
             records.require_identity(self.run_folder, stored=stored["identity"], asked=self._identity)
             _require_version(stored.get("version", 1), folder=folder)
+            damage = checkpoint_damage(folder, share=self._runtime.rank, shares=dist.get_world_size())
+            if damage is not None:
+                raise ValueError(damage)
             state = dist_checkpointing.load(self._sharded_state(loading=True), str(folder))
-        except (OSError, KeyError, EOFError, CheckpointingException) as error:
-            raise DamagedPart(f"The checkpoint {folder} cannot be read ({error}). Remove it to go on from the one before.") from error
+        except (OSError, KeyError, EOFError, ValueError, RuntimeError, CheckpointingException, CheckpointException) as error:
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise DamagedPart(f"The checkpoint {folder} cannot be read ({reason}). Remove it to go on from the one before.") from error
         self._model.module.load_state_dict(state["model"])
-        load_state(self._optimizer, state=state["optimizer"])
+        load_state(self._optimizer, state=state["optimizer"], step=step)
         return step
 
     def _sharded_state(self, *, loading: bool) -> dict[str, Any]:
         # Without the group Megatron-core warns at every parameter and looks it up itself.
-        metadata = {"dp_cp_group": self._runtime.data_group, "distrib_optim_sharding_type": "fully_reshardable"}
+        metadata = {
+            "dp_cp_group": self._runtime.data_group,
+            "distrib_optim_sharding_type": "fully_reshardable",
+            # The first data-parallel rank alone collects the state to write it, in the machine's memory. To read it, each takes all.
+            "distrib_optim_fully_reshardable_mem_efficient": True,
+        }
         model = self._model.module.sharded_state_dict(metadata=metadata)
         return {"model": model, "optimizer": self._optimizer.sharded_state_dict(model, is_loading=loading, metadata=metadata)}
 

@@ -74,7 +74,9 @@ class TrainingConfig(BaseModel):
     adam_beta2: BelowOne = Field(0.95, description="decay of the second moment")
     adam_eps: Positive = Field(1e-8, description="added to the root of the second moment")
     gradient_clip: Positive = Field(1.0, description="largest norm of the gradient; a larger one is scaled down")
-    tensor_parallel: Count = Field(1, description="ranks that share each layer; must divide the heads and the key/value heads")
+    tensor_parallel: Count = Field(
+        1, description="ranks that share each layer; must divide the heads, the key/value heads and the MLP's size"
+    )
     sequence_parallel: bool = Field(
         False,
         description="the ranks that share each layer also share the tokens between its matrix products: less memory at the same speed",
@@ -159,6 +161,12 @@ class TrainJob(BaseModel):
     export_folder: Path = Field(description="where the trained model is written as a Hugging Face folder")
     lineage: dict[str, Any] = Field(description="what the model was made from, for its card")
     config: TrainingConfig
+
+    @model_validator(mode="after")
+    def _complete(self) -> Self:
+        if self.held_out is not None and self.corpus_folder is None:
+            raise ValueError("held_out needs corpus_folder, which says the documents' domains")
+        return self
 
     @classmethod
     def load(cls, run_folder: Path) -> Self:

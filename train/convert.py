@@ -15,10 +15,7 @@ from ..store.errors import DataError
 from .architecture import Architecture
 from .layouts import VOCABULARY
 from .runtime import Runtime
-from .weight_files import WeightFiles
-
-# Tensors in published folders that are no weights: transformers computes them anew.
-_BUFFERS = (".rotary_emb.inv_freq", ".attention.bias", ".attention.masked_bias")
+from .weight_files import BUFFERS, WeightFiles
 
 
 def load_weights(model: nn.Module, *, model_folder: Path, architecture: Architecture, ranks: int, rank: int) -> None:
@@ -43,7 +40,7 @@ def load_weights(model: nn.Module, *, model_folder: Path, architecture: Architec
             if shard.shape != parameter.shape:
                 raise DataError(f"{model_folder}: {' + '.join(hf_names)} gives {tuple(shard.shape)}, config.json {tuple(parameter.shape)}.")
             parameter.copy_(shard)
-        unknown = [name for name in files if name not in used and not name.endswith(_BUFFERS)]
+        unknown = [name for name in files if name not in used and not name.endswith(BUFFERS)]
         if unknown:
             raise DataError(f"{model_folder} has tensors that its config.json does not account for: {', '.join(sorted(unknown)[:5])}.")
 

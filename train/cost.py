@@ -11,18 +11,18 @@ from pathlib import Path
 from ..store.weights import weight_files
 from .architecture import Architecture
 from .config import TrainingConfig
+from .weight_files import BUFFERS
 
-_MASTER_AND_MOMENTS = {
-    "float32": 8,
-    "bfloat16": 12,
-}  # bytes per parameter: AdamW's moments, and masters of weights that are not float32
+_MOMENTS, _MASTER = 8, 4  # bytes per parameter, of AdamW; weights that are float32 are their own masters, but are stored twice
 _ITEM = {"float32": 4, "bfloat16": 2}
 _GRADIENT = 4  # gradients are summed in float32
 
 
-def count_parameters(model_folder: Path) -> int:
-    """Numbers in all tensors of a model's safetensors."""
-    return sum(math.prod(tensor["shape"]) for path in weight_files(model_folder) for tensor in _headers(path).values())
+def count_parameters(model_folder: Path, *, architecture: Architecture) -> int:
+    """Numbers in the tensors of a model's safetensors that are weights of its own."""
+    copies = set(architecture.rule_of("output_layer.weight")[1]) if architecture.tied_embeddings else set()
+    tensors = [tensor for path in weight_files(model_folder) for tensor in _headers(path).items()]
+    return sum(math.prod(tensor["shape"]) for name, tensor in tensors if name not in copies and not name.endswith(BUFFERS))
 
 
 def _headers(path: Path) -> dict[str, dict[str, list[int]]]:
@@ -50,14 +50,14 @@ class Cost:
     @classmethod
     def of(cls, model_folder: Path, *, architecture: Architecture, config: TrainingConfig) -> "Cost":
         """The cost of training a model."""
-        parameters, item = count_parameters(model_folder), _ITEM[config.dtype]
-        state = _MASTER_AND_MOMENTS[config.dtype]
+        parameters, item = count_parameters(model_folder, architecture=architecture), _ITEM[config.dtype]
+        state = _MOMENTS + (0 if config.dtype == "float32" else _MASTER)
         shard = parameters / config.tensor_parallel
         return cls(
             parameters=parameters,
             state_bytes=round(shard * (item + _GRADIENT + state / config.data_parallel)),
             activation_bytes=_activation_bytes(architecture, config=config),
-            checkpoint_bytes=parameters * (item + state),
+            checkpoint_bytes=parameters * (item + _MASTER + _MOMENTS),
             export_bytes=parameters * item,
         )
 

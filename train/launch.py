@@ -53,7 +53,7 @@ def launch(job: TrainJob, *, on_metrics: Callable[[records.Record], None]) -> No
             start_new_session=True,  # a Ctrl-C reaches the ranks once, through `_stopping`
             preexec_fn=_begin,
         )
-    with _stopping(process):
+    with _stopping(process, run_folder=job.run_folder):
         while process.poll() is None:
             time.sleep(_POLL_SECONDS)
             for record in follower.new_records():
@@ -83,7 +83,7 @@ def _begin() -> None:
 
 
 @contextlib.contextmanager
-def _stopping(process: "subprocess.Popen[bytes]") -> Iterator[None]:
+def _stopping(process: "subprocess.Popen[bytes]", *, run_folder: Path) -> Iterator[None]:
     """On a signal or an error, ask the ranks for a last checkpoint and wait for them; a second Ctrl-C ends them at once.
 
     The signals are Ctrl-C, SIGTERM, and SIGUSR1, by which Slurm can announce the end of a job's time.
@@ -102,6 +102,9 @@ def _stopping(process: "subprocess.Popen[bytes]") -> Iterator[None]:
         except BaseException:
             process.kill()
             raise
+        step = records.last_checkpoint(run_folder)
+        if step is not None and records.read_done(run_folder) is None:
+            print(f"The checkpoint of step {step} is saved. Run the same command to go on.", file=sys.stderr, flush=True)
         raise
     finally:
         for number, handler in before.items():

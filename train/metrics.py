@@ -19,7 +19,7 @@ class Metrics:
 
     def __init__(self, run_folder: Path, *, step: int) -> None:
         for name in records.RECORD_FILES:
-            records.cut(run_folder / name, step=step)
+            records.cut(run_folder / name, step=step or -1)  # at the start the start is evaluated once more
         self._steps, self._evaluations = (_opened(run_folder / name) for name in records.RECORD_FILES)
         self._events = SummaryWriter(str(run_folder / "tensorboard"), purge_step=step + 1)
 

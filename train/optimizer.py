@@ -1,5 +1,6 @@
 """AdamW and its learning rate, as functions of the training settings."""
 
+import contextlib
 import math
 from collections.abc import Callable
 from functools import partial
@@ -30,6 +31,8 @@ def make_optimizer(model: DistributedDataParallel, *, config: TrainingConfig, ru
     )
     optimizer = get_megatron_optimizer(settings, [model], use_gloo_process_groups=False)
     _start_state(optimizer)
+    for shard in optimizer.chained_optimizers:
+        shard.data_parallel_group_gloo = runtime.host_data_group  # for checkpoints
     return optimizer
 
 
@@ -42,25 +45,26 @@ def _start_state(optimizer: MegatronOptimizer) -> None:
                 adam.state[parameter] = {"step": torch.zeros((), dtype=torch.float32), **moments}
 
 
-def load_state(optimizer: MegatronOptimizer, *, state: dict[str, Any]) -> None:
-    """Take over an optimizer's state from a checkpoint.
+def load_state(optimizer: MegatronOptimizer, *, state: dict[str, Any], step: int) -> None:
+    """Take over an optimizer's state from a checkpoint after `step` steps.
 
     Of torch's AdamW Megatron-core stores the number of steps once. On loading it looks for it among each parameter's moments, and makes
     all parameters share one tensor of it, which each of them would then count up.
     """
-    steps = {group["step"] for group in state["optimizer"]["param_groups"] if "step" in group}
-    for shard in optimizer.chained_optimizers:
-        put = shard._set_main_param_and_optimizer_states
-        shard._set_main_param_and_optimizer_states = partial(_put_with_step, put, torch.zeros(()))
-    optimizer.load_state_dict(state)
+    with contextlib.ExitStack() as stack:
+        for shard in optimizer.chained_optimizers:
+            put = shard._set_main_param_and_optimizer_states
+            shard._set_main_param_and_optimizer_states = partial(_put_with_step, put)
+            stack.callback(setattr, shard, "_set_main_param_and_optimizer_states", put)
+        optimizer.load_state_dict(state)
     for adam in (shard.optimizer for shard in optimizer.chained_optimizers):
         if isinstance(adam, torch.optim.AdamW):
             for moments in adam.state.values():
-                moments["step"] = torch.tensor(float(max(steps)), dtype=torch.float32)
+                moments["step"] = torch.tensor(float(step), dtype=torch.float32)
 
 
-def _put_with_step(put: Callable[..., None], step: Tensor, model_parameter: Tensor, tensors: dict[str, Tensor]) -> None:
-    put(model_parameter, {"step": step} | tensors)
+def _put_with_step(put: Callable[..., None], model_parameter: Tensor, tensors: dict[str, Tensor]) -> None:
+    put(model_parameter, {"step": torch.zeros(())} | tensors)
 
 
 def make_scheduler(optimizer: MegatronOptimizer, *, config: TrainingConfig, steps: int) -> OptimizerParamScheduler:

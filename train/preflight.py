@@ -1,12 +1,12 @@
 """Looks for what would stop a training later, before anything large is loaded."""
 
+import math
 import shutil
 from pathlib import Path
 
-from tokenizers import Tokenizer
-
 from ..store.dataset import Dataset
 from ..store.errors import DataError, UsageError
+from ..store.tokenizer import Tokenizer
 from . import records
 from .config import TrainingConfig, TrainJob
 from .cost import Cost
@@ -28,20 +28,18 @@ def preflight(job: TrainJob) -> Cost:
         UsageError: the settings do not fit the model, or the disk has no room for the checkpoints and the export.
     """
     architecture = read_architecture(job.model_folder, training=job.config)
-    require_vocabulary(job.model_folder, vocab_size=architecture.vocab_size)
+    _require_vocabulary(job.model_folder, vocab_size=architecture.vocab_size)
     _require_target_ids(job, vocab_size=architecture.vocab_size)
     cost = Cost.of(job.model_folder, architecture=architecture, config=job.config)
     _require_disk(job, cost=cost)
     return cost
 
 
-def require_vocabulary(model_folder: Path, *, vocab_size: int) -> None:
+def _require_vocabulary(model_folder: Path, *, vocab_size: int) -> None:
     """Raise DataError if the model's tokenizer has ids for which the model has no embedding."""
-    path = model_folder / "tokenizer.json"
-    if not path.exists():
+    if not (model_folder / "tokenizer.json").exists():
         return
-    tokenizer = Tokenizer.from_file(str(path))
-    largest = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
+    largest = Tokenizer.from_model_folder(model_folder).largest_id
     if largest >= vocab_size:
         raise DataError(
             f"vocab_size ({vocab_size}) of {model_folder / 'config.json'} must be above the largest id of its tokenizer ({largest}): "
@@ -79,7 +77,9 @@ def _require_target_ids(job: TrainJob, *, vocab_size: int) -> None:
 
 def _require_disk(job: TrainJob, *, cost: Cost) -> None:
     kept = len(records.checkpoint_steps(job.run_folder))
-    new = max(job.config.keep_checkpoints + 1 - kept, 1)  # one is written before the oldest is removed
+    config = job.config
+    written = math.ceil(config.steps / config.checkpoint_every) if config.steps and not config.checkpoint_minutes else math.inf
+    new = int(max(min(config.keep_checkpoints + 1, written) - kept, 1))  # one is written before the oldest is removed
     needed = new * cost.checkpoint_bytes + cost.export_bytes
     place = next(folder for folder in (job.run_folder, *job.run_folder.parents) if folder.exists())
     free = shutil.disk_usage(place).free

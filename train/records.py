@@ -25,11 +25,6 @@ LATEST = "latest"  # for people and scripts: the trainer itself lists the checkp
 RECORD_FILES = (METRICS, EVALUATIONS)
 
 
-def checkpoint_folder(run_folder: Path, *, step: int) -> Path:
-    """Where the checkpoint after `step` steps is."""
-    return run_folder / "checkpoints" / f"step-{step:08d}"
-
-
 def last_checkpoint(run_folder: Path) -> int | None:
     """Step of the newest complete checkpoint."""
     return max(checkpoint_steps(run_folder), default=None)
@@ -58,3 +53,21 @@ def require_identity(run_folder: Path, *, stored: Mapping[str, Any], asked: Mapp
             f"{run_folder} holds a run with other settings:\n  {lines}\n"
             "Give the training another name, or remove that folder to start over."
         )
+
+
+def figures(record: Record) -> str:
+    """A step's record in one line."""
+    terms = "" if record["fusion_loss"] is None else f" (text {record['clm_loss']:.4f}, fused {record['fusion_loss']:.4f})"
+    seconds = record["tokens"] / record["tokens_per_second"]
+    found = [
+        f"step {record['step']}/{record['steps']}",
+        f"loss {record['loss']:.4f}{terms}",
+        f"learning rate {record['learning_rate']:.2e}",
+        f"{record['tokens_per_second']:,.0f} tokens/s",
+    ]
+    if record["mfu"] is not None:
+        found.append(f"MFU {record['mfu']:.0%}")
+    found.append(f"data wait {record['data_wait_seconds'] / seconds:.0%}")
+    if record["held_out_bpb"] is not None:
+        found.append(f"held out {record['held_out_bpb']:.4f} bits per byte")
+    return ", ".join(found)

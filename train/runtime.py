@@ -17,6 +17,7 @@ from typing import Any
 import psutil
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from ..store.errors import UsageError
@@ -60,16 +61,22 @@ class Runtime:
         return parallel_state.get_data_parallel_group(with_context_parallel=True)
 
     @property
+    def host_data_group(self) -> dist.ProcessGroup:
+        """The same ranks as `data_group`, for tensors in the machine's memory."""
+        return self.data_group if self.device.type == "cpu" else parallel_state.get_data_parallel_group_gloo(with_context_parallel=True)
+
+    @property
     def leads(self) -> bool:
         """Whether this is rank 0, the one that writes the run's files."""
         return self.rank == 0
 
     @property
     def gradient_settings(self) -> DistributedDataParallelConfig:
-        """Gradients are summed in float32, while the backward pass goes on; each rank gets the share whose optimizer state it has."""
-        return DistributedDataParallelConfig(
-            grad_reduce_in_fp32=True, use_distributed_optimizer=True, overlap_grad_reduce=self.data_parallel > 1
-        )
+        """Gradients are summed in float32, while the backward pass goes on; each rank gets the share whose optimizer state it has.
+
+        Overlapping also cuts the gradients into buckets, without which a checkpoint would hold a second copy of the whole on the device.
+        """
+        return DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=True, overlap_grad_reduce=True)
 
     @property
     def peak_flops(self) -> float | None:
@@ -95,6 +102,10 @@ class Runtime:
         """To be called first in another thread that pins memory: which GPU is meant is each thread's own matter."""
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
+
+    def moved(self, tensor: Tensor) -> Tensor:
+        """A small tensor on the device; the copy does not wait for what the device is doing."""
+        return (tensor.pin_memory() if self.pins_memory else tensor).to(self.device, non_blocking=True)
 
     @property
     def loss_chunk_elements(self) -> int:
@@ -157,8 +168,9 @@ def open_runtime(config: TrainingConfig) -> Iterator[Runtime]:
     cuda = torch.cuda.is_available()
     if cuda and local_rank >= torch.cuda.device_count():
         raise UsageError(
-            f"tensor_parallel ({config.tensor_parallel}) × data_parallel ({config.data_parallel}) "
-            f"must not exceed the number of GPUs ({torch.cuda.device_count()})"
+            f"The ranks on this machine ({os.environ.get('LOCAL_WORLD_SIZE', world_size)}) must not exceed its GPUs "
+            f"({torch.cuda.device_count()}): lower --nproc-per-node, or tensor_parallel ({config.tensor_parallel}) × "
+            f"data_parallel ({config.data_parallel})"
         )
     device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
     if cuda:
@@ -168,7 +180,7 @@ def open_runtime(config: TrainingConfig) -> Iterator[Runtime]:
         with warnings.catch_warnings(), contextlib.nullcontext() if cuda else without_cuda():
             # Megatron-core calls torch's collectives by names that newer ones have.
             warnings.filterwarnings("ignore", "`torch.distributed.* is deprecated", FutureWarning)
-            parallel_state.initialize_model_parallel(config.tensor_parallel, create_gloo_process_groups=False)
+            parallel_state.initialize_model_parallel(config.tensor_parallel, create_gloo_process_groups=cuda)
             torch.manual_seed(config.seed)
             # There is no dropout, so no random numbers are drawn after initialisation; on CPU only the no-op tracker works.
             tensor_parallel.model_parallel_cuda_manual_seed(config.seed, inference_rng_tracker=not cuda, force_reset_rng=True)
@@ -182,9 +194,16 @@ def open_runtime(config: TrainingConfig) -> Iterator[Runtime]:
                 data_parallel=config.data_parallel,
                 data_rank=parallel_state.get_data_parallel_rank(with_context_parallel=True),
             )
-    finally:
-        parallel_state.destroy_model_parallel()
-        dist.destroy_process_group()
+    except BaseException:
+        if not cuda:  # NCCL may wait here for ranks that wait for this one: the process ends instead, and torchrun stops the others
+            _leave()
+        raise
+    _leave()
+
+
+def _leave() -> None:
+    parallel_state.destroy_model_parallel()
+    dist.destroy_process_group()
 
 
 def cpu_replacements() -> list[tuple[Any, str, Callable[..., Any]]]:

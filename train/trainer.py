@@ -36,7 +36,7 @@ from .objective import Objective
 from .optimizer import make_optimizer, make_scheduler
 from .preflight import require_memory
 from .runtime import Runtime
-from .watch import WINDOW, GradientWatch
+from .watch import SPIKES, WINDOW, Watch
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,6 +46,9 @@ class _Losses:
     clm: float
     fusion: float | None
     tokens: int
+
+
+_TELL_SECONDS = 10.0
 
 
 class Asked(IntEnum):
@@ -68,6 +71,7 @@ class Trainer:
         self.architecture = read_architecture(job.model_folder, training=job.config)
         cost = Cost.of(job.model_folder, architecture=self.architecture, config=job.config)
         require_memory(cost, config=job.config, free=runtime.free_memory)
+        dist.barrier()  # all have looked at what is free before any takes of it
         self.data = TargetsData.of(job, vocab_size=self.architecture.vocab_size, pin_memory=runtime.pins_memory)
         self.objective = Objective(job.config, steps=self.data.steps)
         self.model = self._load_model()
@@ -76,7 +80,7 @@ class Trainer:
         self.checkpoints = Checkpoints(job.run_folder, identity=job.identity, model=self.model, optimizer=self.optimizer, runtime=runtime)
         self.held_out = HeldOutText(job, runtime=runtime)
         self._parameters = cost.parameters
-        self._watch = GradientWatch()
+        self._watches: dict[str, Watch] = {}  # on the leading rank
         self._stop_asked = False
 
     def run(self) -> None:
@@ -87,11 +91,13 @@ class Trainer:
         """
         for number in (signal.SIGTERM, signal.SIGUSR1):  # the second is how Slurm announces the end of a job's time
             signal.signal(number, lambda *_: setattr(self, "_stop_asked", True))
-        started = self._saved_at = time.monotonic()
+        started = self._saved_at = self._told_at = time.monotonic()
         step = self.checkpoints.resume()
         self.scheduler.step(step)
         with Metrics(self.job.run_folder, step=step) if self.runtime.leads else contextlib.nullcontext() as metrics:
-            self._watch = GradientWatch(record["grad_norm"] for record in read_metrics(self.job.run_folder)[-WINDOW:])
+            if self.runtime.leads:
+                before = read_metrics(self.job.run_folder)[-WINDOW:]
+                self._watches = {name: Watch(spike, before=[record[name] for record in before]) for name, spike in SPIKES.items()}
             if step == 0:
                 self._evaluate(step, metrics=metrics)
             batches = prefetched(
@@ -106,6 +112,7 @@ class Trainer:
                     record["held_out_bpb"] = self._evaluate(step, metrics=metrics)
                 if metrics is not None:
                     metrics.add(record)
+                    self._tell(record)
                 asked = self._asked()
                 if asked or self._is_due(self.config.checkpoint_every, step=step):
                     self.checkpoints.save(step, keep=self.config.keep_checkpoints)
@@ -113,6 +120,15 @@ class Trainer:
                 if asked is Asked.TO_STOP and step < self.data.steps:
                     raise FuselineError(f"The training was stopped; a checkpoint of step {step} is saved. Run the same command to go on.")
         self._finish(seconds=time.monotonic() - started)
+
+    def _tell(self, record: records.Record) -> None:
+        """A line now and then, for who started the ranks by hand; else it goes to the log."""
+        now = time.monotonic()
+        if record["warning"] is not None:
+            print(record["warning"], flush=True)
+        if now - self._told_at >= _TELL_SECONDS or record["step"] == self.data.steps:
+            print(records.figures(record), flush=True)
+            self._told_at = now
 
     def _is_due(self, every: int | None, *, step: int) -> bool:
         return every is not None and (step % every == 0 or step == self.data.steps)
@@ -172,7 +188,7 @@ class Trainer:
             "mfu": self._utilisation(batch, seconds=seconds),
             "peak_memory_bytes": self.runtime.peak_memory,
             "held_out_bpb": None,
-            "warning": self._warning(step, norm=float(gradient_norm)),
+            "warning": self._warning(step, loss=loss, grad_norm=float(gradient_norm)),
         }
 
     def _utilisation(self, batch: Sequence[MicroBatch], *, seconds: float) -> float | None:
@@ -183,15 +199,14 @@ class Trainer:
         flops = step_flops(self.architecture, parameters=self._parameters, lengths=lengths) / self.runtime.tensor_parallel
         return flops / (seconds * self.runtime.peak_flops)
 
-    def _warning(self, step: int, *, norm: float) -> str | None:
+    def _warning(self, step: int, **values: float) -> str | None:
         """What is odd about a step, on the leading rank."""
-        ratio = self._watch.ratio(norm) if self.runtime.leads else None
-        if ratio is None:
-            return None
-        return (
-            f"step {step + 1}: the norm of the gradient ({norm:.3g}) is {ratio:.1f} times the median of the {WINDOW} steps before; "
-            f"the batch has {self.data.named(self.data.packs(step))}"
-        )
+        found = [
+            f"{name} ({values[name]:.3g}) is {ratio:.1f} times the median of the steps before"
+            for name, watch in self._watches.items()
+            if (ratio := watch.ratio(values[name])) is not None
+        ]
+        return f"step {step + 1}: {', '.join(found)}; the batch has {self.data.named(self.data.packs(step))}" if found else None
 
     def _backward(self, batch: Sequence[MicroBatch], *, step: int) -> tuple[_Losses, list[Tensor]]:
         """Gradients of this rank's micro-batches and losses of the global batch; also whether each micro-batch's loss is finite."""
@@ -242,11 +257,12 @@ class Trainer:
         facts: dict[str, Any] = {}
         if self.runtime.leads:
             last = read_metrics(self.job.run_folder)[-1]
-            facts = {name: last[name] for name in ("step", "loss", "clm_loss", "fusion_loss")}
+            facts = {name: last[name] for name in ("step", "loss", "clm_loss", "fusion_loss", "held_out_bpb")}
         export(self.model.module, job=self.job, architecture=self.architecture, runtime=self.runtime, facts=facts)
         if self.runtime.leads:
             done = facts | {"seconds": seconds, "export": str(self.job.export_folder), "identity": self.job.identity}
             durable.write_json(self.job.run_folder / "done.json", done)
+            print(f"model written to {self.job.export_folder}", flush=True)
         dist.barrier()
 
 

@@ -21,6 +21,8 @@ from ..store.errors import DataError
 from ..store.weights import weight_files
 
 FILE_BYTES = 5_000_000_000  # a larger model is split into files of at most this size
+# Ends of names of tensors in published folders that are no weights: transformers computes them anew.
+BUFFERS = (".rotary_emb.inv_freq", ".attention.bias", ".attention.masked_bias")
 _HEADER_ALIGNMENT = 8
 _DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16"}
 

@@ -2,7 +2,6 @@
 
 import json
 import os
-import random
 import re
 import shutil
 import signal
@@ -18,10 +17,12 @@ import torch
 from fuseline.store.corpus_plan import write_plan
 from fuseline.store.dataset import Dataset, PartContent
 from fuseline.store.errors import FingerprintMismatch, FuselineError
-from fuseline.store.trainings import read_metrics
+from fuseline.store.trainings import checkpoint_folder, read_metrics
 from fuseline.train import records
 from fuseline.train.config import TrainingConfig, TrainJob
+from fuseline.train.cost import Cost
 from fuseline.train.data import TargetsData
+from fuseline.train.families import read_architecture
 from fuseline.train.launch import launch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
@@ -128,12 +129,18 @@ def tensor_parallel(inputs, tmp_path_factory):
     return job, train(job)
 
 
+@pytest.fixture(scope="module")
+def data_parallel(inputs, tmp_path_factory):
+    job = make_job(inputs, tmp_path_factory.mktemp("runs") / "dp2", data_parallel=2)
+    return job, train(job)
+
+
 def test_the_run_folder_is_complete(alone):
     job, found = alone
     assert [record["step"] for record in found] == list(range(1, STEPS + 1))
     assert read_metrics(job.run_folder) == found
     assert records.checkpoint_steps(job.run_folder) == [28, 35, 42, 49, STEPS]
-    assert (job.run_folder / "checkpoints" / "latest").resolve() == records.checkpoint_folder(job.run_folder, step=STEPS)
+    assert (job.run_folder / "checkpoints" / "latest").resolve() == checkpoint_folder(job.run_folder, step=STEPS)
     assert list((job.run_folder / "tensorboard").iterdir())
     done = records.read_done(job.run_folder)
     assert (done["step"], done["loss"]) == (STEPS, found[-1]["loss"])
@@ -144,12 +151,11 @@ def test_the_run_folder_is_complete(alone):
     assert found[-1]["learning_rate"] < found[0]["learning_rate"] <= 1e-3
 
 
-def test_tensor_and_data_parallel_give_the_same_losses(inputs, alone, tensor_parallel, tmp_path):
-    data_parallel = train(make_job(inputs, tmp_path / "dp2", data_parallel=2))
+def test_tensor_and_data_parallel_give_the_same_losses(inputs, alone, tensor_parallel, data_parallel, tmp_path):
     shared_tokens = train(make_job(inputs, tmp_path / "sp2", tensor_parallel=2, sequence_parallel=True))
     np.testing.assert_allclose(numbers(shared_tokens), numbers(alone[1]), atol=1e-5, rtol=0)
     np.testing.assert_allclose(numbers(tensor_parallel[1]), numbers(alone[1]), atol=1e-5, rtol=0)
-    np.testing.assert_allclose(numbers(data_parallel), numbers(alone[1]), atol=1e-5, rtol=0)
+    np.testing.assert_allclose(numbers(data_parallel[1]), numbers(alone[1]), atol=1e-5, rtol=0)
 
 
 def test_a_run_that_is_done_is_not_run_again(alone):
@@ -247,23 +253,23 @@ def wait_for_no_ranks(run_folder: Path) -> None:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="ranks die with their launcher by a Linux call")
-def test_a_killed_run_resumes_to_exactly_the_same_losses(inputs, alone, tmp_path):
+@pytest.mark.parametrize("step", [3, 15, 33])  # before the first checkpoint, just after one, between two
+def test_a_killed_run_resumes_to_exactly_the_same_losses(inputs, alone, tmp_path, step):
     job = make_job(inputs, tmp_path / "killed")
-    step = random.randrange(1, STEPS - 5)
     process = start_and_wait(job, until_step=step)
     process.kill()
     process.wait()
     wait_for_no_ranks(job.run_folder)
     assert records.read_done(job.run_folder) is None
     torn = job.run_folder / "checkpoints" / ".tmp-step-00000099"
-    torn.mkdir()
+    torn.mkdir(parents=True)
     with (job.run_folder / "metrics.jsonl").open("a") as file:
         file.write('{"step": 5, "lo')
     resumed_from = records.last_checkpoint(job.run_folder) or 0
     again = train(job)
-    assert again[0]["step"] == resumed_from + 1, f"killed after step {step}"
+    assert again[0]["step"] == resumed_from + 1
     assert not torn.exists()
-    assert np.array_equal(numbers(read_metrics(job.run_folder)), numbers(alone[1])), f"killed after step {step}"
+    assert np.array_equal(numbers(read_metrics(job.run_folder)), numbers(alone[1]))
     exported, expected = (AutoModelForCausalLM.from_pretrained(each.export_folder).state_dict() for each in (job, alone[0]))
     assert all(torch.equal(exported[name], expected[name]) for name in expected)
 
@@ -287,11 +293,44 @@ def test_a_signal_saves_a_checkpoint_and_a_second_trainer_is_kept_out(inputs, tm
 
 @pytest.mark.parametrize(("ranks", "layout"), [(2, {}), (1, {"tensor_parallel": 2}), (1, {"data_parallel": 2})])
 def test_a_checkpoint_resumes_on_another_number_of_ranks(inputs, alone, tensor_parallel, tmp_path, ranks, layout):
-    checkpoint = records.checkpoint_folder((alone if ranks == 1 else tensor_parallel)[0].run_folder, step=28)
-    shutil.copytree(checkpoint, tmp_path / "other" / "checkpoints" / checkpoint.name)
-    found = train(make_job(inputs, tmp_path / "other", **layout))
-    assert [record["step"] for record in found] == list(range(29, STEPS + 1))
+    found = resumed(make_job(inputs, tmp_path / "other", **layout), of=(alone if ranks == 1 else tensor_parallel)[0])
     np.testing.assert_allclose(numbers(found), numbers(alone[1][28:]), atol=1e-5, rtol=0)
+
+
+def test_two_ranks_resume_with_their_own_bits(inputs, tensor_parallel, data_parallel, tmp_path):
+    for name, (job, whole) in {"tensor": tensor_parallel, "data": data_parallel}.items():
+        found = resumed(job.model_copy(update={"run_folder": tmp_path / name, "export_folder": tmp_path / name / "export"}), of=job)
+        assert np.array_equal(numbers(found), numbers(whole)[28:])
+
+
+def resumed(job: TrainJob, *, of: TrainJob) -> list[dict]:
+    """The records of a training that goes on from another's checkpoint after step 28."""
+    checkpoint = checkpoint_folder(of.run_folder, step=28)
+    shutil.copytree(checkpoint, job.run_folder / "checkpoints" / checkpoint.name)
+    found = train(job)
+    assert [record["step"] for record in found] == list(range(29, STEPS + 1))
+    return found
+
+
+def test_a_damaged_checkpoint_is_told_and_the_one_before_goes_on(inputs, alone, tmp_path):
+    job = make_job(inputs, tmp_path / "damaged")
+    for step in (28, 35):
+        checkpoint = checkpoint_folder(alone[0].run_folder, step=step)
+        shutil.copytree(checkpoint, job.run_folder / "checkpoints" / checkpoint.name)
+    newest = checkpoint_folder(job.run_folder, step=35)
+    (shard,) = newest.glob("*.distcp")
+    os.truncate(shard, shard.stat().st_size // 2)
+    with pytest.raises(FuselineError, match=rf"The checkpoint {newest} cannot be read .* Remove it to go on from the one before\."):
+        train(job)
+    shutil.rmtree(newest)
+    assert np.array_equal(numbers(train(job)), numbers(alone[1])[28:])
+
+
+def test_a_checkpoint_takes_what_was_foretold(alone):
+    job, _ = alone
+    size = sum(path.stat().st_size for path in checkpoint_folder(job.run_folder, step=28).iterdir())
+    cost = Cost.of(job.model_folder, architecture=read_architecture(job.model_folder, training=job.config), config=job.config)
+    assert size == pytest.approx(cost.checkpoint_bytes, rel=0.15)  # beside the tensors it has a description of each
 
 
 def test_the_clock_asks_for_checkpoints_too(inputs, tmp_path):
@@ -315,7 +354,7 @@ def test_bfloat16_trains_resumes_and_exports(inputs, tmp_path):
     job = make_job(inputs, tmp_path / "bf16", dtype="bfloat16", tail="ghost", recompute=True, steps=4, checkpoint_every=2)
     first = train(job)
     (job.run_folder / "done.json").unlink()
-    shutil.rmtree(records.checkpoint_folder(job.run_folder, step=4))
+    shutil.rmtree(checkpoint_folder(job.run_folder, step=4))
     assert np.array_equal(numbers(train(job)), numbers(first)[2:])
     assert AutoModelForCausalLM.from_pretrained(job.export_folder).dtype == torch.bfloat16
     assert json.loads((job.export_folder / "config.json").read_text())["dtype"] == "bfloat16"

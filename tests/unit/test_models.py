@@ -138,7 +138,7 @@ def test_what_is_wrong_with_a_model_folder_is_told(folder, damage, message):
 def test_a_tokenizer_larger_than_the_vocabulary_is_told(folder, models_dir):
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(models_dir / "tiny-source" / name, folder / name)
-    with pytest.raises(DataError, match=r"the tokenizer's vocabulary \(800\) must not be larger than vocab_size of config\.json \(600\)"):
+    with pytest.raises(DataError, match=r"the largest id of the tokenizer \(799\) must be below vocab_size of config\.json \(600\)"):
         check(folder)
 
 

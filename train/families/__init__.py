@@ -45,7 +45,9 @@ def read_architecture(model_folder: Path, *, training: TrainingConfig) -> Archit
     try:
         config = AutoConfig.from_pretrained(model_folder)
         architecture = FAMILIES[model_type](config)
-    except (ValueError, KeyError, TypeError, StrictDataclassError) as error:
+    except (KeyError, AttributeError) as error:
+        raise DataError(f"{path} lacks a field that {model_type} models need: {error}") from error
+    except (ValueError, TypeError, StrictDataclassError) as error:
         raise DataError(f"{path}: {error}") from error
     _require_fit(architecture, model_folder=model_folder, training=training)
     return architecture
