@@ -39,7 +39,7 @@ learning_rate = 1e-3
 warmup_fraction = 0.1
 steps = 24
 checkpoint_every = 4
-evaluate_every = 8
+evaluate_every = 24
 """
 
 
