@@ -27,7 +27,7 @@ from fuseline.train.families import read_architecture
 from fuseline.train.launch import launch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-VOCAB, TOPK, STEPS = 259, 8, 50
+VOCAB, TOPK, STEPS = 259, 8, 32
 DOMAINS = ["code", "law", "news"]
 SETTINGS = {
     "steps": STEPS,
@@ -140,7 +140,7 @@ def test_the_run_folder_is_complete(alone):
     job, found = alone
     assert [record["step"] for record in found] == list(range(1, STEPS + 1))
     assert read_metrics(job.run_folder) == found
-    assert records.checkpoint_steps(job.run_folder) == [28, 35, 42, 49, STEPS]
+    assert records.checkpoint_steps(job.run_folder) == [7, 14, 21, 28, STEPS]
     assert (job.run_folder / "checkpoints" / "latest").resolve() == checkpoint_folder(job.run_folder, step=STEPS)
     assert list((job.run_folder / "tensorboard").iterdir())
     done = records.read_done(job.run_folder)
@@ -256,7 +256,7 @@ def wait_for_no_ranks(run_folder: Path) -> None:
 @pytest.mark.skipif(sys.platform != "linux", reason="ranks die with their launcher by a Linux call")
 def test_a_killed_run_resumes_to_exactly_the_same_losses(inputs, alone, tmp_path):
     job = make_job(inputs, tmp_path / "killed")
-    process = start_and_wait(job, until_step=random.randrange(1, STEPS - 25))
+    process = start_and_wait(job, until_step=random.randrange(1, STEPS - 20))
     process.kill()
     process.wait()
     wait_for_no_ranks(job.run_folder)
@@ -293,28 +293,28 @@ def test_a_signal_saves_a_checkpoint_and_a_second_trainer_is_kept_out(inputs, tm
 @pytest.mark.parametrize(("ranks", "layout"), [(2, {}), (1, {"tensor_parallel": 2})])
 def test_a_checkpoint_resumes_on_another_number_of_ranks(inputs, alone, tensor_parallel, tmp_path, ranks, layout):
     found = resumed(make_job(inputs, tmp_path / "other", **layout), of=(alone if ranks == 1 else tensor_parallel)[0])
-    np.testing.assert_allclose(numbers(found), numbers(alone[1][28:]), atol=1e-5, rtol=0)
+    np.testing.assert_allclose(numbers(found), numbers(alone[1][7:]), atol=1e-5, rtol=0)
 
 
 def test_two_ranks_that_share_the_optimizers_state_resume_with_their_own_bits(data_parallel, tmp_path):
     job, whole = data_parallel
     found = resumed(job.model_copy(update={"run_folder": tmp_path / "again", "export_folder": tmp_path / "export"}), of=job)
-    assert np.array_equal(numbers(found), numbers(whole)[28:])
+    assert np.array_equal(numbers(found), numbers(whole)[7:])
 
 
 def resumed(job: TrainJob, *, of: TrainJob) -> list[dict]:
-    """The records of a training that goes on from another's checkpoint after step 28."""
-    checkpoint = checkpoint_folder(of.run_folder, step=28)
+    """The records of a training that goes on from another's checkpoint after step 7."""
+    checkpoint = checkpoint_folder(of.run_folder, step=7)
     shutil.copytree(checkpoint, job.run_folder / "checkpoints" / checkpoint.name)
     found = train(job)
-    assert [record["step"] for record in found] == list(range(29, STEPS + 1))
+    assert [record["step"] for record in found] == list(range(8, STEPS + 1))
     return found
 
 
 def test_a_damaged_checkpoint_is_told(inputs, alone, tmp_path):
     job = make_job(inputs, tmp_path / "damaged")
-    damaged = checkpoint_folder(job.run_folder, step=28)
-    shutil.copytree(checkpoint_folder(alone[0].run_folder, step=28), damaged)
+    damaged = checkpoint_folder(job.run_folder, step=7)
+    shutil.copytree(checkpoint_folder(alone[0].run_folder, step=7), damaged)
     assert checkpoint_damage(damaged) is None
     (shard,) = damaged.glob("*.distcp")
     with shard.open("r+b") as file:
@@ -333,7 +333,7 @@ def test_a_damaged_checkpoint_is_told(inputs, alone, tmp_path):
 
 def test_a_checkpoint_takes_what_was_foretold(alone):
     job, _ = alone
-    size = sum(path.stat().st_size for path in checkpoint_folder(job.run_folder, step=28).iterdir())
+    size = sum(path.stat().st_size for path in checkpoint_folder(job.run_folder, step=7).iterdir())
     cost = Cost.of(job.model_folder, architecture=read_architecture(job.model_folder, training=job.config), config=job.config)
     assert size == pytest.approx(cost.checkpoint_bytes, rel=0.15)  # beside the tensors it has a description of each
 
