@@ -35,12 +35,15 @@ Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
 class TrainingConfig(BaseModel):
-    """How the target model is trained on fused targets. Defaults are FuseLLM's (arXiv:2401.10491, section 4.1)."""
+    """How the target model is trained on fused targets.
+
+    Defaults are FuseLLM's (arXiv:2401.10491, section 4.1), but for `clm_weight` and `tail`, which were measured (`benchmarks/README.md`).
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
     name: str = Field("fused", min_length=1, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="names the run and the exported model")
-    clm_weight: Fraction = Field(0.9, description="λ: weight of next-token cross-entropy; 1 - λ weighs the fused targets")
+    clm_weight: Fraction = Field(0.1, description="λ: weight of next-token cross-entropy; 1 - λ weighs the fused targets (the papers: 0.9)")
     clm_weight_end: Fraction | None = Field(
         None, description="λ at the last step, to which it goes linearly from clm_weight at the first; none keeps it constant"
     )

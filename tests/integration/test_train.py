@@ -33,6 +33,7 @@ SETTINGS = {
     "steps": STEPS,
     "sequence_length": 64,
     "global_batch_size": 4,
+    "clm_weight": 0.9,
     "learning_rate": 1e-3,
     "min_learning_rate_ratio": 0.1,
     "checkpoint_every": 7,

@@ -40,6 +40,7 @@ warmup_fraction = 0.1
 steps = 24
 checkpoint_every = 4
 evaluate_every = 24
+clm_weight = 0.9
 """
 
 
