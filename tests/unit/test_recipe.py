@@ -69,8 +69,8 @@ def test_a_minimal_recipe_has_the_defaults(tmp_path):
     recipe = load_recipe(tmp_path / "recipe.toml")
     assert (recipe.top_k, recipe.fusion.method, recipe.alignment.vocabulary) == (10, "mince", "prefix")
     assert [training.name for training in recipe.trainings] == ["clm", "fused"]
-    assert [training.clm_weight for training in recipe.trainings] == [1.0, 0.9]
-    assert recipe.trainings[0].model_copy(update={"name": "fused", "clm_weight": 0.9}) == recipe.training
+    assert [training.clm_weight for training in recipe.trainings] == [1.0, 0.1]
+    assert recipe.trainings[0].model_copy(update={"name": "fused", "clm_weight": 0.1}) == recipe.training
 
 
 def test_the_fusions_top_k_comes_before_the_distributions(tmp_path):
