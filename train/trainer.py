@@ -38,6 +38,8 @@ from .preflight import require_memory
 from .runtime import Runtime
 from .watch import SPIKES, WINDOW, Watch
 
+_TELL_SECONDS = 10.0
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Losses:
@@ -46,9 +48,6 @@ class _Losses:
     clm: float
     fusion: float | None
     tokens: int
-
-
-_TELL_SECONDS = 10.0
 
 
 class Asked(IntEnum):
