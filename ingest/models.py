@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import struct
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -12,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from ..store.errors import DataError
 from ..store.tokenizer import Tokenizer
-from ..store.weights import weight_files
+from ..store.weights import tensors_of, weight_files
 from .digests import file_digest
 from .sources import HUB_ID
 
@@ -76,7 +75,7 @@ class ModelFolder:
         """Name to dtype and shape of every tensor, from the headers of the safetensors files."""
         found: dict[str, dict[str, Any]] = {}
         for path in self.weight_files:
-            found |= _tensors(path)
+            found |= tensors_of(path)
         return found
 
     @property
@@ -143,22 +142,3 @@ def find_model(config: ModelConfig, *, models_dir: Path, base: Path, download: b
             f"or put it into a folder as {config.model.rsplit('/', 1)[-1]} and name that with --models."
         ) from error
     return ModelFolder(config, Path(snapshot)).check()
-
-
-def _tensors(path: Path) -> dict[str, dict[str, Any]]:
-    """Name to dtype, shape and place of each tensor of a safetensors file, from its header.
-
-    A file that was cut short, by a broken download say, has a sound header and too few bytes.
-    """
-    size = path.stat().st_size
-    try:
-        with path.open("rb") as file:
-            (length,) = struct.unpack("<Q", file.read(8))
-            header = file.read(min(length, size))
-        tensors = {name: tensor for name, tensor in json.loads(header).items() if name != "__metadata__"}
-        expected = 8 + length + max((tensor["data_offsets"][1] for tensor in tensors.values()), default=0)
-    except (ValueError, struct.error, AttributeError, KeyError, TypeError) as error:
-        raise DataError(f"{path} is cut short, or not a safetensors file ({error}). Download it again.") from error
-    if size != expected:
-        raise DataError(f"{path} must have {expected} bytes, and has {size}: it was cut short. Download it again.")
-    return tensors

@@ -1,7 +1,9 @@
-"""Which files of a model folder in the Hugging Face format hold its weights."""
+"""Which files of a model folder in the Hugging Face format hold its weights, and which tensors are in them."""
 
 import json
+import struct
 from pathlib import Path
+from typing import Any
 
 from .errors import DataError
 
@@ -30,3 +32,22 @@ def weight_files(folder: Path) -> list[Path]:
     if absent:
         raise DataError(f"{folder} lacks weights: {index.name} names {', '.join(absent)}. Download the model again.")
     return [folder / name for name in named]
+
+
+def tensors_of(path: Path) -> dict[str, dict[str, Any]]:
+    """Name to dtype, shape and place of each tensor of a safetensors file, from its header.
+
+    A file that was cut short, by a broken download say, has a sound header and too few bytes.
+    """
+    size = path.stat().st_size
+    try:
+        with path.open("rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8))
+            header = file.read(min(length, size))
+        tensors = {name: tensor for name, tensor in json.loads(header).items() if name != "__metadata__"}
+        expected = 8 + length + max((tensor["data_offsets"][1] for tensor in tensors.values()), default=0)
+    except (ValueError, struct.error, AttributeError, KeyError, TypeError) as error:
+        raise DataError(f"{path} is cut short, or not a safetensors file ({error}). Download it again.") from error
+    if size != expected:
+        raise DataError(f"{path} must have {expected} bytes, and has {size}: it was cut short. Download it again.")
+    return tensors

@@ -3,12 +3,11 @@
 Estimates of memory follow Korthikanti et al. (arXiv:2205.05198, section 4) for layers with a gated MLP and fused attention.
 """
 
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..store.weights import weight_files
+from ..store.weights import tensors_of, weight_files
 from .architecture import Architecture
 from .config import TrainingConfig
 from .weight_files import BUFFERS
@@ -21,15 +20,8 @@ _GRADIENT = 4  # gradients are summed in float32
 def count_parameters(model_folder: Path, *, architecture: Architecture) -> int:
     """Numbers in the tensors of a model's safetensors that are weights of its own."""
     copies = set(architecture.rule_of("output_layer.weight")[1]) if architecture.tied_embeddings else set()
-    tensors = [tensor for path in weight_files(model_folder) for tensor in _headers(path).items()]
+    tensors = [tensor for path in weight_files(model_folder) for tensor in tensors_of(path).items()]
     return sum(math.prod(tensor["shape"]) for name, tensor in tensors if name not in copies and not name.endswith(BUFFERS))
-
-
-def _headers(path: Path) -> dict[str, dict[str, list[int]]]:
-    with path.open("rb") as file:
-        size = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(size))
-    return {name: tensor for name, tensor in header.items() if name != "__metadata__"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
