@@ -335,27 +335,24 @@ class Pipeline:
 
     def train(self, *, names: Sequence[str] | None = None) -> None:
         """Train on the fused targets, and the baseline; `names` chooses among them."""
-        parts = self._parts_to_train_on()
-        self._make_held_out()
-        for job in self._jobs(parts, names=names):
+        for job in self._jobs_to_train(names):
             self._train(job)
 
     def prepare_training(self, *, names: Sequence[str] | None = None) -> None:
         """Write the job files alone, for ranks that somebody else starts."""
-        parts = self._parts_to_train_on()
-        self._make_held_out()
-        for job in self._jobs(parts, names=names):
+        for job in self._jobs_to_train(names):
             job.save()
             self.progress.say(
-                f"{describe(job)}\ntraining {job.config.name} is prepared. "
-                f"On one machine, start them with:\n"
+                f"{describe(job)}\ntraining {job.config.name} is prepared. On one machine, start them with:\n"
                 f"  torchrun --nproc-per-node {job.config.world_size} -m fuseline.train {job.run_folder}"
             )
 
-    def _parts_to_train_on(self) -> list[int]:
+    def _jobs_to_train(self, names: Sequence[str] | None) -> list[TrainJob]:
+        """The trainings whose targets are all there; the text that they are evaluated on is made if it is missing."""
         parts = self._parts_of("train")
         self._require(self._fusion_stage.dataset, parts=parts, command="fuse")
-        return parts
+        self._make_held_out()
+        return self._jobs(parts, names=names)
 
     def _make_held_out(self) -> None:
         """The start's own evaluation, whose text the trainings are evaluated on."""
