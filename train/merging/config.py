@@ -53,7 +53,9 @@ class MergeConfig(BaseModel):
     vocabulary: Literal["same", "common"] = Field(
         "same", description="vocabularies must have one size; or the rows that all models have are merged, and the others are the base's"
     )
-    dtype: Literal["float32", "bfloat16", "float16"] | None = Field(None, description="number format that is written; by default the models'")
+    dtype: Literal["float32", "bfloat16", "float16"] | None = Field(
+        None, description="number format that is written; by default the models'"
+    )
 
     @model_validator(mode="after")
     def _possible(self) -> Self:
