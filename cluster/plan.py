@@ -20,6 +20,7 @@ UTILISATION = 0.4  # share of it that a good forward pass or training step reach
 _SCALAR_BYTES, _ID_BYTES_U16, _ID_BYTES_U32 = 6.4, 1.35, 1.44
 _VALUE_BYTES = {"f16": 1.12, "q8": 0.74}
 _SMALL_VOCABULARY = 65_536
+_ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 _MATCHES_BYTES = 0.3  # of a token: a part of 1M has about 60,000 different pairs
 
 
@@ -82,11 +83,13 @@ def plan(recipe: Recipe, *, base: Path, models_dir: Path, workspace: Workspace) 
         folder = f"alignments/{alignment.alignment_name(pair)}"
         stages.append(planned(f"alignment {pair}", folder, parts=train.parts, stored=1.5 * tokens))
     stored = tokens * (3.5 + recipe.top_k * _entry_bytes(target, codec))
-    stages.append(planned(f"targets {recipe.fusion.name}", f"targets/{recipe.fusion.name}", parts=train.parts, stored=stored))
-    stages += [_training(training, target=target, tokens=tokens, workspace=workspace) for training in recipe.trainings]
-    trained = [_Model(name=training.name, parameters=target.parameters, vocab_size=target.vocab_size) for training in recipe.trainings]
+    stages += [planned(f"targets {fusion.name}", f"targets/{fusion.name}", parts=train.parts, stored=stored) for fusion in recipe.fusions]
+    stages += [_training(training.config, target=target, tokens=tokens, workspace=workspace) for training in recipe.trainings]
+    if recipe.merged_name is not None:
+        stages.append(_merge(recipe, recipe.merged_name, target=target, workspace=workspace))
+    made = [_Model(name=name, parameters=target.parameters, vocab_size=target.vocab_size) for name in recipe.made_models]
     held_out_tokens = held_out.text_bytes / BYTES_PER_TOKEN
-    for model in (*models, *trained):
+    for model in (*models, *made):
         folder, flops = f"evaluations/{model.name}--{recipe.evaluation.split}", 2 * model.parameters * held_out_tokens
         evaluation = planned(
             f"evaluation {model.name}", folder, parts=held_out.parts, tokens=held_out_tokens, stored=6 * held_out_tokens, flops=flops
@@ -100,7 +103,7 @@ def _training(training: TrainingConfig, *, target: _Model, tokens: float, worksp
         trained = tokens * (training.epochs or 1)
     else:
         trained = float(training.steps * training.global_batch_size * training.sequence_length)
-    item = 4 if training.dtype == "float32" else 2
+    item = _ITEM_BYTES[training.dtype]
     return PlannedStage(
         stage=f"training {training.name} (TP {training.tensor_parallel} × DP {training.data_parallel})",
         parts=1,
@@ -109,6 +112,18 @@ def _training(training: TrainingConfig, *, target: _Model, tokens: float, worksp
         # Weights, float32 master weights and two moments in each checkpoint that is kept; and the export.
         stored_bytes=(training.keep_checkpoints * (item + 12) + item) * target.parameters,
         gpu_hours=6 * target.parameters * trained / (GPU_FLOPS * UTILISATION) / 3600,
+    )
+
+
+def _merge(recipe: Recipe, name: str, *, target: _Model, workspace: Workspace) -> PlannedStage:
+    assert recipe.merge is not None
+    return PlannedStage(
+        stage=f"merge {name} ({recipe.merge.method} of {len(recipe.sources)})",
+        parts=1,
+        parts_done=int((workspace.folder("exports", name) / "config.json").exists()),
+        tokens=0,
+        stored_bytes=_ITEM_BYTES[recipe.merge.dtype or recipe.training.dtype] * target.parameters,
+        gpu_hours=0,  # a processor's work
     )
 
 
