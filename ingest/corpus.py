@@ -28,9 +28,8 @@ from ..store.errors import DataError
 from ..store.tokenizer import Tokenizer
 from .chat.config import ChatConfig
 from .chat.marked_text import MarkedText, columns_of
-from .chat.reader import ConversationsReader
+from .chat.readings import CorpusTemplate
 from .chat.segment import segment_conversations
-from .chat.template import ChatTemplate
 from .digests import file_digest
 from .documents import ChatDocuments, Documents, TextDocuments
 from .segment import segment_documents
@@ -76,20 +75,6 @@ class CorpusConfig(BaseModel):
                 f"held_out_fraction ({self.held_out_fraction}) must be 0 where split_column ({self.split_column!r}) says the split"
             )
         return self
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CorpusTemplate:
-    """The chat template that conversations are written in, and the digest of the tokenizer whose control tokens it writes."""
-
-    template: ChatTemplate
-    tokenizer: str
-
-    def reader(self, tokenizer: Tokenizer) -> ConversationsReader:
-        """What reads the corpus as any model with this tokenizer does."""
-        return ConversationsReader(
-            tokenizer, template=self.template, rendering="shared" if tokenizer.digest == self.tokenizer else "foreign"
-        )
 
 
 def corpus_identity(

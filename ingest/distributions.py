@@ -30,8 +30,7 @@ from ..store.arrays import Encoding, id_dtype
 from ..store.dataset import Dataset, PartContent
 from ..store.tokenizer import EncodedSegments, Tokenizer
 from .chat.marked_text import segments_of
-from .chat.reader import ConversationsReader, Rendering
-from .chat.template import ChatTemplate
+from .chat.readings import ChatReading
 from .models import ModelFolder
 
 if TYPE_CHECKING:  # torch is loaded where a model is run, not where a recipe is read
@@ -47,19 +46,6 @@ class DistributionsConfig(BaseModel):
     codec: Encoding = Field(
         "f16", description="how log-probabilities are stored: `f16` (5e-8 nats off), or `q8` (5e-5 nats) in 14 % fewer bytes"
     )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ChatReading:
-    """How a model reads the conversations of a corpus; the arguments of `ConversationsReader`, but for the tokenizer."""
-
-    template: ChatTemplate
-    rendering: Rendering
-    end_of_turn: str | None = None
-
-    def reader(self, tokenizer: Tokenizer) -> ConversationsReader:
-        """The reader."""
-        return ConversationsReader(tokenizer, template=self.template, rendering=self.rendering, end_of_turn=self.end_of_turn)
 
 
 def distributions_identity(

@@ -88,6 +88,11 @@ class ModelFolder:
         return int(self.hf_config["vocab_size"])
 
     @property
+    def context_length(self) -> int | None:
+        """Most tokens that the model reads, as `config.json` says; None where it does not."""
+        return self.hf_config.get("max_position_embeddings") or self.hf_config.get("max_seq_len")
+
+    @property
     def n_parameters(self) -> int:
         """Number of weights in the files."""
         total = 0
