@@ -1,4 +1,4 @@
-"""The safetensors files of a Hugging Face folder, read slice by slice and written tensor by tensor, so that no model is ever in memory.
+"""The safetensors files of a Hugging Face folder, read slice by slice and written block by block, so that no model is ever in memory.
 
 The format is a length, a JSON header with the place of each tensor, and the tensors (https://github.com/huggingface/safetensors). All
 shapes are known before the first tensor is, so the header can be written first.
@@ -6,6 +6,7 @@ shapes are known before the first tensor is, so the header can be written first.
 
 import json
 import math
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -18,13 +19,25 @@ from torch import Tensor
 
 from ..store import durable
 from ..store.errors import DataError
-from ..store.weights import weight_files
+from ..store.weights import tensors_of, weight_files
 
 FILE_BYTES = 5_000_000_000  # a larger model is split into files of at most this size
 # Ends of names of tensors in published folders that are no weights: transformers computes them anew.
 BUFFERS = (".rotary_emb.inv_freq", ".attention.bias", ".attention.masked_bias")
 _HEADER_ALIGNMENT = 8
-_DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16"}
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+_CODES = {dtype: code for code, dtype in _DTYPES.items()}
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,36 +79,94 @@ class WeightFiles:
         return StoredTensor(tuple(stored.get_shape()), stored)
 
 
-def write_weights(tensors: Iterator[tuple[str, Tensor]], *, shapes: Mapping[str, Sequence[int]], dtype: torch.dtype, folder: Path) -> None:
-    """Write tensors as `model.safetensors`, or as several files and their index; one tensor is in memory at a time.
+@dataclass(frozen=True, slots=True)
+class FlatTensor:
+    """A tensor in a file, read in pieces by plain reads: unlike those of a mapped file, its pages are no memory of this process."""
+
+    path: Path
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    _descriptor: int
+    _offset: int  # bytes
+
+    @property
+    def n_positions(self) -> int:
+        """Numbers in it."""
+        return math.prod(self.shape)
+
+    def read(self, start: int, stop: int) -> Tensor:
+        """Positions `start` to `stop`, in the order of the file, (stop - start,)."""
+        piece = torch.empty(stop - start, dtype=self.dtype)
+        buffer = memoryview(piece.view(torch.uint8).numpy().data)
+        done = 0
+        while done < len(buffer):
+            n_bytes = os.preadv(self._descriptor, [buffer[done:]], self._offset + start * self.dtype.itemsize + done)
+            if n_bytes == 0:
+                raise DataError(f"{self.path} became shorter while it was read. Is another program writing it?")
+            done += n_bytes
+        return piece
+
+
+def flat_tensors(folder: Path, *, stack: ExitStack) -> dict[str, FlatTensor]:
+    """The tensors of a Hugging Face folder by name, of files that stay open until `stack` closes.
+
+    Raises:
+        DataError: there are no safetensors, one cannot be read, or a tensor has a dtype that is not known here.
+    """
+    found = {}
+    for path in weight_files(folder):
+        tensors = tensors_of(path)
+        start = path.stat().st_size - max((tensor["data_offsets"][1] for tensor in tensors.values()), default=0)
+        descriptor = stack.enter_context(path.open("rb")).fileno()
+        for name, tensor in tensors.items():
+            if tensor["dtype"] not in _DTYPES:
+                raise DataError(
+                    f"{path}: the dtype of {name} ({tensor['dtype']}) must be one of {', '.join(_DTYPES)}: convert the model first."
+                )
+            found[name] = FlatTensor(path, tuple(tensor["shape"]), _DTYPES[tensor["dtype"]], descriptor, start + tensor["data_offsets"][0])
+    return found
+
+
+def write_weights(
+    pieces: Iterator[tuple[str, Tensor]], *, shapes: Mapping[str, Sequence[int]], dtypes: Mapping[str, torch.dtype], folder: Path
+) -> None:
+    """Write tensors as `model.safetensors`, or as several files and their index; one piece is in memory at a time.
 
     Args:
-        tensors: on the CPU, in the order of `shapes`.
-        shapes: of all of them.
-        dtype: of all of them, float32 or bfloat16.
+        pieces: on the CPU, in the order of `shapes`: each tensor whole, or in several consecutive pieces of its numbers.
+        shapes: of all tensors.
+        dtypes: of all tensors.
         folder: holds nothing of these names.
     """
-    files = _dealt(shapes, dtype=dtype)
+    sizes = {name: math.prod(shape) * dtypes[name].itemsize for name, shape in shapes.items()}
+    files = _dealt(sizes)
     for file_name, names in files.items():
         with (folder / file_name).open("xb") as file:
-            file.write(_header({name: shapes[name] for name in names}, dtype=dtype))
+            file.write(_header({name: shapes[name] for name in names}, dtypes=dtypes, sizes=sizes))
             for expected in names:
-                name, tensor = next(tensors)
-                assert (name, tuple(tensor.shape), tensor.dtype) == (expected, tuple(shapes[expected]), dtype)
-                file.write(tensor.contiguous().view(torch.uint8).numpy().data)
-            del tensor
+                left = sizes[expected]
+                while True:  # a tensor without numbers is a piece too
+                    name, piece = next(pieces)
+                    left -= piece.nbytes
+                    assert name == expected
+                    assert piece.dtype == dtypes[name]
+                    assert left >= 0
+                    file.write(piece.contiguous().view(-1).view(torch.uint8).numpy().data)
+                    if not left:
+                        break
+                del piece
     if len(files) > 1:
         weight_map = {name: file_name for file_name, names in files.items() for name in names}
-        total = sum(_n_bytes(shape, dtype=dtype) for shape in shapes.values())
-        durable.write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map})
+        durable.write_json(
+            folder / "model.safetensors.index.json", {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
+        )
 
 
-def _dealt(shapes: Mapping[str, Sequence[int]], *, dtype: torch.dtype) -> dict[str, list[str]]:
+def _dealt(sizes: Mapping[str, int]) -> dict[str, list[str]]:
     """Names of the tensors of each file."""
     files: list[list[str]] = [[]]
     filled = 0
-    for name, shape in shapes.items():
-        n_bytes = _n_bytes(shape, dtype=dtype)
+    for name, n_bytes in sizes.items():
         if filled and filled + n_bytes > FILE_BYTES:
             files.append([])
             filled = 0
@@ -106,16 +177,12 @@ def _dealt(shapes: Mapping[str, Sequence[int]], *, dtype: torch.dtype) -> dict[s
     return {f"model-{i:05d}-of-{len(files):05d}.safetensors": names for i, names in enumerate(files, start=1)}
 
 
-def _header(shapes: Mapping[str, Sequence[int]], *, dtype: torch.dtype) -> bytes:
+def _header(shapes: Mapping[str, Sequence[int]], *, dtypes: Mapping[str, torch.dtype], sizes: Mapping[str, int]) -> bytes:
     entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name, shape in shapes.items():
-        start, end = end, end + _n_bytes(shape, dtype=dtype)
-        entries[name] = {"dtype": _DTYPES[dtype], "shape": list(shape), "data_offsets": [start, end]}
+        start, end = end, end + sizes[name]
+        entries[name] = {"dtype": _CODES[dtypes[name]], "shape": list(shape), "data_offsets": [start, end]}
     text = json.dumps(entries, separators=(",", ":")).encode()
     text += b" " * (-len(text) % _HEADER_ALIGNMENT)
     return len(text).to_bytes(8, "little") + text
-
-
-def _n_bytes(shape: Sequence[int], *, dtype: torch.dtype) -> int:
-    return math.prod(shape) * dtype.itemsize

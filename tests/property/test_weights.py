@@ -84,7 +84,7 @@ def test_written_weights_are_read_back_bit_for_bit(folders, shapes, dtype, file_
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(weight_files, "FILE_BYTES", file_bytes)
         sizes = {name: tensor.shape for name, tensor in tensors.items()}
-        weight_files.write_weights(iter(tensors.items()), shapes=sizes, dtype=dtype, folder=folder)
+        weight_files.write_weights(iter(tensors.items()), shapes=sizes, dtypes=dict.fromkeys(sizes, dtype), folder=folder)
     found = {name: tensor for path in folder.glob("*.safetensors") for name, tensor in load_file(path).items()}
     assert found.keys() == tensors.keys()
     assert all(torch.equal(found[name], tensor) for name, tensor in tensors.items())

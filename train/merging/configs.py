@@ -1,0 +1,132 @@
+"""Whether the configurations and the tokenizers of models allow to merge them."""
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ...store.errors import DataError
+
+# Ends of keys that say nothing of what a weight means: where a model is from, how it is trained or sampled.
+_NOTES = (
+    "_name_or_path",
+    "transformers_version",
+    "dtype",
+    "use_cache",
+    "_token_id",
+    "dropout",
+    "initializer_range",
+    "architectures",
+    "auto_map",
+)
+_OF_VOCABULARY = "vocab_size"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelSettings:
+    """What `config.json` says of a model."""
+
+    label: str  # for messages
+    folder: Path
+    flat: Mapping[str, Any]  # by dotted key, as transformers completes them
+
+    @property
+    def vocab_size(self) -> int | None:
+        """Number of logits."""
+        return next((self.flat[key] for key in (_OF_VOCABULARY, f"text_config.{_OF_VOCABULARY}") if key in self.flat), None)
+
+    @property
+    def is_tied(self) -> bool:
+        """Whether the output layer is the embeddings."""
+        return bool(self.flat.get("tie_word_embeddings", self.flat.get("text_config.tie_word_embeddings", False)))
+
+
+def read_settings(folder: Path, *, label: str) -> ModelSettings:
+    """Read `config.json`; keys that it leaves out, or has under an old name, are completed where transformers knows the model.
+
+    Raises:
+        DataError: it cannot be read.
+    """
+    path = folder / "config.json"
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8"))
+        model_type = settings["model_type"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{label}: {path} cannot be read as the configuration of a model ({error!r}).") from error
+    from transformers import CONFIG_MAPPING, AutoConfig
+
+    if model_type in CONFIG_MAPPING:
+        try:
+            settings = AutoConfig.from_pretrained(folder).to_dict()
+        except Exception as error:  # whatever its checks raise
+            raise DataError(f"{label}: {path} is not a valid configuration of {model_type}: {error}") from error
+    return ModelSettings(label=label, folder=folder, flat=dict(_flat(settings)))
+
+
+def require_one_architecture(reference: ModelSettings, other: ModelSettings) -> None:
+    """Raise DataError unless both say the same, but for notes and the size of the vocabulary."""
+    for key in ("model_type", *sorted(reference.flat.keys() | other.flat.keys())):
+        if key.endswith((*_NOTES, _OF_VOCABULARY)):
+            continue
+        expected, found = reference.flat.get(key), other.flat.get(key)
+        if expected != found:
+            raise DataError(
+                f"{key} of {other.label} ({found!r}) must equal that of {reference.label} ({expected!r}): "
+                "only models of one architecture can be merged. If config.json says it wrongly, correct it."
+            )
+
+
+def compare_tokenizers(reference: ModelSettings, other: ModelSettings) -> list[str]:
+    """What a user should know of two tokenizers that are used as one.
+
+    Raises:
+        DataError: a row of the embeddings means one token to the one, and another to the other.
+    """
+    paths = [settings.folder / "tokenizer.json" for settings in (reference, other)]
+    lacking = [settings.label for settings, path in zip((reference, other), paths, strict=True) if not path.exists()]
+    if lacking:
+        return [f"{' and '.join(lacking)} has no tokenizer.json: whether the tokenizers agree is not known"]
+    contents = [path.read_bytes() for path in paths]
+    if contents[0] == contents[1]:
+        return []
+    (tokens, added), (other_tokens, other_added) = (
+        _tokens(content, label=settings.label) for content, settings in zip(contents, (reference, other), strict=True)
+    )
+    for index in sorted(tokens.keys() & other_tokens.keys()):
+        if tokens[index] != other_tokens[index]:
+            raise DataError(
+                f"Token {index} of {other.label} ({other_tokens[index]!r}) must be that of {reference.label} ({tokens[index]!r}): their "
+                "tokenizers differ, so a row of their embeddings means different things. Such models cannot be merged."
+            )
+    differing = [index for index in sorted(added.keys() | other_added.keys()) if added.get(index) != other_added.get(index)]
+    if tokens != other_tokens:
+        return [
+            f"the tokenizers of {reference.label} and {other.label} know different numbers of tokens ({len(tokens)}, {len(other_tokens)})"
+        ]
+    if differing:
+        index = differing[0]
+        return [
+            f"the tokenizers of {reference.label} and {other.label} differ in {len(differing)} added tokens, first {index} "
+            f"({added.get(index)!r}, {other_added.get(index)!r})"
+        ]
+    return []
+
+
+def _tokens(content: bytes, *, label: str) -> tuple[dict[int, str], dict[int, str]]:
+    """Tokens by id: of the vocabulary, and those that were added to it."""
+    try:
+        definition = json.loads(content)
+        vocabulary = definition["model"]["vocab"]
+        pairs = vocabulary.items() if isinstance(vocabulary, dict) else ((entry[0], index) for index, entry in enumerate(vocabulary))
+        return {index: token for token, index in pairs}, {token["id"]: token["content"] for token in definition.get("added_tokens", [])}
+    except (ValueError, KeyError, TypeError, IndexError) as error:
+        raise DataError(f"{label}: tokenizer.json cannot be read ({error!r}).") from error
+
+
+def _flat(value: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, item in value.items():
+        if isinstance(item, dict) and item:
+            yield from _flat(item, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", item

@@ -1,0 +1,51 @@
+"""Means of the models' weights themselves: along a line, or along a great circle."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .rule import Block, Blocks, Rule, weighted_sum
+
+_NEARLY_PARALLEL = 0.9995  # cosine above which slerp is a straight line, as in mergekit: the sine of the angle is too small to divide by
+_SHORTEST = 1e-8  # a shorter tensor has no direction
+
+
+def linear(*, weights: Sequence[float], normalize: bool) -> Rule:
+    """Weighted mean Σ_j w_j θ_j / Σ_j w_j, or without `normalize` the weighted sum (arXiv:2203.05482, section 2, "uniform soup").
+
+    The mean is computed as θ_1 + Σ_j (w_j / Σ w) (θ_j - θ_1), so that the mean of equal models is that model to the bit.
+    """
+    if not normalize:
+        return Rule(tuple(weights), lambda block: weighted_sum(block.models_MN, weights=weights))
+    total = sum(weights)
+    shares = tuple(weight / total for weight in weights)
+
+    def apply(block: Block) -> Tensor:
+        first_N = block.models_MN[0]
+        mean_N = first_N.clone()
+        for model_N, share in zip(block.models_MN[1:], shares[1:], strict=True):
+            mean_N.add_(model_N - first_N, alpha=share)
+        return mean_N
+
+    return Rule(shares, apply)
+
+
+def slerp(blocks: Blocks, *, t: float) -> Rule:
+    """Spherical interpolation between the base (t = 0) and one model (t = 1), each tensor taken as one vector (Shoemake 1985, section 3.3).
+
+    With Ω the angle between them: sin((1 - t) Ω) / sin Ω · base + sin(t Ω) / sin Ω · model. Nearly parallel ones are interpolated linearly.
+    The angle is computed in float64.
+    """
+    aa = bb = ab = 0.0
+    for block in blocks:
+        a_N, b_N = block.base_N.double().numpy(), block.models_MN[0].double().numpy()
+        aa, bb, ab = aa + float((a_N * a_N).sum()), bb + float((b_N * b_N).sum()), ab + float((a_N * b_N).sum())
+    lengths = [length if length > _SHORTEST else 1.0 for length in (math.sqrt(aa), math.sqrt(bb))]
+    cosine = ab / (lengths[0] * lengths[1])
+    if abs(cosine) > _NEARLY_PARALLEL:
+        return Rule((t,), lambda block: torch.lerp(block.base_N, block.models_MN[0], t))
+    angle = math.acos(cosine)
+    of_base, of_model = math.sin((1 - t) * angle) / math.sin(angle), math.sin(t * angle) / math.sin(angle)
+    return Rule((of_model,), lambda block: of_base * block.base_N + of_model * block.models_MN[0])

@@ -1,0 +1,54 @@
+"""What every method of merging is: a look at all of a tensor, if it needs one, and a rule that is then applied block by block.
+
+Axes: M models, N positions (of a tensor, flat), or those of one block of it.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+class Block(NamedTuple):
+    """The same positions of one tensor in all models, in one floating-point dtype."""
+
+    base_N: Tensor  # without a base, the first model's
+    models_MN: Tensor
+
+    @property
+    def deltas_MN(self) -> Tensor:
+        """What training added to the base: the task vectors (arXiv:2212.04089, section 2)."""
+        return self.models_MN - self.base_N
+
+
+Blocks = Iterable[Block]  # of one tensor, in order; can be gone through again and again
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """How one tensor is merged."""
+
+    weights: tuple[float, ...]  # of the models in this tensor
+    apply: Callable[[Block], Tensor]  # merged positions, (N,); to be called with each block once, in their order
+
+
+def moved(base_N: Tensor, change_N: Tensor) -> Tensor:
+    """base + change; where nothing changes, the base to the bit, also where it is -0."""
+    return base_N - (0.0 - change_N)  # x - 0 is x for both zeros; x + 0 is not
+
+
+def weighted_sum(values_MN: Tensor, *, weights: Sequence[float]) -> Tensor:
+    """Σ_j w_j v_j, model by model, so that no second stack of them is in memory."""
+    total_N = torch.zeros_like(values_MN[0])
+    for value_N, weight in zip(values_MN, weights, strict=True):
+        total_N.add_(value_N, alpha=weight)
+    return total_N
+
+
+def mean_of_squares(blocks: Iterator[Tensor], *, n_positions: int) -> list[float]:
+    """Mean over all positions of the squares of each row, in float64. numpy adds in an order that no number of threads changes."""
+    totals = sum(np.square(values_MN.numpy(), dtype=np.float64).sum(axis=-1) for values_MN in blocks)
+    return [float(total) / n_positions for total in np.atleast_1d(totals)]

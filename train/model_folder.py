@@ -1,0 +1,48 @@
+"""What a Hugging Face folder that is written has beside the weights: config, tokenizer, model card."""
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ..store import durable
+
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+)
+
+
+def copy_tokenizer(model_folder: Path, *, to: Path) -> None:
+    """Copy the files of the tokenizer."""
+    _copy(_TOKENIZER_FILES, model_folder, to=to)
+
+
+def copy_config(model_folder: Path, *, to: Path, dtype: str) -> None:
+    """Copy config.json, which then says the dtype of the weights, and what the model says of generation."""
+    config = json.loads((model_folder / "config.json").read_text(encoding="utf-8"))
+    for key in ("_name_or_path", "torch_dtype"):  # the second is the old name of dtype
+        config.pop(key, None)
+    durable.write_json(to / "config.json", config | {"dtype": dtype})
+    _copy(("generation_config.json",), model_folder, to=to)
+
+
+def write_model_card(folder: Path, *, name: str, text: str, tags: str, sections: Mapping[str, Any]) -> None:
+    """Write README.md: the model's name, a paragraph, and sections of JSON."""
+    written = {title: json.dumps(content, indent=2, ensure_ascii=False) for title, content in sections.items()}
+    body = "\n".join(f"## {title}\n\n```json\n{content}\n```\n" for title, content in written.items())
+    header = f"---\nlibrary_name: transformers\npipeline_tag: text-generation\ntags: [{tags}]\n---\n\n"
+    (folder / "README.md").write_text(f"{header}# {name}\n\n{text}\n\n{body}", encoding="utf-8")
+
+
+def _copy(names: tuple[str, ...], folder: Path, *, to: Path) -> None:
+    for name in names:
+        if (folder / name).exists():
+            shutil.copyfile(folder / name, to / name)
