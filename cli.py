@@ -264,6 +264,44 @@ def report(workspace: Path | None) -> None:
 
 
 @main.command()
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.option("--message", "-m", metavar="TEXT", help="Ask this alone, and end; - reads it from the standard input.")
+@click.option("--system", metavar="TEXT", help="A system message, for models that take one.")
+@click.option("--max-tokens", type=click.IntRange(min=1), default=512, show_default=True, help="Most tokens of an answer.")
+@click.option(
+    "--temperature",
+    type=click.FloatRange(min=0),
+    default=0.0,
+    show_default=True,
+    help="0 takes the most probable token each time; more is more varied.",
+)
+@click.option("--seed", type=int, help="Of the choice of tokens, where the temperature is above 0.")
+def chat(folder: Path, message: str | None, system: str | None, max_tokens: int, temperature: float, seed: int | None) -> None:
+    """Talk with the chat model in FOLDER, an export or any model in the Hugging Face format.
+
+    Answers appear as they are made. /reset begins anew, Ctrl-D ends. What you type is text, also where it spells a control token.
+
+    \b
+    Example:  fuseline chat workspaces/chat/exports/merged-2
+              fuseline chat workspaces/chat/exports/merged-2 -m "What is 12 times 12?"
+    """
+    from .generation import ChatModel, Message, talk
+
+    def show(text: str) -> None:
+        click.echo(text, nl=False)
+        sys.stdout.flush()
+
+    model = ChatModel(folder)
+    if message is None:
+        talk(model, system=system, show=show, max_tokens=max_tokens, temperature=temperature, seed=seed)
+        return
+    asked = Message("user", sys.stdin.read() if message == "-" else message)
+    conversation = (Message("system", system), asked) if system else (asked,)
+    model.answer(conversation, show=show, max_tokens=max_tokens, temperature=temperature, seed=seed)
+    show("\n")
+
+
+@main.command()
 @click.argument("recipe", required=False, type=click.Path(dir_okay=False, path_type=Path))
 @workspace_option
 @click.option("--json", "as_json", is_flag=True, help="For scripts.")

@@ -302,6 +302,10 @@ def _impossible(recipe: Recipe) -> Iterator[Problem]:
         yield Problem(("evaluation", "all_at_once"), "is for recipes with [merge]; without it all sources are fused at once: remove it")
     if recipe.evaluation.split == "train":
         yield Problem(("evaluation", "split"), "'train' is what the models are trained on: choose another split")
+    for path, model in [(("target",), recipe.target), *((("sources", i), source) for i, source in enumerate(recipe.sources))]:
+        if model.chat_template == "own" and (recipe.corpus.chat is None or model is recipe.target):
+            what = "is for sources: the target reads what it is trained on" if model is recipe.target else "needs [corpus.chat]"
+            yield Problem((*path, "chat_template"), f"'own' {what}. Remove it")
     if recipe.training.domain_weights and recipe.corpus.domain_column is None:
         yield Problem(("training", "domain_weights"), "needs to know the documents' domains: say corpus.domain_column")
     if recipe.merge is not None:

@@ -103,11 +103,13 @@ class Pipeline:
                 "Name one of them, or hold out documents with corpus.held_out_fraction."
             )
         summary = stage.plan.summary
-        left_out = [f"{summary[reason]:,} {reason}" for reason in ("duplicates", "empty") if summary[reason]]
+        left_out = [f"{summary[reason]:,} {reason}" for reason in ("duplicates", "empty", "refused") if summary.get(reason)]
         self.progress.say(
             f"corpus {self.recipe.corpus.name}: {summary['documents']:,} documents, {size(summary['text_bytes'])} of text, "
             f"{len(summary['parts'])} parts" + (f" (left out: {', '.join(left_out)})" if left_out else "")
         )
+        if summary.get("refused"):
+            self.progress.say(f"refused: {summary['why_refused'][0]} (more in {stage.dataset.folder / 'plan.json'})")
         self.make("corpus", stage, parts=stage.parts())
 
     def make_distributions(self) -> None:

@@ -4,6 +4,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..ingest.chat.readings import CorpusTemplate
 from ..ingest.corpus import choose_documents, parts_of
 from ..ingest.models import ModelConfig, find_model
 from ..ingest.sources import find_source, load_splits
@@ -56,7 +57,7 @@ def plan(recipe: Recipe, *, base: Path, models_dir: Path, workspace: Workspace) 
     Raises:
         UsageError: a model or the corpus is not at hand, and the recipe does not say what to expect of it.
     """
-    train, held_out = _splits(recipe, base=base, workspace=workspace)
+    train, held_out = _splits(recipe, base=base, workspace=workspace, models_dir=models_dir)
     tokens = train.text_bytes / BYTES_PER_TOKEN
     models = [_model(config, base=base, models_dir=models_dir) for config in recipe.models]
     target, k, codec = models[0], recipe.distributions.top_k, recipe.distributions.codec
@@ -131,7 +132,7 @@ def _entry_bytes(model: _Model, codec: str) -> float:
     return (_ID_BYTES_U16 if model.vocab_size <= _SMALL_VOCABULARY else _ID_BYTES_U32) + _VALUE_BYTES[codec]
 
 
-def _splits(recipe: Recipe, *, base: Path, workspace: Workspace) -> tuple[_Split, _Split]:
+def _splits(recipe: Recipe, *, base: Path, workspace: Workspace, models_dir: Path) -> tuple[_Split, _Split]:
     """The split to train on and the held-out one: as planned in the workspace, else as the recipe expects, else by reading the corpus."""
     config, path = recipe.corpus, workspace.folder("corpus", recipe.corpus.name) / "plan.json"
     if path.exists():
@@ -142,13 +143,17 @@ def _splits(recipe: Recipe, *, base: Path, workspace: Workspace) -> tuple[_Split
         held_out_bytes = config.expected_held_out_bytes or 0
         return train, _Split(text_bytes=held_out_bytes, documents=0, parts=-(-held_out_bytes // config.part_bytes))
     else:
+        chat = None
         try:
             source = find_source(config.path, revision=config.revision, base=base, download=False)
+            if config.chat is not None:
+                target = find_model(recipe.target, models_dir=models_dir, base=base, download=False)
+                chat = CorpusTemplate.of(config.chat, target=target, base=base)
         except DataError as error:
             raise UsageError(
                 f"{error}\nTo plan without it, say corpus.expected_bytes and corpus.expected_documents in the recipe."
             ) from error
-        parts = parts_of(choose_documents(config, source=source, splits=load_splits(source)).documents)
+        parts = parts_of(choose_documents(config, source=source, splits=load_splits(source), chat=chat).documents)
 
     def total(split: str) -> _Split:
         chosen = [part for part in parts if part["split"] == split]

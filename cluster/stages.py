@@ -8,9 +8,10 @@ from typing import Any
 from ..align.alignments import AlignmentsStage, alignment_identity
 from ..align.config import FusionConfig
 from ..align.fusion import FusionStage, fusion_identity
-from ..align.maps import VocabularyMapStage, vocabulary_map_identity
+from ..align.maps import VocabularyMapStage, end_of_turn, vocabulary_map_identity
 from ..align.matches import TokenMatchesStage, matches_identity
 from ..align.sources import FusionSource
+from ..ingest.chat.readings import ChatReading, CorpusTemplate
 from ..ingest.corpus import CorpusStage, corpus_identity
 from ..ingest.distributions import DistributionsStage, distributions_identity
 from ..ingest.models import ModelConfig, ModelFolder, find_model
@@ -44,10 +45,10 @@ class Stages:
         found = {config.name: find_model(config, models_dir=self.models_dir, base=self.base) for config in self.recipe.models}
         context_length = self.recipe.corpus.context_length
         for name, model in found.items():
-            longest = model.hf_config.get("max_position_embeddings") or model.hf_config.get("max_seq_len") or context_length
-            if context_length > longest:
+            if model.context_length is not None and context_length > model.context_length:
                 raise UsageError(
-                    f"corpus.context_length ({context_length}) must be at most the context of {name} ({longest}, by its config.json)."
+                    f"corpus.context_length ({context_length}) must be at most the context of {name} ({model.context_length}, by its "
+                    "config.json)."
                 )
         return found
 
@@ -58,14 +59,35 @@ class Stages:
         source = find_source(config.path, revision=config.revision, base=self.base)
         for model in self.models.values():
             self._tokenizer_folder(model)
-        identity = corpus_identity(config, source=source, tokenizers=[model.tokenizer for model in self.models.values()])
+        chat = self._corpus_template
+        identity = corpus_identity(config, source=source, tokenizers=[model.tokenizer for model in self._segmented_for], chat=chat)
         folder = self.workspace.folder("corpus", config.name)
         if (folder / "dataset.json").exists():
             # Segments are settled when the corpus is first made: a source that is added later does not undo all that was stored.
             identity["segmented_for"] = Dataset.open(folder).identity["segmented_for"]
         dataset = self.workspace.dataset("corpus", config.name, identity=identity, description={"source": str(source)})
         tokenizer_folders = [self.workspace.folder("tokenizers", digest) for digest in identity["segmented_for"]]
-        return CorpusStage(dataset, config=config, source=source, tokenizer_folders=tokenizer_folders)
+        return CorpusStage(dataset, config=config, source=source, tokenizer_folders=tokenizer_folders, chat=chat)
+
+    @property
+    def _segmented_for(self) -> list[ModelFolder]:
+        """The models whose context every segment must fit; those that write conversations down themselves are not among them."""
+        return [model for model in self.models.values() if model.config.chat_template == "shared"]
+
+    @cached_property
+    def _corpus_template(self) -> CorpusTemplate | None:
+        """The chat template that conversations are written in; None for plain text."""
+        chat = self.recipe.corpus.chat
+        return None if chat is None else CorpusTemplate.of(chat, target=self.models[self.recipe.target.name], base=self.base)
+
+    def _chat_reading(self, model: ModelFolder) -> ChatReading | None:
+        """How a model reads conversations: what the target's start becomes reads them as it does."""
+        chat, written = self.recipe.corpus.chat, self._corpus_template
+        if chat is None or written is None:
+            return None
+        if model.config.name not in {source.name for source in self.recipe.sources}:
+            return ChatReading(template=written.template, rendering="shared")
+        return ChatReading.of_source(model, written=written, date=chat.date)
 
     def parts_of(self, split: str) -> list[int]:
         """The corpus's parts of one split.
@@ -112,7 +134,8 @@ class Stages:
             "parameters": model.n_parameters,
         }
         codec = "f16" if is_evaluation else recipe.distributions.codec  # no distribution is stored of an evaluation
-        identity = distributions_identity(model, corpus=self.corpus.dataset, split=split, dtype=dtype, top_k=top_k, codec=codec)
+        chat = self._chat_reading(model)
+        identity = distributions_identity(model, corpus=self.corpus.dataset, split=split, dtype=dtype, top_k=top_k, codec=codec, chat=chat)
         return DistributionsStage(
             self.workspace.dataset(kind, name, identity=identity, description=description),
             corpus=self.corpus.dataset,
@@ -122,6 +145,9 @@ class Stages:
             trust_remote_code=model.config.trust_remote_code,
             top_k=top_k,
             codec=codec,
+            chat=chat,
+            # A model's own template may write more than the one that segments were cut for.
+            context_length=model.context_length if chat is not None and chat.rendering == "own" else None,
         )
 
     # ---- alignment and fusion ----------------------------------------------------------------------------------------------------------
@@ -161,10 +187,15 @@ class Stages:
         alignment = self.recipe.alignment
         rule = alignment.vocabulary
         matches = self._matches_stage(source).dataset if rule == "stat" else None
-        identity = vocabulary_map_identity(source_tokenizer.digest, target=target_tokenizer.digest, rule=rule, matches=matches)
+        ends = end_of_turn(self.distributions[source.name], target=self.distributions[self.recipe.target.name])
+        identity = vocabulary_map_identity(
+            source_tokenizer.digest, target=target_tokenizer.digest, rule=rule, matches=matches, end_of_turn=ends
+        )
         dataset = self.workspace.dataset("vocab_maps", alignment.map_name(self._pair(source)), identity=identity)
         parts = self._planned_parts("train") if matches else []
-        return VocabularyMapStage(dataset, source=source_tokenizer, target=target_tokenizer, rule=rule, matches=matches, parts=parts)
+        return VocabularyMapStage(
+            dataset, source=source_tokenizer, target=target_tokenizer, rule=rule, matches=matches, parts=parts, end_of_turn=ends
+        )
 
     def _alignment_stage(self, source: ModelConfig) -> AlignmentsStage:
         sides, alignment = self._sides(source), self.recipe.alignment

@@ -13,7 +13,7 @@ from typing import Any, Literal
 from ..align.alignments import alignment_identity
 from ..align.config import AlignmentConfig
 from ..align.fusion import fusion_identity
-from ..align.maps import vocabulary_map_identity
+from ..align.maps import end_of_turn, vocabulary_map_identity
 from ..align.matches import matches_identity
 from ..align.sources import FusionSource
 from ..ingest.corpus import corpus_choices
@@ -137,7 +137,8 @@ def _pair_identity(kind: str, name: str, *, alignment: AlignmentConfig, workspac
         if counts and matches is None:
             return None
         digests = source.identity["tokenizer"], target.identity["tokenizer"]
-        return vocabulary_map_identity(digests[0], target=digests[1], rule=alignment.vocabulary, matches=matches)
+        ends = end_of_turn(source, target=target)
+        return vocabulary_map_identity(digests[0], target=digests[1], rule=alignment.vocabulary, matches=matches, end_of_turn=ends)
     vocabulary_map = _open(workspace.folder("vocab_maps", alignment.map_name(pair))) if alignment.reads_map else None
     if alignment.reads_map and vocabulary_map is None:
         return None
