@@ -26,6 +26,7 @@ is made again.
 """
 SECTIONS = {
     "corpus": "[corpus]",
+    "corpus.chat": "[corpus.chat]",
     "target": "[target], and each of [[sources]]",
     "distributions": "[distributions]",
     "alignment": "[alignment]",
