@@ -48,7 +48,7 @@ def show_wanted(recipe: Path, workspace: "Workspace", *, as_json: bool) -> None:
     for item in found:
         done = getattr(item.status, "parts", 0)
         total = "?" if item.expected_parts is None else item.expected_parts
-        parts = "" if item.kind == "training" else f"{done}/{total}"
+        parts = "" if item.kind in {"training", "merge"} else f"{done}/{total}"
         rows.append([f"{item.kind}/{item.name}", item.state, parts, size(getattr(item.status, "stored_bytes", 0)) if done else ""])
     show_table(["of the recipe", "state", "parts", "on disk"], rows, right=[False, False, True, True])
     for item in found:

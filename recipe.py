@@ -19,6 +19,7 @@ from .ingest.distributions import DistributionsConfig
 from .ingest.models import ModelConfig
 from .store.errors import UsageError
 from .train.config import TrainingConfig
+from .train.merging.config import MergeConfig
 
 
 class EvaluationConfig(BaseModel):
@@ -32,6 +33,31 @@ class EvaluationConfig(BaseModel):
     )
     clm_baseline: bool = Field(True, description="also train with clm_weight = 1, all else equal, and compare with it")
     clm_name: str = Field("clm", pattern=r"^[A-Za-z0-9]+([._-][A-Za-z0-9]+)*$", description="name of that baseline's run and export")
+    all_at_once: bool = Field(
+        False, description="with [merge]: also fuse all sources at once, train on that, all else equal, and compare with the merged model"
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Fusion:
+    """Sources that are fused with the target's start, and the name of the targets that come of it."""
+
+    name: str
+    sources: tuple[ModelConfig, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Training:
+    """A training, and the fusion whose targets it learns from; a baseline that learns from text alone has the tokens from there."""
+
+    config: TrainingConfig
+    fusion: Fusion
+    key: tuple[str, str]  # section and key of the recipe that the name is from
+
+    @property
+    def name(self) -> str:
+        """Of its run and its export."""
+        return self.config.name
 
 
 class Recipe(BaseModel):
@@ -46,6 +72,7 @@ class Recipe(BaseModel):
     alignment: AlignmentConfig = AlignmentConfig()
     fusion: FusionConfig = FusionConfig()
     training: TrainingConfig = TrainingConfig()
+    merge: MergeConfig | None = None
     evaluation: EvaluationConfig = EvaluationConfig()
     executor: ExecutorConfig = ExecutorConfig()
 
@@ -65,12 +92,53 @@ class Recipe(BaseModel):
         return self.fusion.pack_length or self.corpus.context_length
 
     @property
-    def trainings(self) -> list[TrainingConfig]:
-        """The training on fused targets, and the baseline where one is wanted."""
+    def _selections(self) -> list[tuple[str, tuple[ModelConfig, ...]]]:
+        """Which sources are fused together, each with what the names of its targets and its training end in.
+
+        With `[merge]` each source is fused with the target's start alone. What is made of all of them has their number in its name, so that
+        a source that is added later takes no name.
+        """
+        everything = tuple(self.sources)
+        if self.merge is None:
+            return [("", everything)]
+        at_once = [(f"-all-{len(everything)}", everything)] if self.evaluation.all_at_once else []
+        return [(f"--{source.name}", (source,)) for source in self.sources] + at_once
+
+    @property
+    def fusions(self) -> list[Fusion]:
+        """What is fused: all sources at once, or with `[merge]` each by itself."""
+        return [Fusion(f"{self.fusion.name}{ending}", sources) for ending, sources in self._selections]
+
+    @property
+    def trainings(self) -> list[Training]:
+        """The baseline where one is wanted, and a training for each fusion."""
+        names = [f"{self.training.name}{ending}" for ending, _ in self._selections]
+        fused = [
+            Training(self.training.model_copy(update={"name": name}), fusion, ("training", "name"))
+            for name, fusion in zip(names, self.fusions, strict=True)
+        ]
         if not self.evaluation.clm_baseline:
-            return [self.training]
-        baseline = {"name": self.evaluation.clm_name, "clm_weight": 1.0, "clm_weight_end": None}
-        return [self.training.model_copy(update=baseline), self.training]
+            return fused
+        changes = {"name": self.evaluation.clm_name, "clm_weight": 1.0, "clm_weight_end": None}
+        return [Training(self.training.model_copy(update=changes), self.fusions[0], ("evaluation", "clm_name")), *fused]
+
+    @property
+    def merged_name(self) -> str | None:
+        """Name of the merged model, where there is `[merge]`."""
+        return None if self.merge is None else f"{self.merge.name}-{len(self.sources)}"
+
+    @property
+    def merged_trainings(self) -> dict[str, Training]:
+        """The trainings whose models are merged, by name of the source that each learns from."""
+        if self.merge is None:
+            return {}
+        learned = {training.fusion.name: training for training in self.trainings if training.key == ("training", "name")}
+        return {source.name: learned[f"{self.fusion.name}--{source.name}"] for source in self.sources}
+
+    @property
+    def made_models(self) -> list[str]:
+        """Names of the models that the recipe makes, in the order in which it makes them."""
+        return [training.name for training in self.trainings] + [name for name in [self.merged_name] if name is not None]
 
 
 _COMPARED = ("name", "path", "model", "revision")  # the keys that other sections are compared with, and those without which there is none
@@ -94,10 +162,22 @@ def load_recipe(path: Path) -> Recipe:
     """
     try:
         text = path.read_text(encoding="utf-8")
-        data = tomllib.loads(text)
     except OSError as error:
         raise UsageError(f"The recipe {path} cannot be read: {error.strerror}.") from error
-    except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+    except UnicodeDecodeError as error:
+        raise UsageError(f"The recipe {path} is not valid TOML: {error}.") from error
+    return parse_recipe(text, path=path)
+
+
+def parse_recipe(text: str, *, path: Path) -> Recipe:
+    """Check the text of a recipe; `path` is for the messages.
+
+    Raises:
+        UsageError: as of `load_recipe`.
+    """
+    try:
+        data = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
         raise UsageError(f"The recipe {path} is not valid TOML: {error}.") from error
     recipe, problems = _validated(data)
     if problems or recipe is None:
@@ -214,19 +294,49 @@ def _impossible(recipe: Recipe) -> Iterator[Problem]:
     for index, source in enumerate(recipe.sources):
         if (source.model, source.revision) == (recipe.target.model, recipe.target.revision):
             yield Problem(("sources", index, "model"), "is the target's start, which always is a source: remove this entry")
-    if recipe.training.name in names:
-        yield Problem(("training", "name"), f"{recipe.training.name!r} is also {names[recipe.training.name]}: choose another")
-    names[recipe.training.name] = "training.name"
-    if recipe.evaluation.clm_baseline and recipe.evaluation.clm_name in names:
-        other = names[recipe.evaluation.clm_name]
-        yield Problem(("evaluation", "clm_name"), f"{recipe.evaluation.clm_name!r} is also {other}: choose another")
+    yield from _taken_names(recipe, names)
     if recipe.evaluation.clm_baseline and not recipe.training.uses_targets:
         yield Problem(("training", "clm_weight"), "1 is what the baseline trains with: set evaluation.clm_baseline = false")
+    if recipe.evaluation.all_at_once and recipe.merge is None:
+        yield Problem(("evaluation", "all_at_once"), "is for recipes with [merge]; without it all sources are fused at once: remove it")
     if recipe.evaluation.split == "train":
         yield Problem(("evaluation", "split"), "'train' is what the models are trained on: choose another split")
+    for path, model in [(("target",), recipe.target), *((("sources", i), source) for i, source in enumerate(recipe.sources))]:
+        if model.chat_template == "own" and (recipe.corpus.chat is None or model is recipe.target):
+            what = "is for sources: the target reads what it is trained on" if model is recipe.target else "needs [corpus.chat]"
+            yield Problem((*path, "chat_template"), f"'own' {what}. Remove it")
     if recipe.training.domain_weights and recipe.corpus.domain_column is None:
         yield Problem(("training", "domain_weights"), "needs to know the documents' domains: say corpus.domain_column")
+    if recipe.merge is not None:
+        yield from _impossible_merge(recipe.merge, sources=[source.name for source in recipe.sources])
+        if not recipe.training.uses_targets:
+            yield Problem(("training", "clm_weight"), "1 learns nothing of the sources: with [merge] their models would all be the same")
     yield from _impossible_fusion(recipe)
+
+
+def _taken_names(recipe: Recipe, taken: dict[str, str]) -> Iterator[Problem]:
+    """Names of models that are made and that some other model has; `taken` are those of the sources and the target, and whose they are."""
+    made = sorted(((each.name, each.key) for each in recipe.trainings), key=lambda item: item[1] != ("training", "name"))
+    if recipe.merged_name is not None:
+        made.append((recipe.merged_name, ("merge", "name")))
+    for name, key in made:
+        if name in taken:
+            yield Problem(key, f"{name!r} is also {taken[name]}: choose another")
+        taken[name] = ".".join(key)
+
+
+def _impossible_merge(merge: MergeConfig, *, sources: list[str]) -> Iterator[Problem]:
+    least, most = merge.least_models, merge.most_models
+    if len(sources) < least or (most is not None and len(sources) > most):
+        wanted = f"{least} sources or more" if most is None else f"{most} source{'s' * (most != 1)}"
+        yield Problem(
+            ("merge", "method"), f"{merge.method!r} is for {wanted}, and there {'is' if len(sources) == 1 else 'are'} {len(sources)}"
+        )
+    if merge.vocabulary != "same":
+        yield Problem(("merge", "vocabulary"), "is for models of different vocabularies, and these all have the target's: remove it")
+    for key in ("weights", "densities"):
+        for name in getattr(merge, key).keys() - set(sources):
+            yield Problem(("merge", key, name), f"{name!r} is none of the sources: {', '.join(sources)}")
 
 
 def _impossible_fusion(recipe: Recipe) -> Iterator[Problem]:
@@ -244,7 +354,10 @@ def _impossible_fusion(recipe: Recipe) -> Iterator[Problem]:
     for path, weights in tables.items():
         for name in weights.keys() - {model.name for model in recipe.models}:
             yield Problem((*path, name), f"{name!r} is none of the models: {models}")
-        if not any(weights.values()):
-            yield Problem(path, f"method = 'fixed' needs a weight above 0 here, for at least one of the models: {models}")
+        for fused in recipe.fusions:
+            names = [model.name for model in (recipe.target, *fused.sources)]
+            if not any(weights.get(name) for name in names):
+                yield Problem(path, f"method = 'fixed' needs a weight above 0 here, for at least one of the models: {', '.join(names)}")
+                break
     if fusion.domain_weights and recipe.corpus.domain_column is None:
         yield Problem(("fusion", "domain_weights"), "needs to know the documents' domains: say corpus.domain_column")

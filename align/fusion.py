@@ -5,6 +5,7 @@ Fusion is a function of stored distributions, alignments and parameters; it is m
 Arrays of a part (T positions and S segments of the target's part, K entries, N sources; position j speaks of token j + 1 of its segment):
 
     token_ids_T, segment_offsets, doc_id_S, segment_S     the target's tokens
+    label_mask_T                      of conversations: whether the token that follows is the assistant's, and trained on (bool)
     topk_ids_TK, topk_logprobs_TK     the fused distribution, by falling probability; -inf where there are fewer than K entries
     tail_logprob_T                    log of the mass outside these entries
     source_T                          which source the distribution is from, by its place in the attribute `sources`; 255 for a mean,
@@ -130,6 +131,8 @@ class FusionStage:
                 "gold_nll_S": sums(-np.log(np.where(gold_prob_T > 0, gold_prob_T, 1)), offsets=offsets).astype(np.float32),
                 "n_gold_S": sums(gold_prob_T > 0, offsets=offsets).astype(np.uint32),
             }
+        if "label_mask_T" in own.arrays(part).names:
+            (arrays["label_mask_T"],) = own.read(part, "label_mask_T")
         nll_NS = np.array([each.nll_S for each in likelihoods])
         arrays |= contributions(projections, offsets=offsets, costs_NT=costs_NT, weights_NT=weights_NT, shares_NT=shares_NT, nll_NS=nll_NS)
         counts = {"segments": len(doc_id_S), "tokens": len(token_ids_T)}
@@ -223,6 +226,9 @@ class _Likelihood:
         else:
             (logprobs_UK,) = self._distributions.read(self._part, "topk_logprobs_TK")
             nats_U = -logprobs_UK.astype(np.float64).max(axis=1)
+        arrays = self._distributions.arrays(self._part)
+        if "label_mask_T" in arrays.names:
+            return sums(np.where(arrays.read("label_mask_T"), nats_U, 0), offsets=offsets)
         before = np.concatenate([[0.0], np.cumsum(nats_U, dtype=np.float64)])
         last = np.maximum(offsets[1:] - 1, 0)  # nothing follows there, and the tokens that are scored are the last ones
         return before[last] - before[np.maximum(last - n_scored.astype(np.int64), 0)]

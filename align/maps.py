@@ -12,10 +12,22 @@ from .rests import rest_target_ids
 from .vocabulary import vocabulary_map
 
 
-def vocabulary_map_identity(source: str, *, target: str, rule: str, matches: Dataset | None = None) -> dict[str, Any]:
-    """What determines a vocabulary map: the digests of both tokenizers, and for `stat` the `matches` (`token_matches`)."""
-    identity = {"stage": "vocab_maps/3", "source": source, "target": target, "rule": rule}
-    return identity if matches is None else identity | {"matches": matches.fingerprint}
+def end_of_turn(source: Dataset, *, target: Dataset) -> tuple[int, int] | None:
+    """The tokens with which source and target end the assistant's turn, by their distributions; None of plain text."""
+    source_id, target_id = (dataset.identity.get("chat", {}).get("end_of_turn") for dataset in (source, target))
+    return None if source_id is None or target_id is None else (source_id, target_id)
+
+
+def vocabulary_map_identity(
+    source: str, *, target: str, rule: str, matches: Dataset | None = None, end_of_turn: tuple[int, int] | None = None
+) -> dict[str, Any]:
+    """What determines a vocabulary map: the digests of both tokenizers, for `stat` the `matches` (`token_matches`), and `end_of_turn`."""
+    identity: dict[str, Any] = {"stage": "vocab_maps/3", "source": source, "target": target, "rule": rule}
+    if matches is not None:
+        identity["matches"] = matches.fingerprint
+    if end_of_turn is not None:
+        identity["end_of_turn"] = list(end_of_turn)
+    return identity
 
 
 class VocabularyMapStage:
@@ -30,9 +42,11 @@ class VocabularyMapStage:
         rule: str,
         matches: Dataset | None = None,
         parts: Sequence[int] = (),
+        end_of_turn: tuple[int, int] | None = None,
     ) -> None:
-        """`matches` holds, for `stat`, how often tokens are matched in each of the `parts`."""
+        """`matches` holds, for `stat`, how often tokens are matched in each of the `parts`; for `end_of_turn` see `vocabulary_map`."""
         self.dataset, self.source, self.target, self.rule, self.matches, self.parts = dataset, source, target, rule, matches, parts
+        self.end_of_turn = end_of_turn
 
     def compute(self, part: int) -> PartContent:
         """The whole map; it has only part 0."""
@@ -40,7 +54,9 @@ class VocabularyMapStage:
         if self.rule == "mined_published":
             table = published_map(self.source, target=self.target)
         else:
-            table = vocabulary_map(self.source, target=self.target, rule=self.rule, matches=self._all_matches())
+            table = vocabulary_map(
+                self.source, target=self.target, rule=self.rule, matches=self._all_matches(), end_of_turn=self.end_of_turn
+            )
         if self.rule == "prefix":
             table = table.with_columns(rest_target_ids=rest_target_ids(self.source, target=self.target))
         return PartContent(data=table, counts={"source_tokens": len(table), "mapped": len(table) - table["target_id"].null_count()})

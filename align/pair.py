@@ -55,14 +55,16 @@ class PairPart:
         """The position map `cover`, and how many bytes each target position is ahead.
 
         Inside of a source token whose text the tokenizer rewrote no byte of the token stands for a byte of the text: there is no position.
+        Nor is there beyond the last token of a source that read a conversation in another template, which may end sooner.
         """
         position_T, ahead_T = cover_positions(self._ends(dummy_prefix=True))
         if self.source.stored_ends_T is not None:
             inside_T = np.flatnonzero(ahead_T > 0)
-            follows_T = position_T[inside_T] + 1
-            in_text = np.diff(self.source.stored_ends_T, prepend=0)[follows_T]
-            in_token = self.source.tokenizer.token_bytes.lengths_V[self.source.side.token_ids_T[follows_T]]
-            rewritten_T = inside_T[in_text != in_token]
+            in_text_U = np.diff(self.source.stored_ends_T, prepend=0)
+            in_token_U = self.source.tokenizer.token_bytes.lengths_V[self.source.side.token_ids_T]
+            is_as_read_U = in_text_U == in_token_U
+            is_as_read_U[self.source.side.offsets[:-1]] = False  # after the last token of a segment comes the first of the next
+            rewritten_T = inside_T[~np.append(is_as_read_U, False)[position_T[inside_T] + 1]]
             position_T[rewritten_T], ahead_T[rewritten_T] = UNALIGNED, 0
         return position_T, ahead_T
 

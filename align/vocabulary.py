@@ -64,7 +64,9 @@ class TokenPairs:
         return counted.with_columns(count=count).select(pl.col(name).cast(dtype) for name, dtype in _SCHEMA.items())
 
 
-def vocabulary_map(source: Tokenizer, *, target: Tokenizer, rule: str, matches: pl.DataFrame | None = None) -> pl.DataFrame:
+def vocabulary_map(
+    source: Tokenizer, *, target: Tokenizer, rule: str, matches: pl.DataFrame | None = None, end_of_turn: tuple[int, int] | None = None
+) -> pl.DataFrame:
     """Map every token of the source's vocabulary.
 
     Args:
@@ -72,6 +74,7 @@ def vocabulary_map(source: Tokenizer, *, target: Tokenizer, rule: str, matches: 
         target: tokenizer into whose vocabulary.
         rule: `exact`, `prefix`, `mined` or `stat`.
         matches: for `stat`, how often tokens are matched in the corpus: source_id, target_id and count, a row per pair (`token_matches`).
+        end_of_turn: of conversations, the token with which each of the two ends the assistant's turn.
 
     Returns:
         One row per source id: source_id; target_id (null where unmapped); rule, which one said so (`exact`, `prefix`, `mined`, `stat`,
@@ -100,6 +103,8 @@ def vocabulary_map(source: Tokenizer, *, target: Tokenizer, rule: str, matches: 
         source_id, target_id = source.roles[role], target.roles[role]
         if source_id is not None and target_id is not None:
             of_role.setdefault(source_id, target_id)  # of a token with several roles the first counts: eos, of one that is also pad
+    if end_of_turn is not None:
+        of_role[end_of_turn[0]] = end_of_turn[1]
     for source_id, target_id in of_role.items():
         pairs.put(source_id, target_id, rule="role")
     return pairs.table(matches=matches)

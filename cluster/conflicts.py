@@ -4,6 +4,7 @@ Targets and trainings depend on everything before them. With one more source, or
 stored of each model, and its alignment, stays as it is and is used again.
 """
 
+import itertools
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -26,7 +27,7 @@ class Conflict:
     """One name that is taken."""
 
     key: tuple[str, str]  # section and key of the recipe that give the name
-    name: str
+    name: str  # that they give; what is made with it may have a longer one
     what: str  # has this name: `targets/fused`, `training fused`
     folders: Sequence[Path]  # that hold it
     differences: Sequence[str]  # between what is there and what the recipe asks for
@@ -44,25 +45,25 @@ def require_free(conflicts: Sequence[Conflict], *, workspace: Workspace) -> None
     for conflict in conflicts:
         lines += [f"  {conflict.what}", *(f"    {_short(line)}" for line in conflict.differences)]
     lines.append("What is stored of each model, and its alignment, is used again. Give what is new names of its own, in the recipe:")
-    for conflict in conflicts:
-        section, key = conflict.key
-        lines += [f"  [{section}]", f'  {key} = "{_free_name(conflict.name, workspace=workspace)}"']
+    for (section, key), name in {conflict.key: conflict.name for conflict in conflicts}.items():
+        lines += [f"  [{section}]", f'  {key} = "{_free_name(name, workspace=workspace)}"']
     folders = " ".join(str(folder) for conflict in conflicts for folder in conflict.folders if folder.exists())
     lines.append(f"To make it in place of what is there, remove first: {folders}")
     raise FingerprintMismatch("\n".join(lines))
 
 
-def fusion_conflicts(workspace: Workspace, *, name: str, identity: Mapping[str, Any]) -> list[Conflict]:
-    """Whether the targets of this name are of another identity."""
+def fusion_conflicts(workspace: Workspace, *, name: str, identity: Mapping[str, Any], recipe_name: str) -> list[Conflict]:
+    """Whether the targets of this name are of another identity. `recipe_name` is the fusion's in the recipe."""
     folder = workspace.folder("targets", name)
     if not (folder / "dataset.json").exists():
         return []
     found = _fusion_differences(Dataset.open(folder).identity, identity, workspace=workspace)
-    return [Conflict(key=("fusion", "name"), name=name, what=f"targets/{name}", folders=[folder], differences=found)] if found else []
+    key, what = ("fusion", "name"), f"targets/{name}"
+    return [Conflict(key=key, name=recipe_name, what=what, folders=[folder], differences=found)] if found else []
 
 
-def training_conflicts(job: TrainJob, *, key: tuple[str, str]) -> list[Conflict]:
-    """Whether a training of this name that is finished, or has checkpoints, is another one. `key` is the recipe's, as of `Conflict`."""
+def training_conflicts(job: TrainJob, *, key: tuple[str, str], recipe_name: str) -> list[Conflict]:
+    """Whether a training of this name that is finished, or has checkpoints, is another one. `key` and `recipe_name` as of `Conflict`."""
     done, name = read_done(job.run_folder), job.config.name
     if done is not None:
         stored = done["identity"]
@@ -71,7 +72,7 @@ def training_conflicts(job: TrainJob, *, key: tuple[str, str]) -> list[Conflict]
     else:
         return []
     found, folders = differences(stored, job.identity), [job.run_folder, job.export_folder]
-    return [Conflict(key=key, name=name, what=f"training {name}", folders=folders, differences=found)] if found else []
+    return [Conflict(key=key, name=recipe_name, what=f"training {name}", folders=folders, differences=found)] if found else []
 
 
 def _fusion_differences(stored: Mapping[str, Any], asked: Mapping[str, Any], *, workspace: Workspace) -> list[str]:
@@ -93,6 +94,8 @@ def _short(line: str) -> str:
 
 
 def _free_name(name: str, *, workspace: Workspace) -> str:
+    """The name with the first number from 2 with which nothing begins: what is made for one source, or for all, is named `<name>-…`."""
     stem = re.sub(r"-\d+$", "", name)
-    taken = {path.name for kind in ("targets", "runs", "exports") for path in (workspace.root / kind).glob("*")}
-    return next(free for n in range(2, len(taken) + 3) if (free := f"{stem}-{n}") not in taken)
+    taken = [path.name for kind in ("targets", "runs", "exports") for path in (workspace.root / kind).glob("*")]
+    numbered = (f"{stem}-{n}" for n in itertools.count(2))
+    return next(free for free in numbered if not any(f"{other}-".startswith(f"{free}-") for other in taken))

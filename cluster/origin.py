@@ -1,23 +1,59 @@
-"""What a trained model comes from, for its card."""
+"""What a model that was made here comes from, for its card."""
 
 from collections.abc import Mapping
 from typing import Any
 
 from .. import __version__
 from ..ingest.models import ModelFolder
-from ..recipe import Recipe
+from ..recipe import Recipe, Training
 from ..store.dataset import Dataset
 
 
-def lineage(recipe: Recipe, *, models: Mapping[str, ModelFolder], corpus: Dataset, targets_fingerprint: str) -> dict[str, Any]:
-    """The corpus, the models with the digests of their weights, and how they were aligned and fused."""
-    start = models[recipe.target.name]
+def lineage(training: Training, *, recipe: Recipe, models: Mapping[str, ModelFolder], corpus: Dataset, targets: str) -> dict[str, Any]:
+    """The corpus, the models with the digests of their weights, and how they were aligned and fused.
+
+    Args:
+        training: of which the model comes; one on text alone has no sources.
+        recipe: that names it.
+        models: the target's start and the sources, by name.
+        corpus: of the texts.
+        targets: fingerprint of the fused targets.
+    """
+    origin = _origin(recipe, models=models, corpus=corpus)
+    if not training.config.uses_targets:
+        return origin
+    return origin | {
+        "sources": {source.name: _facts(models[source.name]) for source in training.fusion.sources},
+        "alignment": recipe.alignment.model_dump(),
+        "fusion": recipe.fusion.model_dump() | {"name": training.fusion.name},
+        "targets": targets,
+    }
+
+
+def merged_lineage(
+    trainings: Mapping[str, Mapping[str, Any]],
+    *,
+    recipe: Recipe,
+    models: Mapping[str, ModelFolder],
+    corpus: Dataset,
+    merged: Mapping[str, ModelFolder],
+) -> dict[str, Any]:
+    """The same of a merged model: `trainings` are the lineages of the models that are merged, and `merged` these models, by one name."""
+    return _origin(recipe, models=models, corpus=corpus) | {
+        "models": {
+            name: {"training": merged[name].config.name, "weights": merged[name].weights_digest} | dict(comes_from)
+            for name, comes_from in trainings.items()
+        }
+    }
+
+
+def _origin(recipe: Recipe, *, models: Mapping[str, ModelFolder], corpus: Dataset) -> dict[str, Any]:
     return {
         "fuseline": __version__,
         "corpus": {"name": recipe.corpus.name, "path": recipe.corpus.path, "fingerprint": corpus.fingerprint},
-        "start": {"model": start.config.model, "weights": start.weights_digest},
-        "sources": {source.name: {"model": source.model, "weights": models[source.name].weights_digest} for source in recipe.sources},
-        "alignment": recipe.alignment.model_dump(),
-        "fusion": recipe.fusion.model_dump(),
-        "targets": targets_fingerprint,
+        "start": _facts(models[recipe.target.name]),
     }
+
+
+def _facts(model: ModelFolder) -> dict[str, Any]:
+    return {"model": model.config.model, "weights": model.weights_digest}

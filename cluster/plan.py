@@ -4,6 +4,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..ingest.chat.readings import CorpusTemplate
 from ..ingest.corpus import choose_documents, parts_of
 from ..ingest.models import ModelConfig, find_model
 from ..ingest.sources import find_source, load_splits
@@ -20,6 +21,7 @@ UTILISATION = 0.4  # share of it that a good forward pass or training step reach
 _SCALAR_BYTES, _ID_BYTES_U16, _ID_BYTES_U32 = 6.4, 1.35, 1.44
 _VALUE_BYTES = {"f16": 1.12, "q8": 0.74}
 _SMALL_VOCABULARY = 65_536
+_ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 _MATCHES_BYTES = 0.3  # of a token: a part of 1M has about 60,000 different pairs
 
 
@@ -55,7 +57,7 @@ def plan(recipe: Recipe, *, base: Path, models_dir: Path, workspace: Workspace) 
     Raises:
         UsageError: a model or the corpus is not at hand, and the recipe does not say what to expect of it.
     """
-    train, held_out = _splits(recipe, base=base, workspace=workspace)
+    train, held_out = _splits(recipe, base=base, workspace=workspace, models_dir=models_dir)
     tokens = train.text_bytes / BYTES_PER_TOKEN
     models = [_model(config, base=base, models_dir=models_dir) for config in recipe.models]
     target, k, codec = models[0], recipe.distributions.top_k, recipe.distributions.codec
@@ -82,11 +84,13 @@ def plan(recipe: Recipe, *, base: Path, models_dir: Path, workspace: Workspace) 
         folder = f"alignments/{alignment.alignment_name(pair)}"
         stages.append(planned(f"alignment {pair}", folder, parts=train.parts, stored=1.5 * tokens))
     stored = tokens * (3.5 + recipe.top_k * _entry_bytes(target, codec))
-    stages.append(planned(f"targets {recipe.fusion.name}", f"targets/{recipe.fusion.name}", parts=train.parts, stored=stored))
-    stages += [_training(training, target=target, tokens=tokens, workspace=workspace) for training in recipe.trainings]
-    trained = [_Model(name=training.name, parameters=target.parameters, vocab_size=target.vocab_size) for training in recipe.trainings]
+    stages += [planned(f"targets {fusion.name}", f"targets/{fusion.name}", parts=train.parts, stored=stored) for fusion in recipe.fusions]
+    stages += [_training(training.config, target=target, tokens=tokens, workspace=workspace) for training in recipe.trainings]
+    if recipe.merged_name is not None:
+        stages.append(_merge(recipe, recipe.merged_name, target=target, workspace=workspace))
+    made = [_Model(name=name, parameters=target.parameters, vocab_size=target.vocab_size) for name in recipe.made_models]
     held_out_tokens = held_out.text_bytes / BYTES_PER_TOKEN
-    for model in (*models, *trained):
+    for model in (*models, *made):
         folder, flops = f"evaluations/{model.name}--{recipe.evaluation.split}", 2 * model.parameters * held_out_tokens
         evaluation = planned(
             f"evaluation {model.name}", folder, parts=held_out.parts, tokens=held_out_tokens, stored=6 * held_out_tokens, flops=flops
@@ -100,7 +104,7 @@ def _training(training: TrainingConfig, *, target: _Model, tokens: float, worksp
         trained = tokens * (training.epochs or 1)
     else:
         trained = float(training.steps * training.global_batch_size * training.sequence_length)
-    item = 4 if training.dtype == "float32" else 2
+    item = _ITEM_BYTES[training.dtype]
     return PlannedStage(
         stage=f"training {training.name} (TP {training.tensor_parallel} × DP {training.data_parallel})",
         parts=1,
@@ -112,11 +116,23 @@ def _training(training: TrainingConfig, *, target: _Model, tokens: float, worksp
     )
 
 
+def _merge(recipe: Recipe, name: str, *, target: _Model, workspace: Workspace) -> PlannedStage:
+    assert recipe.merge is not None
+    return PlannedStage(
+        stage=f"merge {name} ({recipe.merge.method} of {len(recipe.sources)})",
+        parts=1,
+        parts_done=int((workspace.folder("exports", name) / "config.json").exists()),
+        tokens=0,
+        stored_bytes=_ITEM_BYTES[recipe.merge.dtype or recipe.training.dtype] * target.parameters,
+        gpu_hours=0,  # a processor's work
+    )
+
+
 def _entry_bytes(model: _Model, codec: str) -> float:
     return (_ID_BYTES_U16 if model.vocab_size <= _SMALL_VOCABULARY else _ID_BYTES_U32) + _VALUE_BYTES[codec]
 
 
-def _splits(recipe: Recipe, *, base: Path, workspace: Workspace) -> tuple[_Split, _Split]:
+def _splits(recipe: Recipe, *, base: Path, workspace: Workspace, models_dir: Path) -> tuple[_Split, _Split]:
     """The split to train on and the held-out one: as planned in the workspace, else as the recipe expects, else by reading the corpus."""
     config, path = recipe.corpus, workspace.folder("corpus", recipe.corpus.name) / "plan.json"
     if path.exists():
@@ -127,13 +143,17 @@ def _splits(recipe: Recipe, *, base: Path, workspace: Workspace) -> tuple[_Split
         held_out_bytes = config.expected_held_out_bytes or 0
         return train, _Split(text_bytes=held_out_bytes, documents=0, parts=-(-held_out_bytes // config.part_bytes))
     else:
+        chat = None
         try:
             source = find_source(config.path, revision=config.revision, base=base, download=False)
+            if config.chat is not None:
+                target = find_model(recipe.target, models_dir=models_dir, base=base, download=False)
+                chat = CorpusTemplate.of(config.chat, target=target, base=base)
         except DataError as error:
             raise UsageError(
                 f"{error}\nTo plan without it, say corpus.expected_bytes and corpus.expected_documents in the recipe."
             ) from error
-        parts = parts_of(choose_documents(config, source=source, splits=load_splits(source)).documents)
+        parts = parts_of(choose_documents(config, source=source, splits=load_splits(source), chat=chat).documents)
 
     def total(split: str) -> _Split:
         chosen = [part for part in parts if part["split"] == split]

@@ -44,7 +44,7 @@ def repair(pipeline: Pipeline, *, full: bool) -> Repair:
     workspace, done = pipeline.workspace, Repair()
     interrupted = _interrupted(workspace)
     found = verify(workspace, full=full)
-    stages = list(pipeline.stages())
+    stages = list(pipeline.stages.before_training())
     _mend_what_is_no_part(pipeline, found.findings)
     mine = {(stage.dataset.kind, stage.dataset.name) for _, stage in stages} | pipeline.trained_evaluations
     lost = {part: _checksums(workspace, part) for part in found.lost_parts if part[:2] in mine}
@@ -77,8 +77,8 @@ def repair(pipeline: Pipeline, *, full: bool) -> Repair:
 
 def _mend_what_is_no_part(pipeline: Pipeline, findings: list[Finding]) -> None:
     """The catalog, the corpus's plan, a tokenizer: each is written again where it is missing."""
-    workspace, corpus = pipeline.workspace, pipeline.corpus
-    tokenizers = {workspace.folder("tokenizers", model.tokenizer.digest): model.tokenizer for model in pipeline.models.values()}
+    workspace, corpus = pipeline.workspace, pipeline.stages.corpus
+    tokenizers = {workspace.folder("tokenizers", model.tokenizer.digest): model.tokenizer for model in pipeline.stages.models.values()}
     for path in (finding.path for finding in findings if finding.mend == "remove"):
         if path == workspace.catalog_path:
             durable.remove(path)

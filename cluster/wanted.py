@@ -13,30 +13,31 @@ from typing import Any, Literal
 from ..align.alignments import alignment_identity
 from ..align.config import AlignmentConfig
 from ..align.fusion import fusion_identity
-from ..align.maps import vocabulary_map_identity
+from ..align.maps import end_of_turn, vocabulary_map_identity
 from ..align.matches import matches_identity
 from ..align.sources import FusionSource
 from ..ingest.corpus import corpus_choices
-from ..recipe import Recipe
+from ..recipe import Fusion, Recipe, Training
 from ..store.corpus_plan import read_plan
 from ..store.dataset import Dataset
-from ..store.fingerprint import differences
+from ..store.fingerprint import differences, fingerprint
 from ..store.status import DatasetStatus, TrainingStatus, dataset_statuses, training_statuses
 from ..store.workspace import Workspace
 from ..train.records import read_done
 from .conflicts import fusion_conflicts
+from .merging import merge_differences, planned_merge
 
 State = Literal["done", "incomplete", "missing", "other inputs"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Wanted:
-    """One dataset or training of a recipe."""
+    """One dataset, training or merge of a recipe."""
 
     kind: str
     name: str
     state: State
-    expected_parts: int | None  # None where the corpus is not planned yet, and of trainings
+    expected_parts: int | None  # None where the corpus is not planned yet, and of trainings and merges
     differences: list[str]  # between what is there under this name and what the recipe asks for
     status: DatasetStatus | TrainingStatus | None  # of what is there
 
@@ -48,8 +49,10 @@ def wanted(recipe: Recipe, *, workspace: Workspace) -> list[Wanted]:
     found = [
         _dataset(kind, name, recipe=recipe, workspace=workspace, status=there.get((kind, name))) for kind, name in _before_training(recipe)
     ]
-    found += [_training(name, recipe=recipe, workspace=workspace, status=trainings.get(name)) for name in _training_names(recipe)]
-    evaluated = [model.name for model in recipe.models] + _training_names(recipe)
+    found += [_training(training, recipe=recipe, workspace=workspace, status=trainings.get(training.name)) for training in recipe.trainings]
+    if recipe.merged_name is not None:
+        found.append(_merge(recipe, recipe.merged_name, workspace=workspace))
+    evaluated = [model.name for model in recipe.models] + recipe.made_models
     for name in (f"{model}--{recipe.evaluation.split}" for model in evaluated):
         found.append(_dataset("evaluations", name, recipe=recipe, workspace=workspace, status=there.get(("evaluations", name))))
     return found
@@ -64,11 +67,7 @@ def _before_training(recipe: Recipe) -> Iterator[tuple[str, str]]:
             yield "token_matches", alignment.matches_name(pair)
         yield "vocab_maps", alignment.map_name(pair)
         yield "alignments", alignment.alignment_name(pair)
-    yield "targets", recipe.fusion.name
-
-
-def _training_names(recipe: Recipe) -> list[str]:
-    return [training.name for training in recipe.trainings]
+    yield from (("targets", fusion.name) for fusion in recipe.fusions)
 
 
 def _dataset(kind: str, name: str, *, recipe: Recipe, workspace: Workspace, status: DatasetStatus | None) -> Wanted:
@@ -101,7 +100,8 @@ def _differences(kind: str, name: str, *, recipe: Recipe, workspace: Workspace) 
         case "distributions" | "evaluations":
             return _differing(stored, _forward_choices(kind, name, recipe=recipe, workspace=workspace))
         case "targets":
-            return _fusion_differences(recipe, workspace=workspace)
+            (fusion,) = (fusion for fusion in recipe.fusions if fusion.name == name)
+            return _fusion_differences(fusion, recipe=recipe, workspace=workspace)
         case _:
             asked = _pair_identity(kind, name, alignment=recipe.alignment, workspace=workspace)
             return [] if asked is None else differences(stored, asked)
@@ -137,7 +137,8 @@ def _pair_identity(kind: str, name: str, *, alignment: AlignmentConfig, workspac
         if counts and matches is None:
             return None
         digests = source.identity["tokenizer"], target.identity["tokenizer"]
-        return vocabulary_map_identity(digests[0], target=digests[1], rule=alignment.vocabulary, matches=matches)
+        ends = end_of_turn(source, target=target)
+        return vocabulary_map_identity(digests[0], target=digests[1], rule=alignment.vocabulary, matches=matches, end_of_turn=ends)
     vocabulary_map = _open(workspace.folder("vocab_maps", alignment.map_name(pair))) if alignment.reads_map else None
     if alignment.reads_map and vocabulary_map is None:
         return None
@@ -149,9 +150,9 @@ def _open(folder: Path) -> Dataset | None:
     return Dataset.open(folder) if (folder / "dataset.json").exists() else None
 
 
-def _fusion_differences(recipe: Recipe, *, workspace: Workspace) -> list[str]:
+def _fusion_differences(fusion: Fusion, *, recipe: Recipe, workspace: Workspace) -> list[str]:
     sources = []
-    for model in recipe.models:
+    for model in (recipe.target, *fusion.sources):
         pair = f"{model.name}--{recipe.target.name}"
         distributions = _open(workspace.folder("distributions", model.name))
         if distributions is None:
@@ -164,22 +165,54 @@ def _fusion_differences(recipe: Recipe, *, workspace: Workspace) -> list[str]:
         if alignment is None or vocabulary_map is None:
             return [f"sources: asked for {model.name}, which is not aligned yet"]
         sources.append(FusionSource(name=model.name, distributions=distributions, alignment=alignment, vocabulary_map=vocabulary_map))
-    fusion = recipe.fusion.model_copy(update={"pack_length": recipe.pack_length})
+    config = recipe.fusion.model_copy(update={"pack_length": recipe.pack_length})
     codec = recipe.distributions.codec
-    identity = fusion_identity(sources, alignment=recipe.alignment, fusion=fusion, top_k=recipe.top_k, codec=codec)
-    conflicts = fusion_conflicts(workspace, name=fusion.name, identity=identity)
+    identity = fusion_identity(sources, alignment=recipe.alignment, fusion=config, top_k=recipe.top_k, codec=codec)
+    conflicts = fusion_conflicts(workspace, name=fusion.name, identity=identity, recipe_name=config.name)
     return list(itertools.chain.from_iterable(conflict.differences for conflict in conflicts))
 
 
-def _training(name: str, *, recipe: Recipe, workspace: Workspace, status: TrainingStatus | None) -> Wanted:
-    (training,) = (training for training in recipe.trainings if training.name == name)
-    learned_from = ("targets", recipe.fusion.name) if training.uses_targets else ("distributions", recipe.target.name)
-    done, there = read_done(workspace.folder("runs", name)), _open(workspace.folder(*learned_from))
-    found = [] if done is None else differences(done["identity"]["config"], json.loads(json.dumps(training.determines)))
-    if done is not None and not found:
-        if there is None or done["identity"]["targets"] != there.fingerprint:
-            found = [f"learned from something else than {'/'.join(learned_from)}"]
-        elif training.uses_targets and _fusion_differences(recipe, workspace=workspace):
-            found = ["learned from targets of other inputs"]
+def _training(training: Training, *, recipe: Recipe, workspace: Workspace, status: TrainingStatus | None) -> Wanted:
+    found = _training_differences(training, recipe=recipe, workspace=workspace)
     state: State = "other inputs" if found else "missing" if status is None else "done" if status.done else "incomplete"
-    return Wanted(kind="training", name=name, state=state, expected_parts=None, differences=found, status=status)
+    return Wanted(kind="training", name=training.name, state=state, expected_parts=None, differences=found, status=status)
+
+
+def _training_differences(training: Training, *, recipe: Recipe, workspace: Workspace) -> list[str]:
+    """Of a training that is finished; one that goes on is compared by the run that takes it up."""
+    done = read_done(workspace.folder("runs", training.name))
+    if done is None:
+        return []
+    config, fusion = training.config, training.fusion
+    changed = differences(done["identity"]["config"], json.loads(json.dumps(config.determines)))
+    if changed:
+        return changed
+    learned_from = ("targets", fusion.name) if config.uses_targets else ("distributions", recipe.target.name)
+    there = _open(workspace.folder(*learned_from))
+    if there is None or done["identity"]["targets"] != there.fingerprint:
+        return [f"learned from something else than {'/'.join(learned_from)}"]
+    if config.uses_targets and _fusion_differences(fusion, recipe=recipe, workspace=workspace):
+        return ["learned from targets of other inputs"]
+    return []
+
+
+def _merge(recipe: Recipe, name: str, *, workspace: Workspace) -> Wanted:
+    folder = workspace.folder("exports", name)
+    found = _merge_differences(recipe, folder=folder, workspace=workspace)
+    state: State = "other inputs" if found else "done" if folder.exists() else "missing"
+    return Wanted(kind="merge", name=name, state=state, expected_parts=None, differences=found, status=None)
+
+
+def _merge_differences(recipe: Recipe, *, folder: Path, workspace: Workspace) -> list[str]:
+    """Between the trainings that a merged model is from, with the settings of its merge, and those that the recipe asks for."""
+    if not folder.exists():
+        return []
+    assert recipe.merge is not None
+    trainings, bases = {}, set()
+    for source, training in recipe.merged_trainings.items():
+        done = read_done(workspace.folder("runs", training.name))
+        if done is None or _training_differences(training, recipe=recipe, workspace=workspace):
+            return [f"trainings: asked for {training.name}, which is not there yet, or of other inputs"]
+        trainings[source] = fingerprint(done["identity"])
+        bases.add(done["identity"]["model"])
+    return merge_differences(folder, asked=planned_merge(recipe.merge, base=min(bases), trainings=trainings))

@@ -6,6 +6,9 @@ seeded, so whoever reads parts one after another reads shuffled text. Each part 
     part-00042.parquet      one row per segment: doc_id, segment, domain, split, sha256 (of the document), text
 
 A part holds documents of one split only.
+
+With `[corpus.chat]` a document is a conversation, and its text what a chat template makes of it; the parts then also have the ranges of
+`chat.marked_text`.
 """
 
 import hashlib
@@ -23,9 +26,16 @@ from ..store.corpus_plan import read_documents, read_plan, write_plan
 from ..store.dataset import Dataset, PartContent
 from ..store.errors import DataError
 from ..store.tokenizer import Tokenizer
+from .chat.config import ChatConfig
+from .chat.marked_text import MarkedText, columns_of
+from .chat.readings import CorpusTemplate
+from .chat.segment import segment_conversations
 from .digests import file_digest
+from .documents import ChatDocuments, Documents, TextDocuments
 from .segment import segment_documents
 from .sources import data_files, load_splits
+
+_TOLD = 100  # reasons of refused conversations that the plan keeps
 
 
 class CorpusConfig(BaseModel):
@@ -36,7 +46,8 @@ class CorpusConfig(BaseModel):
     name: str = Field("corpus", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="name of the data set in the workspace")
     path: str = Field(description="dataset id on the Hugging Face hub, or a file or folder of parquet, jsonl, csv or txt files")
     revision: str | None = Field(None, description="commit, tag or branch of a hub dataset")
-    text_column: str = Field("text", description="column that holds the text")
+    chat: ChatConfig | None = Field(None, description="the documents are conversations")
+    text_column: str = Field("text", description="column that holds the text; without [corpus.chat]")
     domain_column: str | None = Field(None, description="column that holds each document's domain; without it all are of one domain")
     split_column: str | None = Field(None, description="column that holds each document's split, for files that mix them")
     held_out_fraction: float = Field(0.0, ge=0, lt=1, description="share of the train documents to move to the split `test`, by their hash")
@@ -52,6 +63,12 @@ class CorpusConfig(BaseModel):
     )
 
     @model_validator(mode="after")
+    def _text_or_chat(self) -> "CorpusConfig":
+        if self.chat is not None and "text_column" in self.model_fields_set:
+            raise ValueError(f"text_column ({self.text_column!r}) must not be given with [corpus.chat]: name the column in chat.column")
+        return self
+
+    @model_validator(mode="after")
     def _held_out_needs_no_split(self) -> "CorpusConfig":
         if self.held_out_fraction and self.split_column:
             raise ValueError(
@@ -60,8 +77,13 @@ class CorpusConfig(BaseModel):
         return self
 
 
-def corpus_identity(config: CorpusConfig, *, source: Path, tokenizers: list[Tokenizer]) -> dict[str, Any]:
-    """What determines the corpus: its files' content, the choices of the recipe, and the tokenizers its segments fit."""
+def corpus_identity(
+    config: CorpusConfig, *, source: Path, tokenizers: list[Tokenizer], chat: CorpusTemplate | None = None
+) -> dict[str, Any]:
+    """What determines the corpus: its files' content, the choices of the recipe, and the tokenizers its segments fit.
+
+    Of conversations also the template that they are written in.
+    """
     content: dict[str, Any]
     if source.parent.name == "snapshots":  # a hub snapshot is named by its commit
         content = {"hub": config.path, "commit": source.name}
@@ -69,23 +91,31 @@ def corpus_identity(config: CorpusConfig, *, source: Path, tokenizers: list[Toke
         # A folder's README.md may say which file is which split.
         files = [*data_files(source), *source.glob("README.md")]
         content = {"files": {path.relative_to(source).as_posix(): file_digest(path) for path in files}}
-    return {**corpus_choices(config), **content, "segmented_for": sorted(tokenizer.digest for tokenizer in tokenizers)}
+    written = {"chat_template": chat.template.identity, "chat_tokenizer": chat.tokenizer} if chat else {}
+    return {**corpus_choices(config), **content, **written, "segmented_for": sorted(tokenizer.digest for tokenizer in tokenizers)}
 
 
 def corpus_choices(config: CorpusConfig) -> dict[str, Any]:
     """What of a corpus's identity the recipe alone determines."""
     free = {"name", "path", "revision", "expected_documents", "expected_bytes", "expected_held_out_bytes"}
-    return {"stage": "corpus/1", **config.model_dump(exclude=free)}
+    chosen = {"stage": "corpus/1", **config.model_dump(exclude=free | {"chat"})}
+    if config.chat is not None:
+        del chosen["text_column"]
+        chosen["chat"] = config.chat.model_dump(include={"format", "column"})
+    return chosen
 
 
 class CorpusStage:
     """Makes the parts of one corpus. Pickles as its arguments; the data set and the tokenizers are loaded where it runs."""
 
-    def __init__(self, dataset: Dataset, *, config: CorpusConfig, source: Path, tokenizer_folders: list[Path]) -> None:
-        self.dataset, self.config, self.source, self.tokenizer_folders = dataset, config, source, tokenizer_folders
+    def __init__(
+        self, dataset: Dataset, *, config: CorpusConfig, source: Path, tokenizer_folders: list[Path], chat: CorpusTemplate | None = None
+    ) -> None:
+        """`chat` is needed where `config.chat` is there."""
+        self.dataset, self.config, self.source, self.tokenizer_folders, self.chat = dataset, config, source, tokenizer_folders, chat
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _corpus_stage, (self.dataset, self.config, self.source, self.tokenizer_folders)
+        return _corpus_stage, (self.dataset, self.config, self.source, self.tokenizer_folders, self.chat)
 
     @cached_property
     def splits(self) -> dict[str, Any]:
@@ -110,32 +140,48 @@ class CorpusStage:
         """Read, cut and number the documents of one part."""
         documents = self.plan.documents.filter(pl.col("part") == part)
         texts = self._texts(documents)
-        segmented = segment_documents(texts, tokenizers=self.tokenizers, context_length=self.config.context_length)
+        segmented, marks = self._segmented(texts)
         table = (
             documents.select("doc_id", "domain", "split", "sha256")
             .with_columns(text=pl.Series(segmented, dtype=pl.List(pl.String)), segment=pl.Series([list(range(len(s))) for s in segmented]))
             .explode("segment", "text")
             .select("doc_id", pl.col("segment").cast(pl.UInt32), "domain", "split", "sha256", "text")
+            .with_columns(**marks)
         )
         return PartContent(
             data=table, counts={"documents": len(documents), "segments": len(table), "text_bytes": int(documents["n_bytes"].sum())}
         )
 
-    def _texts(self, documents: pl.DataFrame) -> list[str]:
-        texts = [""] * len(documents)
+    def _segmented(self, texts: list[MarkedText]) -> tuple[list[list[str]], dict[str, pl.Series]]:
+        """The segments of each document, and the columns that say what is what in those of conversations."""
+        context_length = self.config.context_length
+        if self.chat is None:
+            plain = [each.text for each in texts]
+            return segment_documents(plain, tokenizers=self.tokenizers, context_length=context_length), {}
+        readers = [self.chat.reader(tokenizer) for tokenizer in self.tokenizers]
+        segmented = segment_conversations(texts, readers=readers, context_length=context_length)
+        return [[each.text for each in segments] for segments in segmented], columns_of(
+            [each for segments in segmented for each in segments]
+        )
+
+    def _texts(self, documents: pl.DataFrame) -> list[MarkedText]:
+        texts = [MarkedText(text="")] * len(documents)
         for (split,), rows in documents.with_row_index().group_by("source_split"):
             selected = self.splits[str(split)].select(rows["row"].to_list())
-            for index, text in zip(rows["index"].to_list(), selected[self.config.text_column], strict=True):
+            read = _documents(self.config, chat=self.chat, columns=selected.column_names, where=str(self.source))
+            batch = selected.select_columns(list(read.columns)).with_format("arrow")[:]
+            found, _ = read.read(batch, where=f"{self.source}, split {split}", first_row=0)
+            for index, text in zip(rows["index"].to_list(), found, strict=True):
                 texts[index] = text
-        for doc_id, text, digest in zip(documents["doc_id"], texts, documents["sha256"], strict=True):
-            if hashlib.sha256(text.encode()).hexdigest() != digest:
+        for doc_id, marked, digest in zip(documents["doc_id"], texts, documents["sha256"], strict=True):
+            if hashlib.sha256(marked.text.encode()).hexdigest() != digest:
                 raise DataError(
                     f"Document {doc_id} changed since the corpus was planned. Restore {self.source}, or use another --workspace."
                 )
         return texts
 
     def _make_plan(self) -> "CorpusPlan":
-        chosen = choose_documents(self.config, source=self.source, splits=self.splits)
+        chosen = choose_documents(self.config, source=self.source, splits=self.splits, chat=self.chat)
         return CorpusPlan.commit(self.dataset, chosen)
 
 
@@ -146,9 +192,10 @@ class ChosenDocuments:
     documents: pl.DataFrame
     n_duplicates: int
     n_empty: int
+    refused: list[str]  # conversations that the chat template does not write: where they are, and why
 
 
-def choose_documents(config: CorpusConfig, *, source: Path, splits: dict[str, Any]) -> ChosenDocuments:
+def choose_documents(config: CorpusConfig, *, source: Path, splits: dict[str, Any], chat: CorpusTemplate | None = None) -> ChosenDocuments:
     """Hash all documents, drop empty ones and duplicates, order the rest at random, and fill parts with them.
 
     Raises:
@@ -156,21 +203,25 @@ def choose_documents(config: CorpusConfig, *, source: Path, splits: dict[str, An
     """
     columns = ("source_split", "row", "split", "domain", "sha256", "n_bytes")
     types = (pl.String, pl.Int64, pl.String, pl.String, pl.String, pl.Int64)
+    refused: list[str] = []
     rows = pl.DataFrame(
-        list(_source_documents(config, source=source, splits=splits)), schema=dict(zip(columns, types, strict=True)), orient="row"
+        list(_source_documents(config, source=source, splits=splits, chat=chat, refused=refused)),
+        schema=dict(zip(columns, types, strict=True)),
+        orient="row",
     )
     kept = rows.filter(pl.col("n_bytes") > 0)
-    n_empty = len(rows) - len(kept)
+    n_empty = len(rows) - len(kept) - len(refused)
     if not config.keep_duplicates:
         # The held-out copy stays: text that is evaluated on must not be trained on.
         kept = kept.sort(pl.col("split") == "train", maintain_order=True).unique("sha256", keep="first", maintain_order=True)
-    n_duplicates = len(rows) - n_empty - len(kept)
+    n_duplicates = len(rows) - n_empty - len(refused) - len(kept)
     if not len(kept):
-        raise DataError(f"The corpus {source} has no text: {len(rows)} documents, all empty or white space.")
+        first = f" The first: {refused[0]}." if refused else ""
+        raise DataError(f"The corpus {source} has no text: {len(rows)} documents, all empty, white space or refused.{first}")
     in_order = sorted(kept["split"].unique().to_list(), key=lambda split: (split != "train", split))
     ordered = pl.concat(_ordered(kept.filter(pl.col("split") == split), config=config, split=split) for split in in_order)
     documents = ordered.with_columns(doc_id=pl.int_range(len(ordered), dtype=pl.Int64), part=_part_numbers(ordered, config.part_bytes))
-    return ChosenDocuments(documents=documents, n_duplicates=n_duplicates, n_empty=n_empty)
+    return ChosenDocuments(documents=documents, n_duplicates=n_duplicates, n_empty=n_empty, refused=refused)
 
 
 def _ordered(documents: pl.DataFrame, *, config: CorpusConfig, split: str) -> pl.DataFrame:
@@ -182,29 +233,46 @@ def _ordered(documents: pl.DataFrame, *, config: CorpusConfig, split: str) -> pl
     return chosen
 
 
-def _source_documents(config: CorpusConfig, *, source: Path, splits: dict[str, Any]) -> Iterator[tuple[str, int, str, str, str, int]]:
-    """(source split, row, split, domain, sha256, bytes) of every document; 0 bytes where there is nothing but white space."""
-    columns = [column for column in (config.text_column, config.domain_column, config.split_column) if column]
+def _source_documents(
+    config: CorpusConfig, *, source: Path, splits: dict[str, Any], chat: CorpusTemplate | None, refused: list[str]
+) -> Iterator[tuple[str, int, str, str, str, int]]:
+    """(source split, row, split, domain, sha256, bytes) of every document; 0 bytes where there is nothing but white space.
+
+    Of documents that are refused, too, which `refused` then lists.
+    """
     for source_split, rows in splits.items():
+        read = _documents(config, chat=chat, columns=rows.column_names, where=str(source))
+        columns = [column for column in (*read.columns, config.domain_column, config.split_column) if column]
         for column in columns:
             if column not in rows.column_names:
                 raise DataError(f"The corpus {source} has no column {column!r}; it has: {', '.join(rows.column_names)}.")
         row = 0
-        for batch in rows.select_columns(columns).with_format("arrow").iter(batch_size=1000):
-            texts = _utf8(batch.column(config.text_column), where=f"{source}, split {source_split}", first_row=row)
+        for batch in rows.select_columns(list(dict.fromkeys(columns))).with_format("arrow").iter(batch_size=1000):
+            texts, reasons = read.read(batch, where=f"{source}, split {source_split}", first_row=row)
+            refused += [f"{source_split} row {number}: {reason}" for number, reason in reasons.items()]
             domains = batch.column(config.domain_column).to_pylist() if config.domain_column else ["all"] * len(texts)
             named_splits = batch.column(config.split_column).to_pylist() if config.split_column else [source_split] * len(texts)
-            for text, domain, split in zip(texts, domains, named_splits, strict=True):
+            for marked, domain, split in zip(texts, domains, named_splits, strict=True):
                 if split is None:
                     raise DataError(f"{source}, split {source_split}, row {row}: {config.split_column} says no split. Mend this row.")
+                text = marked.text.encode()
                 digest = hashlib.sha256(text).hexdigest()
                 held_out = split == "train" and int(digest[:13], 16) < config.held_out_fraction * 16**13
                 yield source_split, row, "test" if held_out else str(split), str(domain), digest, len(text) if text.strip() else 0
                 row += 1
 
 
-def _corpus_stage(dataset: Dataset, config: CorpusConfig, source: Path, tokenizer_folders: list[Path]) -> CorpusStage:
-    return CorpusStage(dataset, config=config, source=source, tokenizer_folders=tokenizer_folders)
+def _documents(config: CorpusConfig, *, chat: CorpusTemplate | None, columns: list[str], where: str) -> Documents:
+    if config.chat is None:
+        return TextDocuments(config.text_column)
+    assert chat is not None
+    return ChatDocuments(config.chat, template=chat.template, columns=columns, where=where)
+
+
+def _corpus_stage(
+    dataset: Dataset, config: CorpusConfig, source: Path, tokenizer_folders: list[Path], chat: CorpusTemplate | None
+) -> CorpusStage:
+    return CorpusStage(dataset, config=config, source=source, tokenizer_folders=tokenizer_folders, chat=chat)
 
 
 class CorpusPlan:
@@ -232,6 +300,7 @@ class CorpusPlan:
             "documents": len(documents),
             "duplicates": chosen.n_duplicates,
             "empty": chosen.n_empty,
+            **({"refused": len(chosen.refused), "why_refused": chosen.refused[:_TOLD]} if chosen.refused else {}),
             "text_bytes": int(documents["n_bytes"].sum()),
             "parts": parts_of(documents),
         }
@@ -254,22 +323,3 @@ def _part_numbers(documents: pl.DataFrame, part_bytes: int) -> pl.Series:
         filled += n_bytes
         numbers.append(part)
     return pl.Series(numbers, dtype=pl.Int32)
-
-
-def _utf8(column: Any, *, where: str, first_row: int) -> list[bytes]:
-    """The column's texts as bytes, each checked to be UTF-8; null is no text.
-
-    Raises:
-        DataError: the column is not text, or a document is not valid Unicode (a lone surrogate, say).
-    """
-    import pyarrow as pa
-
-    if not (pa.types.is_string(column.type) or pa.types.is_large_string(column.type) or pa.types.is_null(column.type)):
-        raise DataError(f"{where}: the text column is of type {column.type}, not text. Name another with corpus.text_column.")
-    texts = [value or b"" for value in column.cast(pa.large_binary()).to_pylist()]
-    for row, text in enumerate(texts, start=first_row):
-        try:
-            text.decode()
-        except UnicodeDecodeError as error:
-            raise DataError(f"{where}, row {row}: the text is not valid UTF-8 ({error}). Mend or remove this document.") from error
-    return texts

@@ -4,14 +4,18 @@ Arrays of a part (T tokens, S segments, K entries; position j speaks of token j 
 
     token_ids_T, segment_offsets          the segments as the model reads them, with bos where it was trained with one
     doc_id_S, segment_S, n_bytes_S        which segments these are, and the length of their text in UTF-8
-    byte_ends_T                           only where the tokenizer rewrote some text (NFC): byte of its segment at which each token ends
+    byte_ends_T                           byte of its segment at which each token ends: of conversations, and where the tokenizer rewrote
+                                          some text (NFC)
+    label_mask_T                          of conversations: whether the token that follows is the assistant's (bool)
     nll_S, n_scored_S, scored_bytes_S     negative log-likelihood (nats) of the tokens after the first, their number and their bytes
     gold_logprob_T                        log-probability of the token that follows; NaN at a segment's last position
     topk_ids_TK, topk_logprobs_TK, tail_logprob_T, entropy_T     where top_k > 0
 
-A text's first token is not scored, even where bos predicts it: models without bos say nothing of it, and all are compared alike.
+A text's first token is not scored, even where bos predicts it: models without bos say nothing of it, and all are compared alike. Of
+conversations only the assistant's tokens are, each answer's end-of-turn token too, which counts no bytes.
 """
 
+from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
@@ -25,6 +29,8 @@ from pydantic import BaseModel, ConfigDict, Field
 from ..store.arrays import Encoding, id_dtype
 from ..store.dataset import Dataset, PartContent
 from ..store.tokenizer import EncodedSegments, Tokenizer
+from .chat.marked_text import segments_of
+from .chat.readings import ChatReading
 from .models import ModelFolder
 
 if TYPE_CHECKING:  # torch is loaded where a model is run, not where a recipe is read
@@ -43,7 +49,7 @@ class DistributionsConfig(BaseModel):
 
 
 def distributions_identity(
-    model: ModelFolder, *, corpus: Dataset, split: str, dtype: str, top_k: int, codec: Encoding = "f16"
+    model: ModelFolder, *, corpus: Dataset, split: str, dtype: str, top_k: int, codec: Encoding = "f16", chat: ChatReading | None = None
 ) -> dict[str, Any]:
     """What determines a model's distributions on a corpus. Its name, the batch size and the device do not."""
     identity = {
@@ -58,6 +64,8 @@ def distributions_identity(
     }
     if model.tokenizer.rewrites:  # which decides what documents there are
         identity["equivalence"] = 1
+    if chat is not None:
+        identity["chat"] = chat.reader(model.tokenizer).identity
     return identity
 
 
@@ -75,9 +83,16 @@ class DistributionsStage:
         trust_remote_code: bool,
         top_k: int,
         codec: Encoding = "f16",
+        chat: ChatReading | None = None,
+        context_length: int | None = None,
     ) -> None:
+        """`chat` says how conversations are read, where the corpus holds some.
+
+        A segment of more than `context_length` tokens is left out; by default the corpus's, which only a model's own rendering exceeds.
+        """
         self.dataset, self.corpus, self.model_folder, self.tokenizer_folder = dataset, corpus, model_folder, tokenizer_folder
         self.dtype, self.trust_remote_code, self.top_k, self.codec = dtype, trust_remote_code, top_k, codec
+        self.chat, self.context_length = chat, context_length or corpus.identity["context_length"]
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name not in {"model", "tokenizer"}}
@@ -101,10 +116,11 @@ class DistributionsStage:
         reason in the part's attributes under `quarantined`.
         """
         table = self.corpus.table(part)
-        encoded = self.tokenizer.encode_segments(table["text"].to_list())
-        reasons = self._unusable(encoded, doc_id_S=table["doc_id"].to_numpy())
+        read = self._read(table)
+        reasons = self._unusable(read, doc_id_S=table["doc_id"].to_numpy())
         keep_S = ~np.isin(table["doc_id"].to_numpy(), list(reasons))
-        table, encoded = table.filter(pl.Series(keep_S)), encoded.select(keep_S)
+        table, read = table.filter(pl.Series(keep_S)), read.select(keep_S)
+        encoded = read.encoded
         offsets = encoded.segment_offsets
         found = self.model.distributions([encoded.token_ids_T[start:end] for start, end in pairwise(offsets)], top_k=self.top_k)
 
@@ -117,7 +133,16 @@ class DistributionsStage:
         per_token = self._per_token(found) | {"token_ids_T": encoded.token_ids_T}
         if encoded.byte_ends_T is not None:
             per_token["byte_ends_T"] = encoded.byte_ends_T
-        per_segment = self._per_segment(table, encoded) | {"nll_S": -_segment_sums(gold_T * self._is_scored(offsets), offsets)}
+        if self.chat is not None:
+            per_token["label_mask_T"] = read.is_scored_T
+        per_segment = {
+            "doc_id_S": table["doc_id"].to_numpy(),
+            "segment_S": table["segment"].to_numpy(),
+            "n_bytes_S": encoded.n_bytes_S.astype(np.uint32),
+            "n_scored_S": _segment_sums(read.is_scored_T, offsets).astype(np.uint32),
+            "scored_bytes_S": read.scored_bytes_S.astype(np.uint32),
+            "nll_S": -_segment_sums(gold_T * read.is_scored_T, offsets),
+        }
         arrays = {name: array[keep_T] for name, array in per_token.items()} | {name: array[keep_S] for name, array in per_segment.items()}
         arrays["segment_offsets"] = encoded.select(keep_S).segment_offsets
         quarantined = [{"doc_id": doc_id, "reason": reason} for doc_id, reason in sorted(reasons.items())]
@@ -129,22 +154,32 @@ class DistributionsStage:
         }
         return PartContent(data=arrays, counts=counts, attributes={"quarantined": quarantined}, encodings=self._encodings)
 
+    def _read(self, table: pl.DataFrame) -> "_Read":
+        if self.chat is None:
+            encoded = self.tokenizer.encode_segments(table["text"].to_list())
+            return _Read.of_text(encoded, tokenizer=self.tokenizer)
+        conversations = self.chat.reader(self.tokenizer).encode(segments_of(table))
+        offsets = conversations.segments.segment_offsets
+        return _Read(
+            encoded=conversations.segments,
+            is_scored_T=conversations.label_mask_T,
+            scored_bytes_S=_segment_sums(conversations.scored_bytes_T, offsets),
+            reasons=[conversations.reasons.get(s) for s in range(len(offsets) - 1)],
+        )
+
     @property
     def _encodings(self) -> dict[str, Encoding]:
         # The gold log-probabilities stay exact: the gold anchor and the likelihoods are made of them.
         exact: dict[str, Encoding] = {"gold_logprob_T": "f16", "entropy_T": "f16"}
         return exact | {name: self.codec for name in ("topk_logprobs_TK", "tail_logprob_T") if self.top_k}
 
-    def _unusable(self, encoded: EncodedSegments, *, doc_id_S: NDArray[Any]) -> dict[int, str]:
+    def _unusable(self, read: "_Read", *, doc_id_S: NDArray[Any]) -> dict[int, str]:
         """Document to reason, for those that cannot be run."""
         reasons = {}
-        limit = self.corpus.identity["context_length"]
-        lengths_S = np.diff(encoded.segment_offsets)
-        for s in np.flatnonzero(lengths_S > limit):
-            reasons[int(doc_id_S[s])] = f"a segment has {lengths_S[s]} tokens, more than context_length ({limit})"
-        for s in np.flatnonzero(~encoded.is_lossless_S):
-            reasons[int(doc_id_S[s])] = "the tokens' bytes are not the text's: the tokenizer cannot represent this text"
-        return reasons
+        lengths_S = np.diff(read.encoded.segment_offsets)
+        for s in np.flatnonzero(lengths_S > self.context_length):
+            reasons[int(doc_id_S[s])] = f"a segment has {lengths_S[s]} tokens, more than context_length ({self.context_length})"
+        return reasons | {doc_id: reason for doc_id, reason in zip(doc_id_S.tolist(), read.reasons, strict=True) if reason is not None}
 
     def _per_token(self, found: "NextTokenDistributions") -> dict[str, NDArray[Any]]:
         arrays: dict[str, NDArray[Any]] = {
@@ -159,29 +194,48 @@ class DistributionsStage:
             }
         return arrays
 
-    def _is_scored(self, offsets: NDArray[np.int64]) -> NDArray[np.bool_]:
-        """Which positions predict a token that is scored: all but bos, which predicts the text's first token."""
-        is_scored_T = np.ones(offsets[-1], np.bool_)
-        if self.tokenizer.prepends_bos:
-            is_scored_T[offsets[:-1]] = False
-        return is_scored_T
 
-    def _per_segment(self, table: pl.DataFrame, encoded: EncodedSegments) -> dict[str, NDArray[Any]]:
+_NOT_TEXT = "the tokens' bytes are not the text's: the tokenizer cannot represent this text"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Read:
+    """Segments as a model reads them."""
+
+    encoded: EncodedSegments
+    is_scored_T: NDArray[np.bool_]  # whether the token after the position is scored
+    scored_bytes_S: NDArray[np.int64]
+    reasons: list[str | None]  # why a segment cannot be run
+
+    @classmethod
+    def of_text(cls, encoded: EncodedSegments, *, tokenizer: Tokenizer) -> "_Read":
+        """Of plain text all is scored but the first token, whether a bos comes before it or not."""
         offsets = encoded.segment_offsets
+        n_bos = int(tokenizer.prepends_bos)
+        is_scored_T = ~_is_last(offsets)
+        is_scored_T[offsets[:-1][np.diff(offsets) > 0]] &= not n_bos
         ends_T: NDArray[Any] | None = encoded.byte_ends_T
         if ends_T is None:
-            ends_T = self.tokenizer.byte_ends(encoded.token_ids_T, segment_offsets=offsets, n_bytes_S=encoded.n_bytes_S)
-        n_bos = int(self.tokenizer.prepends_bos)
-        n_scored_S = np.maximum(np.diff(offsets) - 1 - n_bos, 0)
+            ends_T = tokenizer.byte_ends(encoded.token_ids_T, segment_offsets=offsets, n_bytes_S=encoded.n_bytes_S)
         first_bytes_S = encoded.n_bytes_S.copy()  # of the first token; of all, where there is no second
-        first_bytes_S[n_scored_S > 0] = ends_T[offsets[:-1][n_scored_S > 0] + n_bos]
-        return {
-            "doc_id_S": table["doc_id"].to_numpy(),
-            "segment_S": table["segment"].to_numpy(),
-            "n_bytes_S": encoded.n_bytes_S.astype(np.uint32),
-            "n_scored_S": n_scored_S.astype(np.uint32),
-            "scored_bytes_S": (encoded.n_bytes_S - first_bytes_S).astype(np.uint32),
-        }
+        has_scored_S = np.diff(offsets) - 1 - n_bos > 0
+        first_bytes_S[has_scored_S] = ends_T[offsets[:-1][has_scored_S] + n_bos]
+        return cls(
+            encoded=encoded,
+            is_scored_T=is_scored_T,
+            scored_bytes_S=encoded.n_bytes_S - first_bytes_S,
+            reasons=[None if ok else _NOT_TEXT for ok in encoded.is_lossless_S.tolist()],
+        )
+
+    def select(self, keep_S: NDArray[np.bool_]) -> "_Read":
+        """The segments for which `keep_S` is true."""
+        keep_T = np.repeat(keep_S, np.diff(self.encoded.segment_offsets))
+        return _Read(
+            encoded=self.encoded.select(keep_S),
+            is_scored_T=self.is_scored_T[keep_T],
+            scored_bytes_S=self.scored_bytes_S[keep_S],
+            reasons=[reason for reason, keep in zip(self.reasons, keep_S.tolist(), strict=True) if keep],
+        )
 
 
 def _is_last(offsets: NDArray[np.int64]) -> NDArray[np.bool_]:

@@ -30,6 +30,10 @@ class ModelConfig(BaseModel):
     revision: str | None = Field(None, description="commit, tag or branch of a hub model; a local folder is taken as it is")
     dtype: Literal["bfloat16", "float16", "float32"] = Field("bfloat16", description="number format of the forward passes")
     prepends_bos: bool | None = Field(None, description="start each segment with bos; by default as the model's tokenizer does")
+    chat_template: Literal["shared", "own"] = Field(
+        "shared",
+        description="of a source, with [corpus.chat]: it reads conversations as the corpus has them, or in its own chat template",
+    )
     trust_remote_code: bool = Field(False, description="run Python code that comes with the model")
     expected_parameters: float | None = Field(None, gt=0, description="for --dry-run where the model is not at hand")
     expected_vocab_size: int | None = Field(None, gt=0, description="for --dry-run where the model is not at hand")
@@ -82,6 +86,11 @@ class ModelFolder:
     def vocab_size(self) -> int:
         """Number of logits, as `config.json` says."""
         return int(self.hf_config["vocab_size"])
+
+    @property
+    def context_length(self) -> int | None:
+        """Most tokens that the model reads, as `config.json` says; None where it does not."""
+        return self.hf_config.get("max_position_embeddings") or self.hf_config.get("max_seq_len")
 
     @property
     def n_parameters(self) -> int:

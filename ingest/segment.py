@@ -34,10 +34,10 @@ def _segment(text: str, *, tokenizers: Sequence[Tokenizer], context_length: int)
     start, window = 0, context_length * _CHARS_PER_TOKEN
     while start < len(text):
         piece = text[start : start + window]
-        segment = piece if start + len(piece) == len(text) else _cut(piece)
+        segment = piece if start + len(piece) == len(text) else shortened(piece)
         # A segment tokenized alone may come to more tokens than inside the window, so what was cut is measured again.
         while (fitting := _fitting_chars(segment, tokenizers=tokenizers, context_length=context_length)) < len(segment):
-            segment = _cut(segment[:fitting])
+            segment = shortened(segment[:fitting])
         segments.append(segment)
         start += len(segment)
         # Dense scripts have less than a character per token: do not tokenize much more than is used.
@@ -57,7 +57,8 @@ def _fitting_chars(text: str, *, tokenizers: Sequence[Tokenizer], context_length
     return max(longest, 1)
 
 
-def _cut(text: str) -> str:
+def shortened(text: str) -> str:
+    """A text up to the best place for a cut in its second half; all of it where there is none."""
     for boundary in _BOUNDARIES:
         ends = [match.end() for match in boundary.finditer(text, len(text) // 2)]
         if ends and ends[-1] > len(text) // 2:

@@ -108,6 +108,13 @@ def _stored(name: str) -> Maker:
     return lambda rows: _floats(rows.array(name)) if name in rows.arrays.names else rows.nulls(pa.float32())
 
 
+def _is_label(rows: Rows) -> pa.Array:
+    """Whether the token that follows is trained on and scored: of conversations the assistant's, of plain text every one that follows."""
+    if "label_mask_T" in rows.arrays.names:
+        return pa.array(rows.array("label_mask_T").astype(np.bool_))
+    return pa.array(~rows.is_last_R)
+
+
 def _lists(values: Callable[[Rows, NDArray[np.bool_]], pa.Array], kind: pa.DataType) -> Maker:
     """A list for each position of what its distribution's entries hold; entries without mass are left out."""
 
@@ -130,6 +137,7 @@ MAKERS: dict[str, Maker] = {
     "gold_id": lambda rows: id_column(rows.gold_ids_R, mask=rows.is_last_R),
     "gold_token": _gold_token,
     "gold_logprob": _stored("gold_logprob_T"),
+    "is_label": _is_label,
     "tail_logprob": _stored("tail_logprob_T"),
     "entropy": _stored("entropy_T"),
     "topk_ids": _lists(lambda rows, used_RK: id_column(rows.topk_ids_RK[used_RK]), pa.list_(pa.uint32())),

@@ -98,7 +98,8 @@ class Positions(Source):
     name = "positions"
     own_columns = (("model", LABEL),)
     row_columns = (
-        *_TOKEN, *_GOLD, ("gold_logprob", pa.float32()), ("tail_logprob", pa.float32()), ("entropy", pa.float32()), *_TOPK,
+        *_TOKEN, *_GOLD, ("gold_logprob", pa.float32()), ("is_label", pa.bool_()), ("tail_logprob", pa.float32()),
+        ("entropy", pa.float32()), *_TOPK,
     )  # fmt: skip
     parts_query = _FORWARD_PARTS.format(kinds="kind IN ('distributions', 'evaluations')")
     segments_query = _FORWARD_SEGMENTS
@@ -165,7 +166,10 @@ class Targets(Source):
     name = "targets"
     part_class = _TargetsPart
     own_columns = (("name", LABEL),)
-    row_columns = (*_TOKEN, *_GOLD, ("gold_logprob", pa.float32()), ("source", LABEL), ("tail_logprob", pa.float32()), *_TOPK)
+    row_columns = (
+        *_TOKEN, *_GOLD, ("gold_logprob", pa.float32()), ("is_label", pa.bool_()), ("source", LABEL),
+        ("tail_logprob", pa.float32()), *_TOPK,
+    )  # fmt: skip
     # A model may be there under two names, with one fingerprint.
     parts_query = """
         SELECT p.kind, p.name, p.part, (d.description->>'$.corpus') AS corpus, (own.identity->>'$.tokenizer') AS tokenizer

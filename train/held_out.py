@@ -25,7 +25,7 @@ from .runtime import Runtime
 @dataclass(frozen=True, slots=True)
 class _Segment:
     token_ids_T: NDArray[np.int64]
-    n_scored: int  # the last so many tokens; those before, a text's first and a bos, are not
+    is_scored_T: NDArray[np.bool_]  # whether the token after the position is
     scored_bytes: int
     domain: int
 
@@ -73,7 +73,7 @@ class HeldOutText:
                 ce_T, _ = model(_batch(segments).to(self._runtime.device))
                 for segment, ce_t in zip(segments, ce_T.cpu().split([len(segment.token_ids_T) for segment in segments]), strict=True):
                     sums_D3[segment.domain] += torch.tensor(
-                        [float(ce_t.sum(dtype=torch.float64)), segment.n_scored, segment.scored_bytes], dtype=torch.float64
+                        [float(ce_t.sum(dtype=torch.float64)), int(segment.is_scored_T.sum()), segment.scored_bytes], dtype=torch.float64
                     )
         sums_D3 = sums_D3.to(self._runtime.device)
         dist.all_reduce(sums_D3, group=self._runtime.data_group)
@@ -112,20 +112,29 @@ def _segments(dataset: Dataset, *, parts: list[int], domains: Domains, limit: in
     n_tokens = 0
     for part in parts:
         token_ids_T, offsets, doc_id_S, n_scored_S, scored_bytes_S = dataset.read(part, *names)
+        arrays = dataset.arrays(part)
+        label_mask_T = arrays.read("label_mask_T") if "label_mask_T" in arrays.names else None
         domain_S = domains.codes(doc_id_S)
         for s in range(len(doc_id_S)):
             if n_tokens >= limit:
                 return
             if n_scored_S[s]:
-                ids_T = token_ids_T[offsets[s] : offsets[s + 1]].astype(np.int64)
+                rows = slice(offsets[s], offsets[s + 1])
+                ids_T = token_ids_T[rows].astype(np.int64)
                 n_tokens += len(ids_T)
-                yield _Segment(ids_T, int(n_scored_S[s]), int(scored_bytes_S[s]), int(domain_S[s]))
+                is_scored_T = _last(int(n_scored_S[s]), n=len(ids_T)) if label_mask_T is None else label_mask_T[rows].astype(np.bool_)
+                yield _Segment(ids_T, is_scored_T, int(scored_bytes_S[s]), int(domain_S[s]))
+
+
+def _last(n_scored: int, *, n: int) -> NDArray[np.bool_]:
+    """Of plain text the last tokens are scored; those before, a text's first and a bos, are not."""
+    is_scored_T = np.zeros(n, np.bool_)
+    is_scored_T[n - n_scored - 1 : n - 1] = True
+    return is_scored_T
 
 
 def _batch(segments: list[_Segment]) -> MicroBatch:
-    labels = [np.full(len(segment.token_ids_T), IGNORED) for segment in segments]
-    for label_T, segment in zip(labels, segments, strict=True):
-        label_T[-segment.n_scored - 1 : -1] = segment.token_ids_T[-segment.n_scored :]
+    labels = [np.where(segment.is_scored_T, np.append(segment.token_ids_T[1:], IGNORED), IGNORED) for segment in segments]
     return MicroBatch(
         token_ids_T=torch.from_numpy(np.concatenate([segment.token_ids_T for segment in segments])),
         lengths=[len(segment.token_ids_T) for segment in segments],

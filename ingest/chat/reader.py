@@ -1,0 +1,327 @@
+"""Reads rendered conversations with a model's tokenizer: token ids, the byte at which each ends, and which are the assistant's.
+
+The text is read in runs. A run ends where the template wrote a control token, which becomes that token, and nothing else becomes one; and
+where the assistant begins and ends, as it does when a model answers a prompt. So no token holds both what is trained on and what is not.
+
+A model that reads another's template takes for a control token its own of the same spelling, else that of the same role (bos, eos, pad, end
+of turn), else reads it as text. Or it reads the conversation in its own template; its tokens are then placed in the shared text by what
+they hold of the assistant's messages.
+
+Axes: T tokens of many segments, S segments, B bytes of a segment.
+"""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from tokenizers import AddedToken
+
+from ...store.arrays import id_dtype
+from ...store.tokenizer import EncodedSegments, Tokenizer
+from .conversations import Message
+from .marked_text import MarkedText, Span
+from .template import ChatTemplate, RefusedConversation
+
+Rendering = Literal["own", "shared", "foreign"]  # the model's own; the corpus's, which is in its template; the corpus's, which is not
+_Where = Literal["start", "after_control", "inside"]
+_NOT_READ = "the tokens' bytes are not the text's: the tokenizer cannot represent this text"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EncodedConversations:
+    """Segments of conversations as a model reads them; `segments.byte_ends_T` is in the shared text."""
+
+    segments: EncodedSegments
+    label_mask_T: NDArray[np.bool_]  # at position j: token j + 1 of the segment is the assistant's
+    scored_bytes_T: NDArray[np.int64]  # at position j: how many bytes of the assistant's text it has; control tokens are none
+    reasons: Mapping[int, str]  # why segments are not lossless
+
+
+@dataclass(frozen=True, slots=True)
+class _Piece:
+    """A run of text, or a control token: `control` is its id, None where the model has none and needs none."""
+
+    start: int
+    end: int
+    is_control: bool
+    control: int | None = None
+    where: _Where = "inside"
+
+
+class ConversationsReader:
+    """How one model reads the conversations of a corpus."""
+
+    def __init__(self, tokenizer: Tokenizer, *, template: ChatTemplate, rendering: Rendering, end_of_turn: str | None = None) -> None:
+        """Say how.
+
+        Args:
+            tokenizer: the model's.
+            template: the one that wrote what it reads: with rendering `own` the model's, else the corpus's.
+            rendering: which text it reads, and whose template that is.
+            end_of_turn: with rendering `foreign`, the control token with which the model itself ends a turn; by default its eos.
+        """
+        self.tokenizer, self.template, self.rendering, self.end_of_turn = tokenizer, template, rendering, end_of_turn
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What determines the reading, beside the tokenizer and the corpus."""
+        identity: dict[str, Any] = {"rendering": self.rendering, "end_of_turn": self.end_of_turn_id}
+        return identity | self.template.identity if self.rendering == "own" else identity
+
+    @property
+    def end_of_turn_id(self) -> int | None:
+        """The token with which the model ends a turn in what it reads."""
+        return self._control_ids.get(self.template.end_of_turn or "")
+
+    def lengths(self, segments: Sequence[MarkedText]) -> NDArray[np.int64]:
+        """Tokens of each segment, [S]."""
+        return np.diff(self.encode(segments).segments.segment_offsets)
+
+    def encode(self, segments: Sequence[MarkedText]) -> EncodedConversations:
+        """Read segments of the corpus."""
+        reasons: dict[int, str] = {}
+        read = segments if self.rendering != "own" else [self._rendered(s, segment, reasons) for s, segment in enumerate(segments)]
+        pieces = [list(self._pieces(segment)) for segment in read]
+        runs = self._encoded_runs(read, pieces)
+        ids: list[NDArray[np.int64]] = []
+        ends: list[NDArray[np.int64]] = []
+        labels: list[NDArray[np.bool_]] = []
+        scored: list[NDArray[np.int64]] = []
+        for s, (segment, shared) in enumerate(zip(read, segments, strict=True)):
+            ids_T, ends_T, is_lossless = self._assemble(segment, pieces[s], runs)
+            label_T, scored_T = _labels(segment, ends_T, has_bos=self._prepends_bos)
+            if not is_lossless:
+                reasons.setdefault(s, _NOT_READ)
+            if self.rendering == "own" and s not in reasons:
+                ends_T = _placed(ends_T, own=segment, shared=shared)
+            ids.append(ids_T)
+            ends.append(ends_T)
+            labels.append(label_T)
+            scored.append(scored_T)
+        return EncodedConversations(
+            segments=EncodedSegments(
+                token_ids_T=np.concatenate([*ids, np.zeros(0, np.int64)]).astype(id_dtype(self.tokenizer.vocab_size)),
+                segment_offsets=np.cumsum([0, *map(len, ids)]).astype(np.int64),
+                n_bytes_S=np.fromiter((len(segment.text.encode()) for segment in segments), np.int64, len(segments)),
+                is_lossless_S=np.array([s not in reasons for s in range(len(segments))], np.bool_),
+                byte_ends_T=np.concatenate([*ends, np.zeros(0, np.int64)]).astype(np.int32),
+            ),
+            label_mask_T=np.concatenate([*labels, np.zeros(0, np.bool_)]),
+            scored_bytes_T=np.concatenate([*scored, np.zeros(0, np.int64)]),
+            reasons=reasons,
+        )
+
+    # ---- control tokens ----------------------------------------------------------------------------------------------------------------
+
+    @property
+    def _prepends_bos(self) -> bool:
+        """Templates say themselves where bos stands; models that read another's have it as they always have."""
+        return self.rendering == "foreign" and self.tokenizer.prepends_bos
+
+    @cached_property
+    def _control_ids(self) -> dict[str, int | None]:
+        """The token of each control token that the template may write; those without one are read as text."""
+        backend, roles = self.tokenizer.backend, self.tokenizer.roles
+        if self.rendering != "foreign":
+            return {token: backend.token_to_id(token) for token in self.template.controls}
+        found: dict[str | None, int | None] = {self.template.variables.get(f"{role}_token"): roles[role] for role in ("bos", "eos", "pad")}
+        own_end = backend.token_to_id(self.end_of_turn) if self.end_of_turn else roles["eos"]
+        found[self.template.end_of_turn] = own_end
+        found |= {token.content: token_id for token_id, token in backend.get_added_tokens_decoder().items() if token.special}
+        return {token: found[token] for token in self.template.controls if found.get(token) is not None}
+
+    def _pieces(self, segment: MarkedText) -> Iterator[_Piece]:
+        place = 0
+        bos = self.template.variables.get("bos_token")
+        for start, end in segment.control_spans:
+            token = segment.text[start:end]
+            if token not in self._control_ids:
+                continue
+            yield from _runs(segment, place, start)
+            is_bos_again = self._prepends_bos and start == 0 and token == bos
+            control = None if is_bos_again else self._control_ids[token]
+            place = end + (_stripped(segment, end) if control in self._right_stripping else 0)
+            yield _Piece(start, place, True, control)
+        yield from _runs(segment, place, len(segment.text))
+
+    @cached_property
+    def _right_stripping(self) -> frozenset[int]:
+        """Control tokens that take the white space after them."""
+        return frozenset(token_id for token_id, token in self.tokenizer.backend.get_added_tokens_decoder().items() if token.rstrip)
+
+    # ---- text --------------------------------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def _tokenizers(self) -> dict[_Where, Tokenizer]:
+        """What reads a run at the text's start, after a control token, and after the end of another run; none makes control tokens."""
+        definition = self.tokenizer.definition
+        if not self.tokenizer.has_dummy_prefix:
+            same = self._text_tokenizer(definition)
+            return {"start": same, "after_control": same, "inside": same}
+        return {
+            "start": self._text_tokenizer(definition),
+            "after_control": self._text_tokenizer(without_dummy_prefix(definition, only_first=True)),
+            "inside": self._text_tokenizer(without_dummy_prefix(definition, only_first=False)),
+        }
+
+    def _text_tokenizer(self, definition: str) -> Tokenizer:
+        tokenizer = Tokenizer(definition, roles=self.tokenizer.roles, prepends_bos=False)
+        added = tokenizer.backend.get_added_tokens_decoder().values()
+        unmarked = [token.content for token in added if not token.special and token.content in self.template.controls]
+        tokenizer.backend.add_special_tokens([AddedToken(content, special=True) for content in unmarked])
+        return tokenizer
+
+    def _encoded_runs(self, segments: Sequence[MarkedText], pieces: Sequence[Sequence[_Piece]]) -> dict[_Where, Iterator["_Run"]]:
+        """The runs of all segments, for each place in the order in which they stand."""
+        texts: dict[_Where, list[str]] = {"start": [], "after_control": [], "inside": []}
+        for segment, of_segment in zip(segments, pieces, strict=True):
+            for piece in of_segment:
+                if not piece.is_control:
+                    texts[piece.where].append(segment.text[piece.start : piece.end])
+        return {where: _read_runs(of_place, tokenizer=self._tokenizers[where]) for where, of_place in texts.items()}
+
+    def _assemble(
+        self, segment: MarkedText, pieces: Sequence[_Piece], runs: Mapping[_Where, Iterator["_Run"]]
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64], bool]:
+        """A segment's tokens, the byte at which each ends, and whether they are its text."""
+        place = segment.byte_offsets()
+        bos = self.tokenizer.roles["bos"]
+        ids: list[int] = [bos] if self._prepends_bos and bos is not None else []
+        ends: list[int] = [0] * len(ids)
+        is_lossless = True
+        for piece in pieces:
+            if not piece.is_control:
+                run = next(runs[piece.where])
+                ids += run.ids
+                ends += [place(piece.start) + end for end in run.ends]
+                is_lossless &= run.is_lossless
+            elif piece.control is not None:
+                ids.append(piece.control)
+                ends.append(place(piece.end))
+            elif ends:  # the token before stands for it too
+                ends[-1] = place(piece.end)
+        return np.array(ids, np.int64), np.array(ends, np.int64), is_lossless
+
+    # ---- the model's own rendering -----------------------------------------------------------------------------------------------------
+
+    def _rendered(self, s: int, segment: MarkedText, reasons: dict[int, str]) -> MarkedText:
+        """A segment's messages in the model's own template; nothing, with a reason, where that cannot be."""
+        if not all(each.is_whole for each in segment.messages):
+            reasons[s] = "a message goes beyond the segment, and the model reads whole messages, in its own chat template"
+            return MarkedText(text="")
+        try:
+            return self.template.render(tuple(Message(each.role, segment.text[each.start : each.end]) for each in segment.messages))  # type: ignore[arg-type]
+        except RefusedConversation as error:
+            reasons[s] = f"in the model's own chat template: {error}"
+            return MarkedText(text="")
+
+
+@dataclass(frozen=True, slots=True)
+class _Run:
+    ids: list[int]
+    ends: list[int]  # bytes from the run's start
+    is_lossless: bool
+
+
+def _read_runs(texts: Sequence[str], *, tokenizer: Tokenizer) -> Iterator[_Run]:
+    encoded = tokenizer.encode_segments(texts)
+    offsets = encoded.segment_offsets
+    ends_T: NDArray[Any] | None = encoded.byte_ends_T
+    if ends_T is None:
+        ends_T = tokenizer.byte_ends(encoded.token_ids_T, segment_offsets=offsets, n_bytes_S=encoded.n_bytes_S)
+    ids, ends = encoded.token_ids_T.tolist(), np.maximum(ends_T, 0).tolist()
+    for s, (start, end) in enumerate(pairwise(offsets.tolist())):
+        yield _Run(ids[start:end], ends[start:end], bool(encoded.is_lossless_S[s]))
+
+
+def _runs(segment: MarkedText, start: int, end: int) -> Iterator[_Piece]:
+    """The runs between two control tokens."""
+    places = sorted({place for span in segment.assistant_spans for place in span if start < place < end})
+    for a, b in pairwise((start, *places, end)):
+        if a < b:
+            yield _Piece(a, b, False, where="inside" if a > start else "start" if a == 0 else "after_control")
+
+
+def _stripped(segment: MarkedText, place: int) -> int:
+    """How much white space of the template follows a place."""
+    starts = (*(each.start for each in segment.messages), *(start for start, _ in segment.assistant_spans))
+    following = segment.text[place : min((start for start in starts if start >= place), default=len(segment.text))]
+    return len(following) - len(following.lstrip())
+
+
+def _labels(segment: MarkedText, ends_T: NDArray[np.int64], *, has_bos: bool) -> tuple[NDArray[np.bool_], NDArray[np.int64]]:
+    """Which positions speak of a token of the assistant's, and how many bytes of the assistant's text it has."""
+    place = segment.byte_offsets()
+    n_bytes = place(len(segment.text))
+    is_assistant_B = _covered(segment.assistant_spans, place=place, n_bytes=n_bytes)
+    is_text_B = is_assistant_B & ~_covered(segment.control_spans, place=place, n_bytes=n_bytes)
+    assistant_T, text_T = (np.concatenate([[0], np.cumsum(is_B)])[ends_T] for is_B in (is_assistant_B, is_text_B))
+    labels_T = np.append(assistant_T[1:] > assistant_T[:-1], np.zeros(min(len(ends_T), 1), np.bool_))
+    scored_T = np.append(np.diff(text_T), np.zeros(min(len(ends_T), 1), np.int64))
+    labels_T[: int(has_bos)] = False  # of a segment that begins inside an answer: bos does not speak of that
+    return labels_T, np.where(labels_T, scored_T, 0)
+
+
+def _covered(spans: Sequence[Span], *, place: Any, n_bytes: int) -> NDArray[np.bool_]:
+    covered_B = np.zeros(n_bytes, np.bool_)
+    for start, end in spans:
+        covered_B[place(start) : place(end)] = True
+    return covered_B
+
+
+def _placed(ends_T: NDArray[np.int64], *, own: MarkedText, shared: MarkedText) -> NDArray[np.int64]:
+    """Where a model's own rendering has read as much of the assistant's turns as the shared text has at its bytes.
+
+    Inside a message bytes are bytes. Elsewhere, where the two write different things, only the beginnings and ends of turns are known.
+    """
+    points: list[tuple[int, int, bool]] = [(0, 0, False)]  # own byte, shared byte, whether a message's text follows
+    own_place, shared_place = own.byte_offsets(), shared.byte_offsets()
+    for (own_turn, own_message), (turn, message) in zip(_turns(own), _turns(shared), strict=True):
+        skipped = shared.text[message[0] : message[1]].find(own.text[own_message[0] : own_message[1]])  # a template may trim
+        start = message[0] + max(skipped, 0)
+        points += [(own_place(own_turn[0]), shared_place(turn[0]), False), (own_place(own_message[0]), shared_place(start), True)]
+        points += [(own_place(own_message[1]), shared_place(start + own_message[1] - own_message[0]), False)]
+        points += [(own_place(own_turn[1]), shared_place(turn[1]), False)]
+    own_P, shared_P, is_text_P = (np.array(column) for column in zip(*points, strict=True))
+    point_T = np.searchsorted(own_P, ends_T, side="right") - 1
+    return shared_P[point_T] + np.where(is_text_P[point_T], ends_T - own_P[point_T], 0)
+
+
+def _turns(segment: MarkedText) -> list[tuple[Span, Span]]:
+    """The assistant's turns, each with its message."""
+    messages = [(each.start, each.end) for each in segment.messages if each.role == "assistant"]
+    return list(zip(segment.assistant_spans, messages, strict=True))
+
+
+def without_dummy_prefix(definition: str, *, only_first: bool) -> str:
+    """A `tokenizer.json` that puts no space of its own before a text.
+
+    With `only_first`, tokenizers that put one before every stretch of text between control tokens still do.
+    """
+    tokenizer = json.loads(definition)
+    tokenizer["pre_tokenizer"] = _without(tokenizer.get("pre_tokenizer"), "pretokenizers", only_first=only_first)
+    if not only_first:
+        tokenizer["normalizer"] = _without(tokenizer.get("normalizer"), "normalizers", only_first=False)
+    return json.dumps(tokenizer, ensure_ascii=False)
+
+
+def _without(step: dict[str, Any] | None, inner: str, *, only_first: bool) -> dict[str, Any] | None:
+    if step is None:
+        return None
+    match step:
+        case {"type": "Sequence"}:
+            kept = [_without(each, inner, only_first=only_first) for each in step[inner]]
+            return {**step, inner: [each for each in kept if each is not None]}
+        case {"type": "Prepend"}:
+            return None
+        case {"type": "Metaspace", **rest} if not only_first or rest.get("prepend_scheme") == "first":
+            return {**step, "prepend_scheme": "never"}
+        case {"type": "ByteLevel"} if not only_first:
+            return {**step, "add_prefix_space": False}
+        case _:
+            return step

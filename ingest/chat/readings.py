@@ -1,0 +1,78 @@
+"""Which chat template the conversations of a corpus are written in, and how each model of a recipe reads them."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from ...store.errors import UsageError
+from ...store.tokenizer import Tokenizer
+from ..models import ModelFolder
+from .config import ChatConfig
+from .reader import ConversationsReader, Rendering
+from .template import ChatTemplate
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CorpusTemplate:
+    """The chat template that conversations are written in, and the digest of the tokenizer whose control tokens it writes."""
+
+    template: ChatTemplate
+    tokenizer: str
+
+    @classmethod
+    def of(cls, config: ChatConfig, *, target: ModelFolder, base: Path) -> "CorpusTemplate":
+        """The target's own, or the one that the recipe names.
+
+        Args:
+            config: the recipe's.
+            target: the model that is trained.
+            base: the recipe's folder, to which paths in it are relative.
+
+        Raises:
+            UsageError: there is none, or it cannot be read.
+            DataError: it does not run.
+        """
+        source = None
+        if config.template is not None:
+            try:
+                source = (base / Path(config.template).expanduser()).read_text(encoding="utf-8")
+            except (OSError, UnicodeDecodeError) as error:
+                raise UsageError(f"corpus.chat.template ({config.template}) cannot be read: {error}.") from error
+        template = ChatTemplate.of_model(target.folder, tokenizer=target.tokenizer, date=config.date, source=source)
+        if template is None:
+            raise UsageError(
+                f"{target.folder} has no chat template to write conversations in (chat_template.jinja, or chat_template in "
+                "tokenizer_config.json). Name a Jinja file with corpus.chat.template."
+            )
+        return cls(template=template, tokenizer=target.tokenizer.digest)
+
+    def reader(self, tokenizer: Tokenizer) -> ConversationsReader:
+        """What reads the corpus as any model with this tokenizer does, if not quite the end of turns: to count tokens."""
+        rendering: Rendering = "shared" if tokenizer.digest == self.tokenizer else "foreign"
+        return ConversationsReader(tokenizer, template=self.template, rendering=rendering)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChatReading:
+    """How a model reads the conversations of a corpus; the arguments of `ConversationsReader`, but for the tokenizer."""
+
+    template: ChatTemplate
+    rendering: Rendering
+    end_of_turn: str | None = None
+
+    @classmethod
+    def of_source(cls, model: ModelFolder, *, written: CorpusTemplate, date: str) -> "ChatReading":
+        """How a source does: what the corpus holds, or its own rendering of it if the recipe says so.
+
+        Raises:
+            UsageError: it is to have a template of its own, and has none.
+        """
+        own = ChatTemplate.of_model(model.folder, tokenizer=model.tokenizer, date=date)
+        if model.config.chat_template == "shared":
+            return cls(template=written.template, rendering="foreign", end_of_turn=own.end_of_turn if own else None)
+        if own is None:
+            raise UsageError(f"{model.config.name}: chat_template is 'own', and {model.folder} has no chat template. Remove the key.")
+        return cls(template=own, rendering="own")
+
+    def reader(self, tokenizer: Tokenizer) -> ConversationsReader:
+        """The reader."""
+        return ConversationsReader(tokenizer, template=self.template, rendering=self.rendering, end_of_turn=self.end_of_turn)

@@ -1,0 +1,254 @@
+"""Chat templates: how a model writes conversations down.
+
+A template is a Jinja program that comes with the tokenizer; transformers runs it, sandboxed. Message text must never become a control
+token, and what is trained on must be known to the byte, so a conversation is rendered twice: once as it is, and once with a placeholder for
+each message, which tells what the template itself writes. In that alone control tokens are looked for; and the first rendering must be just
+that with the messages' texts filled in, or their texts without white space around.
+"""
+
+import datetime
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from ...store.errors import DataError
+from ...store.tokenizer import ROLES, Tokenizer
+from .conversations import Conversation, Message, Role
+from .marked_text import MarkedText, MessageSpan, Span
+
+_PLACEHOLDER = re.compile("\ue000(\\d+)\ue001")
+_TODAY = re.compile(r"strftime_now\(\s*(['\"])(.*?)\1\s*\)")
+_PROBES: tuple[tuple[Role, ...], ...] = (("user", "assistant"), ("user", "assistant", "user", "assistant"), ("system", "user", "assistant"))
+
+
+class RefusedConversation(ValueError):
+    """A conversation that the template does not write; the text says why."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Layout:
+    """What a template writes for messages of given roles: literals[0] message[order[0]] literals[1] … literals[-1]."""
+
+    literals: list[str]
+    order: list[int]  # which message stands at each place
+    leads: list[int]  # at each place how many characters before it the model writes itself: from the end of its prompt on
+    trails: list[int]  # and how many after it, up to and with its end-of-turn token
+
+
+@dataclass(frozen=True)
+class ChatTemplate:
+    """A model's chat template, with what it takes to run it."""
+
+    source: str  # the Jinja program
+    variables: Mapping[str, str]  # bos_token and the like
+    special: frozenset[str]  # the tokenizer's special tokens
+    added: frozenset[str]  # its other added tokens: those that the template writes around messages are control tokens too
+    date: str  # the day that templates which ask for the date are told, YYYY-MM-DD
+    _layouts: dict[tuple[Role, ...], "_Layout | str"] = field(default_factory=dict, repr=False, compare=False)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in ("source", "variables", "special", "added", "date")} | {"_layouts": {}}
+
+    @classmethod
+    def of_model(cls, folder: Path, *, tokenizer: Tokenizer, date: str, source: str | None = None) -> "ChatTemplate | None":
+        """The template of a model folder, or None where it has none; `source` is another program to use instead.
+
+        Raises:
+            DataError: it cannot be read, or does not run.
+        """
+        path = folder / "tokenizer_config.json"
+        config = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        program = source or _stored_template(folder, config=config)
+        if program is None:
+            return None
+        names = {name: config.get(name) for name in (f"{role}_token" for role in ROLES)}
+        variables = {name: token["content"] if isinstance(token, dict) else token for name, token in names.items() if token}
+        added = tokenizer.backend.get_added_tokens_decoder().values()
+        template = cls(
+            source=program,
+            variables=variables,
+            special=frozenset(token.content for token in added if token.special),
+            added=frozenset(token.content for token in added if not token.special and token.content.strip()),
+            date=date,
+        )
+        try:
+            template._layout(_PROBES[0])
+        except RefusedConversation as error:
+            raise DataError(f"{folder}: its chat template does not write a question and an answer: {error}") from error
+        return template
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What of it determines a rendering, beside the tokenizer."""
+        return {"template": self.source, "variables": dict(self.variables), "date": self.date if _TODAY.search(self.source) else None}
+
+    @cached_property
+    def controls(self) -> frozenset[str]:
+        """The tokens that are control tokens where the template writes them, and text everywhere else.
+
+        All special tokens are, and those other added tokens that the template writes around messages (DeepSeek's `<｜User｜>`).
+        """
+        return self.special | frozenset(token for token in self.added if any(token in literal for literal in self._probed_literals))
+
+    @cached_property
+    def end_of_turn(self) -> str | None:
+        """The control token with which the assistant's turn ends; None where the template writes none."""
+        found = self._control_pattern.match(self._split(_PROBES[0])[0][-1].lstrip())
+        return found[0] if found else None
+
+    def render(self, conversation: Conversation) -> MarkedText:
+        """Write a conversation down.
+
+        Raises:
+            RefusedConversation: the template does not take it, leaves out or repeats a message, or changes a message's text.
+        """
+        layout = self._layout(tuple(message.role for message in conversation))
+        text = self._apply([{"role": message.role, "content": message.text} for message in conversation])
+        controls: list[Span] = []
+        assistant: list[Span] = []
+        messages: list[MessageSpan] = []
+        place = 0
+        for number, literal in enumerate(layout.literals):
+            if not text.startswith(literal, place):
+                raise RefusedConversation(_changed(conversation, layout.order, number - 1))
+            controls += [(place + found.start(), place + found.end()) for found in self._control_pattern.finditer(literal)]
+            place += len(literal)
+            if number == len(layout.order):
+                break
+            message = conversation[layout.order[number]]
+            following = layout.literals[number + 1]
+            written = _as_written(message.text, text=text, place=place, following=following, is_last=number + 1 == len(layout.order))
+            if written is None:
+                raise RefusedConversation(_changed(conversation, layout.order, number))
+            messages.append(MessageSpan(message.role, place, place + len(written)))
+            if message.role == "assistant":
+                assistant.append((place - layout.leads[number], place + len(written) + layout.trails[number]))
+            place += len(written)
+        if place != len(text):
+            raise RefusedConversation(_changed(conversation, layout.order, len(layout.order) - 1))
+        return MarkedText(text=text, control_spans=tuple(controls), assistant_spans=tuple(assistant), messages=tuple(messages))
+
+    def prompt(self, conversation: Conversation) -> MarkedText:
+        """Write a conversation down up to where the assistant is to answer.
+
+        Raises:
+            RefusedConversation: as of `render`.
+        """
+        rendered = self.render((*conversation, Message("assistant", "answer")))
+        return rendered.cut([rendered.assistant_spans[-1][0]])[0]
+
+    # ---- running the program -----------------------------------------------------------------------------------------------------------
+
+    def _apply(self, messages: Sequence[Mapping[str, str]], *, prompt: bool = False) -> str:
+        from transformers.utils import chat_template_utils
+
+        run: Any = chat_template_utils.render_jinja_template  # its annotation says str, and it is a pair
+        try:
+            rendered, _ = run(conversations=[list(messages)], chat_template=self._program, add_generation_prompt=prompt, **self.variables)
+        except Exception as error:  # templates raise what they like, and so does Jinja
+            raise RefusedConversation(
+                f"the chat template says: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
+            ) from error
+        return rendered[0]
+
+    @cached_property
+    def _program(self) -> str:
+        """The program, told a fixed day where it asks for today's: else the same corpus would be another one tomorrow."""
+        formats = {found[2] for found in _TODAY.finditer(self.source)}
+        if not formats:
+            return self.source
+        day = datetime.date.fromisoformat(self.date)
+        cases = "".join(f"{{%- if format == {json.dumps(each)} -%}}{day.strftime(each)}{{%- endif -%}}" for each in sorted(formats))
+        return f"{{%- macro strftime_now(format) -%}}{cases}{{%- endmacro -%}}{self.source}"
+
+    # ---- what the program writes by itself ---------------------------------------------------------------------------------------------
+
+    def _layout(self, roles: tuple[Role, ...]) -> _Layout:
+        if roles not in self._layouts:
+            try:
+                self._layouts[roles] = self._make_layout(roles)
+            except RefusedConversation as error:
+                self._layouts[roles] = str(error)
+        found = self._layouts[roles]
+        if isinstance(found, str):
+            raise RefusedConversation(found)
+        return found
+
+    def _make_layout(self, roles: tuple[Role, ...]) -> _Layout:
+        literals, order = self._split(roles)
+        for index, role in enumerate(roles):
+            if order.count(index) != 1 and (role == "assistant" or index not in order):
+                raise RefusedConversation(f"the chat template writes message {index + 1} ({role}) {order.count(index)} times")
+        lead = self._lead
+        leads, trails = [], []
+        for place, index in enumerate(order):
+            is_assistant = roles[index] == "assistant"
+            leads.append(len(lead) if is_assistant and literals[place].endswith(lead) else 0)
+            trails.append(_trail(literals[place + 1], end_of_turn=self.end_of_turn) if is_assistant else 0)
+        return _Layout(literals, order, leads, trails)
+
+    def _split(self, roles: tuple[Role, ...], *, prompt: bool = False) -> tuple[list[str], list[int]]:
+        messages = [{"role": role, "content": f"\ue000{index}\ue001"} for index, role in enumerate(roles)]
+        pieces = _PLACEHOLDER.split(self._apply(messages, prompt=prompt))
+        return pieces[::2], [int(index) for index in pieces[1::2]]
+
+    @cached_property
+    def _lead(self) -> str:
+        """White space before an answer that is not in its prompt: the model has to write it (` ` after Llama-2's `[/INST]`)."""
+        literals, order = self._split(_PROBES[0])
+        try:
+            asked, asked_order = self._split(_PROBES[0][:1], prompt=True)
+        except RefusedConversation:
+            return ""
+        is_prefix = (asked_order, asked[:-1]) == (order[:1], literals[:1]) and literals[1].startswith(asked[1])
+        lead = literals[1].removeprefix(asked[1])
+        return lead if is_prefix and not lead.strip() else ""
+
+    @cached_property
+    def _probed_literals(self) -> list[str]:
+        found: list[str] = []
+        for roles in _PROBES:
+            try:
+                found += self._split(roles)[0]
+            except RefusedConversation:  # no system message, say
+                continue
+        return found
+
+    @cached_property
+    def _control_pattern(self) -> re.Pattern[str]:
+        return re.compile("|".join(re.escape(token) for token in sorted(self.controls, key=len, reverse=True)) or r"(?!)")
+
+
+def _stored_template(folder: Path, *, config: Mapping[str, Any]) -> str | None:
+    path = folder / "chat_template.jinja"
+    if path.exists():
+        return path.read_text(encoding="utf-8")
+    stored = config.get("chat_template")
+    if isinstance(stored, list):  # several, by name
+        stored = {each["name"]: each["template"] for each in stored}.get("default")
+    return stored or None
+
+
+def _trail(literal: str, *, end_of_turn: str | None) -> int:
+    """How many characters after an answer the model has to write: up to and with its end-of-turn token."""
+    blank = len(literal) - len(literal.lstrip())
+    return blank + len(end_of_turn) if end_of_turn and literal.startswith(end_of_turn, blank) else 0
+
+
+def _as_written(message: str, *, text: str, place: int, following: str, is_last: bool) -> str | None:
+    """The message as the template wrote it at a place: whole, or without white space around."""
+    for written in (message, message.strip(), message.rstrip(), message.lstrip()):
+        end = place + len(written)
+        if text.startswith(written + following, place) and (not is_last or end + len(following) == len(text)):
+            return written
+    return None
+
+
+def _changed(conversation: Conversation, order: Sequence[int], number: int) -> str:
+    if not 0 <= number < len(order):
+        return "the chat template writes something else before the first message than it does for other texts"
+    return f"the chat template changes the text of message {order[number] + 1} ({conversation[order[number]].role})"
