@@ -81,7 +81,7 @@ def close(found: torch.Tensor, expected) -> None:
     np.testing.assert_allclose(found.numpy(), expected, rtol=1e-12, atol=1e-14)
 
 
-# ---- the methods ---------------------------------------------------------------------------------------------------------------------------
+# ---- the methods --------------------------------------------------------------------------------------------------------------------
 
 
 @given(found=tensors(), normalize=st.booleans())
@@ -198,7 +198,7 @@ def test_sce(found, density, variant, scale):
     close(result, expected)
 
 
-# ---- what all have in common ---------------------------------------------------------------------------------------------------------------
+# ---- what all have in common --------------------------------------------------------------------------------------------------------
 
 ALL = [
     MergeConfig(method="linear"),
