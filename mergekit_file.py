@@ -92,7 +92,7 @@ class _Reader:
         for entry in entries:
             for key in set(entry) - {"model", "parameters", *(["layer_range"] if n_layers else [])}:
                 self.refuse(f"models.{key}", "is not offered. Remove it.")
-            name = _free_name(str(entry["model"]), taken=names)
+            name = _free_name(str(entry["model"]).partition("@")[0], taken=names)
             names.append(name)
             found.append((self.model(entry["model"], name=name), dict(entry.get("parameters") or {})))
         return found, common, n_layers
@@ -109,7 +109,7 @@ class _Reader:
     def settings(self, common: dict[str, Any], *, method: str) -> dict[str, Any]:
         """What of the parameters is about the merge as a whole."""
         for key, value in common.items():
-            if key in {"weight", "density"} | _SETTINGS.keys():
+            if key in {"weight", "density"} | _SETTINGS.keys() and (key != "select_topk" or method == "sce"):
                 continue
             if key == "int8_mask":  # how masks are held there: it changes nothing
                 continue
