@@ -214,5 +214,11 @@ def test_segments_keep_text_masks_and_control_tokens(models, data: st.DataObject
         cut = [segment.text[start:end] for segment in segments for start, end in getattr(segment, spans)]
         assert "".join(cut) == "".join(whole)
         assert spans == "assistant_spans" or cut == whole
+    whole_messages = {(each.start, each.end) for each in rendered.messages}
+    before = 0
+    for segment in segments:
+        for each in segment.messages:
+            assert each.is_whole == ((before + each.start, before + each.end) in whole_messages)
+        before += len(segment.text)
     table = pl.DataFrame({"text": [segment.text for segment in segments]}).with_columns(**columns_of(segments))
     assert segments_of(table) == segments
