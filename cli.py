@@ -15,6 +15,7 @@ from .console import (
     show_wanted,
     watch_status,
 )
+from .merge_command import merge_command
 from .opening import open_pipeline, open_workspace, workspace_of
 from .options import Group, StageGroup, executor_options, models_default, recipe_options, workspace_option
 from .store.errors import UsageError
@@ -249,6 +250,9 @@ def evaluate(recipe: Path, workspace: Path | None, models_dir: Path, executor: s
     with open_pipeline(recipe, workspace, models_dir, executor=executor, workers=workers) as pipeline:
         pipeline.evaluate()
         show_report(pipeline.workspace)
+
+
+main.add_command(merge_command)
 
 
 @main.command()

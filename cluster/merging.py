@@ -8,6 +8,7 @@ from typing import Any
 from ..ingest.models import ModelFolder
 from ..store.fingerprint import differences, fingerprint
 from ..train.merging.config import MergeConfig
+from ..train.merging.identity import REPORT, merge_identity
 from .conflicts import Conflict, require_free
 from .jobs import Jobs
 from .origin import merged_lineage
@@ -98,8 +99,6 @@ class Merging:
 
     @property
     def _identity(self) -> dict[str, Any]:
-        from ..train.merging.merge import merge_identity  # loads torch
-
         start, models = self.jobs.stages.models[self.jobs.recipe.target.name], self._models
         digests = {name: model.weights_digest for name, model in models.items()}
         return self._planned | merge_identity(self.config, base=start.weights_digest, models=digests)
@@ -119,8 +118,6 @@ class Merging:
 
 def planned_merge(config: MergeConfig, *, base: str, trainings: Mapping[str, str]) -> dict[str, Any]:
     """What of a merge's identity is known before its models are: `base` is the start's digest, `trainings` are fingerprints by source."""
-    from ..train.merging.merge import merge_identity  # loads torch
-
     identity = merge_identity(config, base=base, models=dict.fromkeys(trainings, ""))
     return {key: value for key, value in identity.items() if key != "models"} | {"trainings": dict(sorted(trainings.items()))}
 
@@ -129,8 +126,6 @@ def merge_differences(folder: Path, *, asked: Mapping[str, Any]) -> list[str]:
     """Between what a folder's model was merged from and what is asked for; nothing if there is no folder."""
     if not folder.exists():
         return []
-    from ..train.merging.merge import REPORT  # loads torch
-
     try:
         stored = json.loads((folder / REPORT).read_text(encoding="utf-8"))["identity"]
     except (OSError, ValueError, KeyError, TypeError):

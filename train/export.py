@@ -39,7 +39,6 @@ def export(model: nn.Module, *, job: TrainJob, architecture: Architecture, runti
         if runtime.leads:
             shapes = full_shapes(model, architecture=architecture, ranks=runtime.tensor_parallel)
             write_weights(tensors, shapes=shapes, dtypes=dict.fromkeys(shapes, runtime.dtype), folder=temporary)
-            next(tensors, None)  # ends the generator
         else:
             for _ in tensors:
                 pass  # takes part in gathering

@@ -155,6 +155,8 @@ def write_weights(
                     if not left:
                         break
                 del piece
+    end = next(pieces, None)  # also lets a generator finish
+    assert end is None
     if len(files) > 1:
         weight_map = {name: file_name for file_name, names in files.items() for name in names}
         durable.write_json(

@@ -6,8 +6,10 @@ from pathlib import Path
 import fuseline
 import pytest
 from fuseline.align.config import AlignmentConfig
+from fuseline.cluster.plan import plan
 from fuseline.recipe import line_of, load_recipe
 from fuseline.store.errors import UsageError
+from fuseline.store.workspace import Workspace
 
 RECIPES = sorted((Path(fuseline.__file__).parent / "recipes").glob("*.toml"))
 GOOD = """\
@@ -437,3 +439,21 @@ def test_each_way_to_align_has_its_own_place_in_the_workspace():
     assert len({config.map_name("a--b") for config in configs}) == 6, "stat counts by dtw, or by span"
     assert {config.matches_name("a--b") for config in configs} == {"a--b--dtw", "a--b--span"}
     assert all(name.startswith("a--b") for config in configs for name in (config.alignment_name("a--b"), config.map_name("a--b")))
+
+
+@pytest.mark.parametrize("name", ["fusellm-7b", "fusechat-7b"])
+def test_what_the_published_settings_take_is_told_without_a_network(tmp_path, name):
+    (path,) = (path for path in RECIPES if path.stem == name)
+    recipe = load_recipe(path)
+    stages = plan(recipe, base=path.parent, models_dir=tmp_path / "models", workspace=Workspace(tmp_path / "workspace"))
+    names = [stage.stage.split(" (")[0] for stage in stages]
+    assert len(names) == len(set(names))
+    assert {f"distributions {model.name}" for model in recipe.models} < set(names)
+    assert {f"targets {fusion.name}" for fusion in recipe.fusions} | {f"training {training.name}" for training in recipe.trainings} < set(
+        names
+    )
+    assert {f"evaluation {model}" for model in (*(model.name for model in recipe.models), *recipe.made_models)} < set(names)
+    assert ("merge merged-5" in names) == (name == "fusechat-7b")
+    assert not (tmp_path / "workspace").exists()
+    trainings = [stage for stage in stages if stage.stage.startswith("training ")]
+    assert all(stage.tokens == stages[0].tokens * (recipe.training.epochs or 1) for stage in trainings)

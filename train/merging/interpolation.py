@@ -3,10 +3,9 @@
 import math
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
-from .rule import Block, Blocks, Rule, weighted_sum
+from .rule import Block, Blocks, Rule, moved, weighted_sum
 
 _NEARLY_PARALLEL = 0.9995  # cosine above which slerp is a straight line, as in mergekit: the sine of the angle is too small to divide by
 _SHORTEST = 1e-8  # a shorter tensor has no direction
@@ -24,10 +23,7 @@ def linear(*, weights: Sequence[float], normalize: bool) -> Rule:
 
     def apply(block: Block) -> Tensor:
         first_N = block.models_MN[0]
-        mean_N = first_N.clone()
-        for model_N, share in zip(block.models_MN[1:], shares[1:], strict=True):
-            mean_N.add_(model_N - first_N, alpha=share)
-        return mean_N
+        return moved(first_N, weighted_sum(block.models_MN[1:] - first_N, weights=shares[1:]))
 
     return Rule(shares, apply)
 
@@ -45,7 +41,14 @@ def slerp(blocks: Blocks, *, t: float) -> Rule:
     lengths = [length if length > _SHORTEST else 1.0 for length in (math.sqrt(aa), math.sqrt(bb))]
     cosine = ab / (lengths[0] * lengths[1])
     if abs(cosine) > _NEARLY_PARALLEL:
-        return Rule((t,), lambda block: torch.lerp(block.base_N, block.models_MN[0], t))
+        return Rule((t,), lambda block: _on_the_line(block, t=t))
     angle = math.acos(cosine)
     of_base, of_model = math.sin((1 - t) * angle) / math.sin(angle), math.sin(t * angle) / math.sin(angle)
     return Rule((of_model,), lambda block: of_base * block.base_N + of_model * block.models_MN[0])
+
+
+def _on_the_line(block: Block, *, t: float) -> Tensor:
+    """From the nearer end, which is met to the bit."""
+    if t < 0.5:
+        return moved(block.base_N, t * block.deltas_MN[0])
+    return moved(block.models_MN[0], (t - 1) * block.deltas_MN[0])

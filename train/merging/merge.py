@@ -1,6 +1,5 @@
 """Merges the models of several folders into a new one, tensor by tensor and block by block."""
 
-import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -17,12 +16,11 @@ from ...store.errors import DataError
 from ..model_folder import copy_config, copy_tokenizer, write_model_card
 from ..weight_files import write_weights
 from .config import MergeConfig
+from .identity import REPORT
 from .methods import rule_of
 from .plan import MergePlan, PlannedTensor, pieces_of, plan_merge, ranges
 from .rule import Block
 
-REPORT = "merge_report.json"
-_STAGE = "merge/1"
 _SPARE_BYTES = 64 << 20  # for what is written beside the weights
 
 
@@ -99,26 +97,6 @@ def merge(
         _write_reports(report, config=config, models=sorted(models), identity=identity, lineage=lineage, folder=folder)
         durable.publish_new(folder, to=output)
     return report
-
-
-def merge_identity(config: MergeConfig, *, base: str | None, models: Mapping[str, str]) -> dict[str, Any]:
-    """What determines the merged weights, as JSON holds it.
-
-    Args:
-        config: the method and its settings.
-        base: digest of the base's weights and config (`ModelFolder.weights_digest`).
-        models: digests of the models, by name.
-    """
-    return {"stage": _STAGE, "settings": config.determines(list(models)), "base": base, "models": dict(sorted(models.items()))}
-
-
-def merged_before(output: Path, *, identity: Mapping[str, Any]) -> bool:
-    """Whether `output` is the result of the merge with this identity. A merge appears in one step, so its report says it all."""
-    try:
-        report = json.loads((output / REPORT).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    return isinstance(report, dict) and report.get("identity") == json.loads(json.dumps(identity))
 
 
 class _Work:

@@ -42,7 +42,7 @@ def moved(base_N: Tensor, change_N: Tensor) -> Tensor:
 
 def weighted_sum(values_MN: Tensor, *, weights: Sequence[float]) -> Tensor:
     """Σ_j w_j v_j, model by model, so that no second stack of them is in memory."""
-    total_N = torch.zeros_like(values_MN[0])
+    total_N = torch.zeros(values_MN.shape[1:], dtype=values_MN.dtype)
     for value_N, weight in zip(values_MN, weights, strict=True):
         total_N.add_(value_N, alpha=weight)
     return total_N

@@ -1,0 +1,134 @@
+"""The file of a merge: TOML, or mergekit's YAML (`mergekit_file.py`); read and checked as a whole."""
+
+import tomllib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from .ingest.models import ModelConfig
+from .recipe import line_of
+from .store.errors import UsageError
+from .train.merging.config import Density, Finite, MergeConfig
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MergeRequest:
+    """What a file asks for."""
+
+    config: MergeConfig
+    base: ModelConfig | None
+    models: tuple[ModelConfig, ...]
+    tokenizer: str | None = None  # name of the model whose tokenizer is copied; None: the base's
+    n_layers: int | None = None  # layers that the models must have, where the file says which ones are merged
+
+
+class _Model(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    name: str = Field(pattern=r"^[A-Za-z0-9]+([._-][A-Za-z0-9]+)*$")
+    model: str
+    revision: str | None = None
+    weight: Finite | None = None
+    density: Density | None = None
+
+
+class _Models(BaseModel):
+    """The keys of `[merge]` that say what is merged; the others are those of `MergeConfig`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    models: list[_Model] = Field(min_length=1)
+    base: str | None = None
+    base_revision: str | None = None
+    tokenizer: str | None = None
+
+
+_PER_MODEL = {"weights": "weight", "densities": "density"}  # keys of MergeConfig that a merge's file says with each model
+
+
+def load_merge_file(path: Path) -> MergeRequest:
+    """Read `FILE.toml`, or what mergekit reads: `FILE.yaml`, `FILE.yml`.
+
+    Raises:
+        UsageError: it cannot be read, or something in it is wrong or is not offered here; the text names it.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"The merge file {path} cannot be read: {getattr(error, 'strerror', None) or error}.") from error
+    if path.suffix in {".yaml", ".yml"}:
+        from .mergekit_file import parse_mergekit
+
+        return parse_mergekit(text, path=path)
+    try:
+        data = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise UsageError(f"The merge file {path} is not valid TOML: {error}. (mergekit's files must end in .yaml or .yml.)") from error
+    if set(data) != {"merge"} or not isinstance(data["merge"], dict):
+        raise UsageError(
+            f"The merge file {path} must have one section, [merge], with [[merge.models]]; it has {', '.join(data) or 'none'}."
+        )
+    problems: list[str] = []
+    request = _request(data["merge"], problems=problems, text=text)
+    if request is None or problems:
+        raise UsageError(f"The merge file {path} has {len(problems)} problem{'s' * (len(problems) > 1)}:\n" + "\n".join(problems))
+    return request
+
+
+def _request(section: dict[str, Any], *, problems: list[str], text: str) -> MergeRequest | None:
+    def note(path: tuple[str | int, ...], what: str) -> None:
+        problems.append(f"  line {line_of(text, ('merge', *path))}: {'.'.join(map(str, ('merge', *path)))}: {what}")
+
+    for key, of_model in _PER_MODEL.items():
+        if key in section:
+            note((key,), f"say it as `{of_model}` in each of [[merge.models]]")
+    of_models = {key: section[key] for key in _Models.model_fields if key in section}
+    settings = {key: value for key, value in section.items() if key not in {*_Models.model_fields, *_PER_MODEL}}
+    found = _validated(_Models, of_models, note=note)
+    if found is None:
+        _validated(MergeConfig, settings, note=note)
+        return None
+    names = [model.name for model in found.models]
+    for index, name in enumerate(names):
+        if name in names[:index]:
+            note(("models", index, "name"), f"{name!r} is the name of another model too: each needs one of its own")
+    if found.tokenizer is not None and found.tokenizer not in names:
+        note(("tokenizer",), f"{found.tokenizer!r} must be one of the models: {', '.join(names)}")
+    for key, of_model in _PER_MODEL.items():
+        said = {model.name: getattr(model, of_model) for model in found.models if getattr(model, of_model) is not None}
+        settings |= {key: said} if said else {}
+    config = _validated(MergeConfig, settings, note=note)
+    if config is None:
+        return None
+    return MergeRequest(
+        config=config,
+        base=None if found.base is None else ModelConfig(name="base", model=found.base, revision=found.base_revision),
+        models=tuple(ModelConfig(name=model.name, model=model.model, revision=model.revision) for model in found.models),
+        tokenizer=found.tokenizer,
+    )
+
+
+def _validated(kind: type[BaseModel], data: dict[str, Any], *, note: Any) -> Any:
+    try:
+        return kind.model_validate(data)
+    except ValidationError as error:
+        for details in error.errors():
+            match details["type"]:
+                case "extra_forbidden":
+                    what = f"unknown key. Valid are: {', '.join(_valid_keys(details['loc']))}"
+                case "missing":
+                    what = "is missing"
+                case "value_error":
+                    what = str(details["ctx"]["error"])
+                case _:
+                    what = f"{details['input']!r}: {details['msg'].removeprefix('Input ')}"
+            note(tuple(details["loc"]), what)
+        return None
+
+
+def _valid_keys(path: tuple[str | int, ...]) -> list[str]:
+    if path[0] == "models":
+        return list(_Model.model_fields)
+    return sorted({*_Models.model_fields, *MergeConfig.model_fields} - _PER_MODEL.keys())
