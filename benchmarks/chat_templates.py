@@ -3,9 +3,9 @@
     python benchmarks/chat_templates.py CONVERSATIONS MODEL[=TEMPLATE.jinja] …
 
 CONVERSATIONS is a file with a column `messages` (recipes/chat-corpus/chat.parquet). A MODEL is a folder with tokenizer.json and
-tokenizer_config.json; its own chat template is taken unless a file is named. Of each: the conversations that the template takes; those whose
-tokens are the ones that transformers' tokenizer makes of the rendered text; those of which also all is trained on that the assistant wrote,
-and nothing else, to the byte; and conversations and tokens a second of one core.
+tokenizer_config.json; its own chat template is taken unless a file is named. Of each: the conversations that the template takes; those
+whose tokens are the ones that transformers' tokenizer makes of the rendered text; those of which also all is trained on that the assistant
+wrote, and nothing else, to the byte; and conversations and tokens a second of one core.
 """
 
 import argparse

@@ -67,6 +67,12 @@ def of_template(models: dict[tuple[str, str], Model], published: Published) -> l
     return [model for (name, _), model in models.items() if name == published.name]
 
 
+def is_rewritten(conversation: tuple[Message, ...], *, family: str) -> bool:
+    """Whether a tokenizer of the family may read equivalent texts: composed characters, or spaces for the mark that stands for them."""
+    has_mark = any("▁" in message.text for message in conversation)
+    return family == "composing" or (has_mark and family != "byte-level")
+
+
 def labelled(model: ConversationsReader, segment: MarkedText) -> tuple[list[int], bytes]:
     """The tokens that are trained on, and the bytes of the text that they stand for."""
     read = model.encode([segment])
@@ -115,6 +121,32 @@ def test_the_text_is_that_of_transformers_and_control_tokens_are_the_templates_a
         assert written == expected
 
 
+@templates
+@several
+@given(data=st.data())
+def test_tokens_are_their_text_and_a_space_is_put_only_where_the_tokenizer_puts_one(models, published, data: st.DataObject) -> None:
+    """A space of the tokenizer's own in the middle of a turn would be one that the model learns to write."""
+    conversation = data.draw(conversations(takes_system=published.takes_system))
+    for (name, family), model in models.items():
+        if name != published.name or is_rewritten(conversation, family=family):
+            continue
+        rendered = model.template.render(conversation)
+        read = ConversationsReader(model.tokenizer, template=model.template, rendering="shared").encode([rendered])
+        ids, ends, text = read.segments.token_ids_T.tolist(), [0, *read.segments.byte_ends_T.tolist()], rendered.text.encode()
+        special_V = model.tokenizer.token_bytes.is_special_V
+        controls = {model.tokenizer.backend.token_to_id(token) for token in (*published.special, *published.added)}
+        for place, token_id in enumerate(ids):
+            if token_id in controls:
+                continue
+            assert not special_V[token_id]
+            of_token, of_text = model.tokenizer.token_bytes[token_id], text[ends[place] : ends[place + 1]]
+            if published.right_strips and place and ids[place - 1] == model.tokenizer.backend.token_to_id(published.end_of_turn):
+                of_text = of_text.lstrip()  # which the end-of-turn token has taken
+            may_have_space = place == 0 or (family == "sentencepiece" and ids[place - 1] in controls)
+            is_with_space = family in ("sentencepiece", "metaspace") and may_have_space and of_token == b" " + of_text
+            assert of_token == of_text or is_with_space
+
+
 @several
 @given(data=st.data())
 def test_other_models_read_the_same_answers_and_end_them_with_their_own_token(models, data: st.DataObject) -> None:
@@ -158,6 +190,12 @@ def test_a_rendering_of_its_own_is_placed_in_the_shared_text(models, data: st.Da
     assert b"".join(said.split()) == b"".join(expected.split())
     if not mine.published.strips:
         assert said == expected
+    if not is_rewritten(conversation, family=other[1]) and not mine.published.after:
+        ids = read.segments.token_ids_T.tolist()
+        for j in np.flatnonzero(read.label_mask_T).tolist():
+            a, b = ends[j], ends[j + 1]
+            if read.label_mask_T[j - 1] and is_answer_B[a:b].all():  # inside the answer its bytes are the message's
+                assert mine.tokenizer.token_bytes[ids[j + 1]] == data_B[a:b]
 
 
 @several
@@ -176,5 +214,11 @@ def test_segments_keep_text_masks_and_control_tokens(models, data: st.DataObject
         cut = [segment.text[start:end] for segment in segments for start, end in getattr(segment, spans)]
         assert "".join(cut) == "".join(whole)
         assert spans == "assistant_spans" or cut == whole
+    whole_messages = {(each.start, each.end) for each in rendered.messages}
+    before = 0
+    for segment in segments:
+        for each in segment.messages:
+            assert each.is_whole == ((before + each.start, before + each.end) in whole_messages)
+        before += len(segment.text)
     table = pl.DataFrame({"text": [segment.text for segment in segments]}).with_columns(**columns_of(segments))
     assert segments_of(table) == segments
