@@ -9,12 +9,13 @@ memory is the peak of the whole process (VmHWM), and of that what it had when to
 
 import argparse
 import json
+import math
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
@@ -22,7 +23,7 @@ from fuseline.store import durable
 from fuseline.train import weight_files
 from fuseline.train.merging.config import MergeConfig
 from fuseline.train.merging.merge import merge
-from fuseline.train.weight_files import write_weights
+from fuseline.train.weight_files import WeightWriter
 
 HIDDEN, VOCABULARY, SHARD = 2048, 151_936, 700_000_000
 METHODS = {
@@ -53,11 +54,13 @@ def main() -> None:
             found = json.loads(
                 subprocess.run([sys.executable, __file__, "--merge", folder, method], check=True, capture_output=True, text=True).stdout
             )
-            print(
-                f"{method}: {found['seconds']:.1f} s, {size / 1e6 / found['seconds']:.0f} MB/s written, "
-                f"{found['seconds'] / seconds_of_copy:.1f} times a copy ({seconds_of_copy:.1f} s); peak {found['peak'] / 1e6:.0f} MB, {found['before'] / 1e6:.0f} MB before",
-                flush=True,
-            )
+            figures = {
+                "s": f"{found['seconds']:.1f}",
+                "MB/s written": f"{size / 1e6 / found['seconds']:.0f}",
+                "times a copy": f"{found['seconds'] / seconds_of_copy:.1f} ({seconds_of_copy:.1f} s)",
+                "MB at the peak": f"{found['peak'] / 1e6:.0f}, {found['before'] / 1e6:.0f} before",
+            }
+            print(f"{method}:", "; ".join(f"{figure} {unit}" for unit, figure in figures.items()), flush=True)
 
 
 def make_models(folder: Path, *, megabytes: int, n_models: int) -> int:
@@ -70,20 +73,21 @@ def make_models(folder: Path, *, megabytes: int, n_models: int) -> int:
     config = {"model_type": "llama", "vocab_size": VOCABULARY, "hidden_size": HIDDEN, "tie_word_embeddings": True}
     noise = torch.randn(1 << 20, generator=torch.Generator().manual_seed(0))
 
-    def pieces(shift: int) -> Iterator[tuple[str, torch.Tensor]]:
+    def fill(writer: WeightWriter, *, shift: int) -> None:
         for name, (rows, *rest) in shapes.items():
-            left = rows * (rest[0] if rest else 1)
-            while left:
-                values = noise[: min(left, len(noise))] * 0.02
-                yield name, (values + noise.roll(shift)[: len(values)] * (0.002 if shift else 0)).bfloat16()
-                left -= len(values)
+            n_positions = rows * math.prod(rest)
+            for start in range(0, n_positions, len(noise)):
+                values = (noise * 0.02 + noise.roll(shift) * (0.002 if shift else 0))[: n_positions - start]
+                writer.write(name, values.bfloat16(), start=start)
 
     weight_files.FILE_BYTES = SHARD
     for index in range(n_models + 1):
         place = folder / (f"m{index - 1}" if index else "base")
         place.mkdir()
         (place / "config.json").write_text(json.dumps(config))
-        write_weights(pieces(index * 1009), shapes=shapes, dtypes=dict.fromkeys(shapes, torch.bfloat16), folder=place)
+        with ExitStack() as stack:
+            writer = WeightWriter(shapes=shapes, dtypes=dict.fromkeys(shapes, torch.bfloat16), folder=place, stack=stack)
+            fill(writer, shift=index * 1009)
     return sum(path.stat().st_size for path in place.glob("*.safetensors"))
 
 
