@@ -1,95 +1,25 @@
 """The command line: one command per stage, each a thin shell over the package."""
 
-import functools
 import sys
-from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import click
 
 from . import __version__
 from .console import (
     show_document,
-    show_findings,
-    show_leftovers,
     show_plan,
     show_query_stats,
-    show_repair,
     show_report,
     show_status,
-    show_usage,
     show_wanted,
     watch_status,
 )
 from .merge_command import merge_command
+from .opening import open_pipeline, open_workspace, workspace_of
 from .options import Group, StageGroup, executor_options, models_default, recipe_options, workspace_option
 from .store.errors import UsageError
-
-if TYPE_CHECKING:  # what a command needs is imported when it runs, so that --help is quick
-    from collections.abc import Iterator
-
-    from .cluster.pipeline import Pipeline
-    from .store.workspace import Workspace
-
-
-@contextmanager
-def _pipeline(
-    recipe: Path,
-    workspace: Path | None,
-    models_dir: Path,
-    *,
-    executor: str | None = None,
-    workers: int | None = None,
-    fold: bool = True,
-    makes_parts: bool = True,
-) -> "Iterator[Pipeline]":
-    """Check the recipe, become the workspace's coordinator, bring its catalog up to date, and hand out the pipeline.
-
-    With `makes_parts` an executor that cannot be had is told here, before hours are spent on something else.
-    """
-    from .recipe import load_recipe
-
-    checked = load_recipe(recipe)
-
-    from .cluster.executor import open_executor
-    from .cluster.pipeline import Pipeline
-    from .cluster.progress import Progress
-    from .store import durable
-    from .store.workspace import Workspace
-
-    progress = Progress()
-    chosen = {name: value for name, value in (("kind", executor), ("workers", workers)) if value is not None}
-    engine = functools.cache(lambda: open_executor(checked.executor.model_copy(update=chosen), say=progress.say))
-    if makes_parts:
-        engine()
-    opened = Workspace.create(workspace or Path("workspaces") / recipe.stem)
-    with opened.coordinator():
-        durable.write_bytes(opened.root / "recipe.toml", recipe.read_bytes())
-        pipeline = Pipeline(checked, base=recipe.parent, workspace=opened, models_dir=models_dir, progress=progress, executor=engine)
-        if fold:
-            pipeline.fold()
-        yield pipeline
-
-
-def _open_workspace(workspace: Path | None) -> "Workspace":
-    from .store.workspace import Workspace
-
-    if workspace is None:
-        found = sorted(path.parent for path in Path("workspaces").glob("*/workspace.json"))
-        if len(found) != 1:
-            if not found:
-                raise UsageError("There is no workspace in workspaces/. Make one with `fuseline run RECIPE`, or name one with --workspace.")
-            names = ", ".join(map(str, found))
-            raise UsageError(f"Say which workspace with --workspace (or FUSELINE_WORKSPACE); in workspaces/ there are: {names}.")
-        (workspace,) = found
-    return Workspace.open(workspace)
-
-
-def _workspace_of(recipe: Path | None) -> Path | None:
-    """The workspace that a recipe has unless another one is named, if it is there."""
-    folder = Path("workspaces") / recipe.stem if recipe else None
-    return folder if folder and (folder / "workspace.json").exists() else None
+from .store_commands import store
 
 
 @click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -116,9 +46,11 @@ def run(recipe: Path, workspace: Path | None, models_dir: Path, dry_run: bool, e
     Example:  fuseline run recipes/demo.toml
     """
     if dry_run:
-        show_plan(recipe, workspace, models_dir)
+        from .recipe import load_recipe
+
+        show_plan(load_recipe(recipe), path=recipe, workspace=workspace, models_dir=models_dir)
         return
-    with _pipeline(recipe, workspace, models_dir, executor=executor, workers=workers) as pipeline:
+    with open_pipeline(recipe, workspace, models_dir, executor=executor, workers=workers) as pipeline:
         pipeline.run()
         show_report(pipeline.workspace)
 
@@ -138,7 +70,7 @@ def demo(workspace: Path, models_dir: Path | None) -> None:
         models_dir = models_default()
         fetch_demo_models(models_dir, on_progress=lambda text: click.echo(text, err=True))
     recipe = Path(__file__).parent / "recipes" / "demo.toml"
-    with _pipeline(recipe, workspace, models_dir) as pipeline:
+    with open_pipeline(recipe, workspace, models_dir) as pipeline:
         pipeline.run()
         show_report(pipeline.workspace)
 
@@ -156,7 +88,7 @@ def ingest_corpus(recipe: Path, workspace: Path | None, models_dir: Path, execut
 
     Example:  fuseline ingest corpus recipes/demo.toml
     """
-    with _pipeline(recipe, workspace, models_dir, executor=executor, workers=workers) as pipeline:
+    with open_pipeline(recipe, workspace, models_dir, executor=executor, workers=workers) as pipeline:
         pipeline.make_corpus()
 
 
@@ -168,7 +100,7 @@ def ingest_distributions(recipe: Path, workspace: Path | None, models_dir: Path,
 
     Example:  fuseline ingest distributions recipes/demo.toml
     """
-    with _pipeline(recipe, workspace, models_dir, executor=executor, workers=workers) as pipeline:
+    with open_pipeline(recipe, workspace, models_dir, executor=executor, workers=workers) as pipeline:
         pipeline.make_distributions()
 
 
@@ -209,9 +141,7 @@ def align_show(
     """
     from .align.show import show_alignment
 
-    document = show_alignment(
-        _open_workspace(workspace), doc_id=doc_id, segment=segment, alignment=alignment, vocabulary_map=vocabulary_map
-    )
+    document = show_alignment(open_workspace(workspace), doc_id=doc_id, segment=segment, alignment=alignment, vocabulary_map=vocabulary_map)
     show_document(document, html_file=html_file, details=details)
 
 
@@ -223,35 +153,85 @@ def align_run(recipe: Path, workspace: Path | None, models_dir: Path, executor: 
 
     Example:  fuseline align recipes/demo.toml
     """
-    with _pipeline(recipe, workspace, models_dir, executor=executor, workers=workers) as pipeline:
+    with open_pipeline(recipe, workspace, models_dir, executor=executor, workers=workers) as pipeline:
         pipeline.make_alignments()
 
 
-@main.command()
-@recipe_options
-@executor_options
-def fuse(recipe: Path, workspace: Path | None, models_dir: Path, executor: str | None, workers: int | None) -> None:
-    """Fuse the aligned distributions into one target distribution per position.
+@main.group(cls=StageGroup)
+def fuse() -> None:
+    """Fuse the aligned distributions into one target distribution per position; add a source to a recipe.
+
+    `fuseline fuse RECIPE` is short for `fuseline fuse run RECIPE`.
 
     Example:  fuseline fuse recipes/demo.toml
     """
-    with _pipeline(recipe, workspace, models_dir, executor=executor, workers=workers) as pipeline:
+
+
+@fuse.command("run")
+@recipe_options
+@executor_options
+def fuse_run(recipe: Path, workspace: Path | None, models_dir: Path, executor: str | None, workers: int | None) -> None:
+    """Fuse the aligned distributions into one target distribution per position.
+
+    With [merge] in the recipe, each source is fused with the target's start by itself.
+
+    Example:  fuseline fuse recipes/demo.toml
+    """
+    with open_pipeline(recipe, workspace, models_dir, executor=executor, workers=workers) as pipeline:
         pipeline.make_targets()
+
+
+@fuse.command("add-source")
+@recipe_options
+@executor_options
+@click.option("--name", required=True, help="Name of the new source in the workspace.")
+@click.option("--model", required=True, metavar="ID_OR_PATH", help="Its id on the Hugging Face hub, or its folder.")
+@click.option("--revision", help="Commit, tag or branch of a hub model.")
+@click.option("--dtype", type=click.Choice(["bfloat16", "float16", "float32"]), help="Number format of its forward passes.")
+@click.option("--dry-run", is_flag=True, help="Only say what would be done, and what it would take.")
+def fuse_add_source(
+    recipe: Path,
+    workspace: Path | None,
+    models_dir: Path,
+    executor: str | None,
+    workers: int | None,
+    name: str,
+    model: str,
+    revision: str | None,
+    dtype: str | None,
+    dry_run: bool,
+) -> None:
+    """Add a source to RECIPE, which has [merge], and do what is missing: one more fusion, one more training, one more merge.
+
+    Nothing that is there is made again: neither distributions nor fusions nor trained models of the other sources. The model merged before
+    stays beside the new one. If it is interrupted, `fuseline run RECIPE` goes on.
+
+    Example:  fuseline fuse add-source chat.toml --name starling --model berkeley-nest/Starling-LM-7B-alpha
+    """
+    from .added_source import add_source
+
+    added = add_source(recipe, name=name, model=model, revision=revision, dtype=dtype)
+    if dry_run:
+        show_plan(added.recipe, path=recipe, workspace=workspace, models_dir=models_dir)
+        return
+    with open_pipeline(recipe, workspace, models_dir, executor=executor, workers=workers, added=added) as pipeline:
+        pipeline.run()
+        show_report(pipeline.workspace)
 
 
 @main.command()
 @recipe_options
-@click.option("--only", metavar="NAME", help="Train only this one: training.name of the recipe, or clm for the baseline.")
+@click.option("--only", metavar="NAME", help="Train only this one: training.name of the recipe, with [merge] as in fused--SOURCE, or clm.")
 @click.option("--prepare", is_flag=True, help="Start nothing: write the job files, and say how to start the ranks with torchrun.")
 def train(recipe: Path, workspace: Path | None, models_dir: Path, only: str | None, prepare: bool) -> None:
-    """Train the target on the fused targets, and the baseline without them.
+    """Train the target on the fused targets, and the baseline without them; with [merge] once for each source.
 
     Starts torchrun with tensor_parallel × data_parallel ranks on this machine. With --prepare you start the ranks yourself, on several
     machines, say; `fuseline eval` takes up what they made.
 
     Example:  fuseline train recipes/demo.toml --only fused
     """
-    with _pipeline(recipe, workspace, models_dir, makes_parts=False) as pipeline:
+    with open_pipeline(recipe, workspace, models_dir, makes_parts=False) as pipeline:
         names = [training.name for training in pipeline.recipe.trainings]
         if only is not None and only not in names:
             raise UsageError(f"--only ({only}) must be one of the recipe's trainings: {', '.join(names)}.")
@@ -267,7 +247,7 @@ def evaluate(recipe: Path, workspace: Path | None, models_dir: Path, executor: s
 
     Example:  fuseline eval recipes/demo.toml
     """
-    with _pipeline(recipe, workspace, models_dir, executor=executor, workers=workers) as pipeline:
+    with open_pipeline(recipe, workspace, models_dir, executor=executor, workers=workers) as pipeline:
         pipeline.evaluate()
         show_report(pipeline.workspace)
 
@@ -284,7 +264,45 @@ def report(workspace: Path | None) -> None:
 
     Example:  fuseline report -w workspaces/demo
     """
-    show_report(_open_workspace(workspace))
+    show_report(open_workspace(workspace))
+
+
+@main.command()
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.option("--message", "-m", metavar="TEXT", help="Ask this alone, and end; - reads it from the standard input.")
+@click.option("--system", metavar="TEXT", help="A system message, for models that take one.")
+@click.option("--max-tokens", type=click.IntRange(min=1), default=512, show_default=True, help="Most tokens of an answer.")
+@click.option(
+    "--temperature",
+    type=click.FloatRange(min=0),
+    default=0.0,
+    show_default=True,
+    help="0 takes the most probable token each time; more is more varied.",
+)
+@click.option("--seed", type=int, help="Of the choice of tokens, where the temperature is above 0.")
+def chat(folder: Path, message: str | None, system: str | None, max_tokens: int, temperature: float, seed: int | None) -> None:
+    """Talk with the chat model in FOLDER, an export or any model in the Hugging Face format.
+
+    Answers appear as they are made. /reset begins anew, Ctrl-D ends. What you type is text, also where it spells a control token.
+
+    \b
+    Example:  fuseline chat workspaces/chat/exports/merged-2
+              fuseline chat workspaces/chat/exports/merged-2 -m "What is 12 times 12?"
+    """
+    from .generation import ChatModel, Message, talk
+
+    def show(text: str) -> None:
+        click.echo(text, nl=False)
+        sys.stdout.flush()
+
+    model = ChatModel(folder)
+    if message is None:
+        talk(model, system=system, show=show, max_tokens=max_tokens, temperature=temperature, seed=seed)
+        return
+    asked = Message("user", sys.stdin.read() if message == "-" else message)
+    conversation = (Message("system", system), asked) if system else (asked,)
+    model.answer(conversation, show=show, max_tokens=max_tokens, temperature=temperature, seed=seed)
+    show("\n")
 
 
 @main.command()
@@ -308,7 +326,7 @@ def status(recipe: Path | None, workspace: Path | None, as_json: bool, watch: bo
 
     from .store.status import dataset_statuses, training_statuses
 
-    opened = _open_workspace(workspace or _workspace_of(recipe))
+    opened = open_workspace(workspace or workspace_of(recipe))
     if recipe is not None:
         if watch:
             raise UsageError("--watch shows the whole workspace: leave RECIPE out.")
@@ -357,7 +375,7 @@ def sql(query: str | None, workspace: Path | None, style: str | None, output: Pa
     from .store.database import Database
 
     chosen = style_for(style, output=output)
-    database = Database(_open_workspace(workspace), external_access=external_access)
+    database = Database(open_workspace(workspace), external_access=external_access)
 
     def show(text: str) -> None:
         with database.stream(text) as batches:
@@ -373,106 +391,4 @@ def sql(query: str | None, workspace: Path | None, style: str | None, output: Pa
         show_query_stats(database.stats)
 
 
-@main.group()
-def store() -> None:
-    """Care for the workspace."""
-
-
-@store.command()
-@workspace_option
-def rebuild(workspace: Path | None) -> None:
-    """Make the catalog anew from what is on disk.
-
-    Example:  fuseline store rebuild -w workspaces/demo
-    """
-    from .store import catalog
-
-    opened = _open_workspace(workspace)
-    with opened.coordinator():
-        catalog.rebuild(opened)
-    click.echo(f"{opened.catalog_path} is made anew.")
-
-
-@store.command()
-@workspace_option
-@click.option("--full", is_flag=True, help="Read everything: checksums of all files, contents of all arrays, texts.")
-@click.option("--json", "as_json", is_flag=True, help="For scripts.")
-def verify(workspace: Path | None, full: bool, as_json: bool) -> None:
-    """List what is damaged, missing or does not fit together, with what to do.
-
-    Changes nothing and works while a run is going on. The exit code is 1 if anything is wrong.
-
-    Example:  fuseline store verify --full -w workspaces/demo
-    """
-    from .store.verify import verify
-
-    found = verify(_open_workspace(workspace), full=full)
-    show_findings(found, as_json=as_json)
-    if found.findings:
-        raise click.exceptions.Exit(1)
-
-
-@store.command()
-@recipe_options
-@executor_options
-@click.option("--full", is_flag=True, help="Look also for damage that only reading everything shows.")
-@click.option("--dry-run", is_flag=True, help="Only say what would be made again.")
-def repair(
-    recipe: Path, workspace: Path | None, models_dir: Path, executor: str | None, workers: int | None, full: bool, dry_run: bool
-) -> None:
-    """Make again, with the stages of RECIPE, exactly the parts that are damaged or gone.
-
-    What never was made is left to `fuseline run`. A part that comes out other than it was is reported.
-
-    Example:  fuseline store repair recipes/demo.toml --full
-    """
-    from .store.workspace import Workspace
-
-    opened = Workspace.open(workspace or Path("workspaces") / recipe.stem)
-    if dry_run:
-        from .store.verify import verify
-
-        show_findings(verify(opened, full=full), as_json=False)
-        return
-    from .cluster.repair import repair
-
-    with _pipeline(recipe, opened.root, models_dir, executor=executor, workers=workers, fold=False) as pipeline:
-        done = repair(pipeline, full=full)
-    show_repair(done)
-    if done.left:
-        raise click.exceptions.Exit(1)
-
-
-@store.command()
-@workspace_option
-@click.option("--delete", is_flag=True, help="Remove what is listed.")
-def gc(workspace: Path | None, delete: bool) -> None:
-    """List what nothing refers to: payloads without a manifest, what dead writers left, tokenizers without a dataset.
-
-    Removes nothing without --delete. What was touched within the last hour is never listed.
-
-    Example:  fuseline store gc --delete -w workspaces/demo
-    """
-    from .store import upkeep
-
-    opened = _open_workspace(workspace)
-    if not delete:
-        show_leftovers(upkeep.leftovers(opened), deleted=False)
-        return
-    found = upkeep.leftovers(opened)
-    with opened.coordinator():
-        removed = upkeep.delete(opened, found)
-    show_leftovers(removed, deleted=True)
-
-
-@store.command()
-@workspace_option
-@click.option("--json", "as_json", is_flag=True, help="For scripts.")
-def du(workspace: Path | None, as_json: bool) -> None:
-    """Show what each dataset and each of its arrays takes up, in all and per token.
-
-    Example:  fuseline store du -w workspaces/demo
-    """
-    from .store.upkeep import usage
-
-    show_usage(usage(_open_workspace(workspace)), as_json=as_json)
+main.add_command(store)

@@ -16,8 +16,11 @@ if TYPE_CHECKING:  # what a command needs is imported when it runs, so that --he
     import rich.console
     import rich.table
 
+    from .added_source import AddedSource
     from .align.show import ShownDocument
     from .cluster.repair import Repair
+    from .cluster.wanted import Wanted
+    from .recipe import Recipe
     from .store.database import QueryStats
     from .store.status import TrainingStatus
     from .store.upkeep import Leftover, Usage
@@ -36,7 +39,6 @@ def show_status(workspace: "Workspace") -> None:
 
 def show_wanted(recipe: Path, workspace: "Workspace", *, as_json: bool) -> None:
     """What a recipe wants of the workspace: what is there, missing, or of other inputs."""
-    from .cluster.progress import size
     from .cluster.wanted import wanted
     from .recipe import load_recipe
 
@@ -44,6 +46,37 @@ def show_wanted(recipe: Path, workspace: "Workspace", *, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps({"wanted": [dataclasses.asdict(item) for item in found]}, indent=1))
         return
+    _show_states(found)
+    if all(item.state == "done" for item in found):
+        click.echo("Nothing is missing.")
+    elif any(item.state == "other inputs" for item in found):
+        click.echo("What is of other inputs stays as it is: give what is new another name in the recipe. `fuseline run` names a free one.")
+    else:
+        click.echo(f"What is missing is made by: fuseline run {recipe} -w {workspace.root}")
+
+
+def show_addition(added: "AddedSource", workspace: "Workspace") -> None:
+    """What a source that is added brings with it: what of it is there already, and what will be made.
+
+    Raises:
+        UsageError: something of the recipe is there, of other inputs.
+    """
+    from .cluster.wanted import wanted
+
+    found = wanted(added.recipe, workspace=workspace)
+    _show_states(found)
+    others = [f"{item.kind}/{item.name}" for item in found if item.state == "other inputs"]
+    if others:
+        raise UsageError(
+            f"Of other inputs than the recipe's: {', '.join(others)}. Run the recipe as it is first: fuseline run {added.path}."
+        )
+    missing = sum(item.state != "done" for item in found)
+    click.echo(f"{len(found) - missing} of {len(found)} are there already; the others are made now.")
+
+
+def _show_states(found: "Sequence[Wanted]") -> None:
+    from .cluster.progress import size
+
     rows = []
     for item in found:
         done = getattr(item.status, "parts", 0)
@@ -54,12 +87,6 @@ def show_wanted(recipe: Path, workspace: "Workspace", *, as_json: bool) -> None:
     for item in found:
         for line in item.differences:
             click.echo(f"{item.kind}/{item.name}: {line}")
-    if all(item.state == "done" for item in found):
-        click.echo("Nothing is missing.")
-    elif any(item.state == "other inputs" for item in found):
-        click.echo("What is of other inputs stays as it is: give what is new another name in the recipe. `fuseline run` names a free one.")
-    else:
-        click.echo(f"What is missing is made by: fuseline run {recipe} -w {workspace.root}")
 
 
 def watch_status(workspace: "Workspace") -> None:
@@ -154,16 +181,14 @@ def show_query_stats(stats: "QueryStats") -> None:
         )
 
 
-def show_plan(recipe: Path, workspace: Path | None, models_dir: Path) -> None:
-    """What a recipe would take."""
+def show_plan(recipe: "Recipe", *, path: Path, workspace: Path | None, models_dir: Path) -> None:
+    """What a recipe would take; `path` is its own."""
     from .cluster.plan import BYTES_PER_TOKEN, GPU_FLOPS, UTILISATION, plan
     from .cluster.progress import size
-    from .recipe import load_recipe
     from .store.workspace import Workspace
 
-    checked = load_recipe(recipe)
-    folder = Workspace(workspace or Path("workspaces") / recipe.stem)
-    stages = plan(checked, base=recipe.parent, models_dir=models_dir, workspace=folder)
+    folder = Workspace(workspace or Path("workspaces") / path.stem)
+    stages = plan(recipe, base=path.parent, models_dir=models_dir, workspace=folder)
     rows = [
         [
             item.stage,

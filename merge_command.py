@@ -48,7 +48,7 @@ def merge_command(file: Path, output: Path, models_dir: Path, as_json: bool) -> 
     request = load_merge_file(file)
     base, models = _found(request, folder_of_file=file.parent, models_dir=models_dir)
 
-    from .train.merging.merge import REPORT, merge_identity, merged_before  # loads torch
+    from .train.merging.identity import REPORT, merge_identity, merged_before
 
     digests = {name: model.weights_digest for name, model in models.items()}
     identity = merge_identity(request.config, base=base.weights_digest if base else None, models=digests)

@@ -124,8 +124,9 @@ class Recipe(BaseModel):
 
     @property
     def merged_name(self) -> str | None:
-        """Name of the merged model, where there is `[merge]`."""
-        return None if self.merge is None else f"{self.merge.name}-{len(self.sources)}"
+        """Name of the merged model, where there is `[merge]`, and something to merge: of one source's model most methods make nothing."""
+        n = len(self.sources)
+        return None if self.merge is None or n < self.merge.least_models else f"{self.merge.name}-{n}"
 
     @property
     def merged_trainings(self) -> dict[str, Training]:
@@ -326,12 +327,9 @@ def _taken_names(recipe: Recipe, taken: dict[str, str]) -> Iterator[Problem]:
 
 
 def _impossible_merge(merge: MergeConfig, *, sources: list[str]) -> Iterator[Problem]:
-    least, most = merge.least_models, merge.most_models
-    if len(sources) < least or (most is not None and len(sources) > most):
-        wanted = f"{least} sources or more" if most is None else f"{most} source{'s' * (most != 1)}"
-        yield Problem(
-            ("merge", "method"), f"{merge.method!r} is for {wanted}, and there {'is' if len(sources) == 1 else 'are'} {len(sources)}"
-        )
+    if merge.most_models is not None and len(sources) > merge.most_models:
+        what = f"{merge.method!r} merges {merge.most_models} model with the target's start, and there are {len(sources)}: choose another"
+        yield Problem(("merge", "method"), what)
     if merge.vocabulary != "same":
         yield Problem(("merge", "vocabulary"), "is for models of different vocabularies, and these all have the target's: remove it")
     for key in ("weights", "densities"):
@@ -352,9 +350,10 @@ def _impossible_fusion(recipe: Recipe) -> Iterator[Problem]:
     tables: dict[KeyPath, Mapping[str, float]] = {("fusion", "weights"): fusion.weights}
     tables |= {("fusion", "domain_weights", domain): weights for domain, weights in fusion.domain_weights.items()}
     for path, weights in tables.items():
-        for name in weights.keys() - {model.name for model in recipe.models}:
+        unknown = weights.keys() - {model.name for model in recipe.models}
+        for name in unknown:
             yield Problem((*path, name), f"{name!r} is none of the models: {models}")
-        for fused in recipe.fusions:
+        for fused in [] if unknown else recipe.fusions:
             names = [model.name for model in (recipe.target, *fused.sources)]
             if not any(weights.get(name) for name in names):
                 yield Problem(path, f"method = 'fixed' needs a weight above 0 here, for at least one of the models: {', '.join(names)}")

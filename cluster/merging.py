@@ -6,10 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from ..ingest.models import ModelFolder
-from ..store import durable
 from ..store.fingerprint import differences, fingerprint
 from ..train.merging.config import MergeConfig
-from ..train.merging.merge import REPORT, merge, merge_identity
+from ..train.merging.identity import REPORT, merge_identity
 from .conflicts import Conflict, require_free
 from .jobs import Jobs
 from .origin import merged_lineage
@@ -53,9 +52,10 @@ class Merging:
         Raises:
             FuselineError: the models cannot be merged.
         """
+        from ..train.merging.merge import merge  # loads torch
+
         jobs, models = self.jobs, self._models
         start, title = jobs.stages.models[jobs.recipe.target.name], f"merge {self.name}"
-        durable.sweep(self.export_folder.parent)  # what a merge left that was killed
         with (
             jobs.workspace.run("merge", name=self.name, parameters=self.config.model_dump()) as run,
             progress.stage(title, total=1.0) as tracker,
@@ -76,7 +76,7 @@ class Merging:
                 lineage=self._lineage,
                 on_progress=follow,
             )
-            run.metrics.update(models=len(models), tensors=len(report.tensors), stored_bytes=before)
+            run.metrics.update(models=len(models), tensors=len(report.tensors), stored_bytes=report.n_bytes)
         for warning in report.warnings:
             progress.say(f"{title}: {warning}")
 

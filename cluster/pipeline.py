@@ -183,7 +183,7 @@ class Pipeline:
         self.progress.say(f"training {name}: model written to {job.export_folder}")
 
     def merge(self) -> None:
-        """The merged model, where the recipe asks for one; its trainings must be done."""
+        """The merged model, where the recipe has one; its trainings must be done."""
         if self.merging is None:
             return
         title = f"merge {self.merging.name}"

@@ -216,8 +216,8 @@ def choose_documents(config: CorpusConfig, *, source: Path, splits: dict[str, An
         kept = kept.sort(pl.col("split") == "train", maintain_order=True).unique("sha256", keep="first", maintain_order=True)
     n_duplicates = len(rows) - n_empty - len(refused) - len(kept)
     if not len(kept):
-        first = f" The first: {refused[0]}." if refused else ""
-        raise DataError(f"The corpus {source} has no text: {len(rows)} documents, all empty, white space or refused.{first}")
+        also = f", or refused, the first ({refused[0]})" if refused else ""
+        raise DataError(f"The corpus {source} has no text: {len(rows)} documents, all empty or white space{also}.")
     in_order = sorted(kept["split"].unique().to_list(), key=lambda split: (split != "train", split))
     ordered = pl.concat(_ordered(kept.filter(pl.col("split") == split), config=config, split=split) for split in in_order)
     documents = ordered.with_columns(doc_id=pl.int_range(len(ordered), dtype=pl.Int64), part=_part_numbers(ordered, config.part_bytes))

@@ -114,6 +114,10 @@ def _problem_of_texts(table: pl.DataFrame) -> str | None:
     for doc_id, texts, sha256 in documents.iter_rows():
         if hashlib.sha256("".join(texts).encode()).hexdigest() != sha256:
             return f"the text of document {doc_id} does not hash to its sha256"
+    for name in {"control_spans", "assistant_spans", "messages"} & set(table.columns):  # of conversations, in bytes
+        ends = table.select(pl.col("text").str.len_bytes(), pl.col(name).list.eval(pl.element().struct.field("end").max()).list.first())
+        if len(ends.filter(pl.col(name) > pl.col("text"))):
+            return f"{name} go beyond the text"
     return None
 
 

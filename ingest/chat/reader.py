@@ -146,7 +146,9 @@ class ConversationsReader:
             is_bos_again = self._prepends_bos and start == 0 and token == bos
             control = None if is_bos_again else self._control_ids[token]
             place = end + (_stripped(segment, end) if control in self._right_stripping else 0)
-            yield _Piece(start, place, True, control)
+            # What the template wrote after the assistant's turn is the next token's: the turn ends to the byte.
+            is_end_of_turn = any(turn_end == end for _, turn_end in segment.assistant_spans)
+            yield _Piece(start, end if is_end_of_turn else place, True, control)
         yield from _runs(segment, place, len(segment.text))
 
     @cached_property

@@ -128,9 +128,10 @@ def test_names_that_are_taken_are_told_together_before_anything_is_computed_with
     assert {path: seen for path, seen in files(project).items() if path in before} == before
     # What it says, done:
     recipe.write_text(recipe.read_text().replace("[training]", '[fusion]\nname = "fused-2"\n\n[training]\nname = "fused-2"'))
-    code, output = fuseline("run", recipe, models=models)
-    assert code == 0, output
-    assert "targets fused-2" in made(output)
+    for stage in (("ingest", "distributions"), ("align",), ("fuse",)):
+        code, output = fuseline(*stage, recipe, models=models)
+        assert code == 0, output
+    assert made(output) == {"targets fused-2"}
 
 
 def test_other_parameters_under_a_taken_name_are_told_key_by_key(project, models):

@@ -1,5 +1,6 @@
 """The documentation says what the program does. `python tests/unit/test_docs.py` writes the page of recipe keys anew."""
 
+import inspect
 import re
 import tomllib
 from pathlib import Path
@@ -17,14 +18,21 @@ INTRODUCTION = """# Recipe
 
 A recipe is a TOML file. Every key that it may hold is here; a key without a default must be given. A recipe is checked as a whole before
 anything is done: all mistakes are reported at once, with their lines.
+
+All sources are fused at once, unless there is a `[merge]`. With one, the recipe is pairwise, as in FuseChat: each source is fused with
+the target's start alone, into `targets/<fusion.name>--<source>`, a model is trained on each, as `<training.name>--<source>`, and these
+models are merged, as `<merge.name>-<number of sources>`. `fuseline fuse add-source` adds a source to such a recipe; nothing that is there
+is made again.
 """
 SECTIONS = {
     "corpus": "[corpus]",
+    "corpus.chat": "[corpus.chat]",
     "target": "[target], and each of [[sources]]",
     "distributions": "[distributions]",
     "alignment": "[alignment]",
     "fusion": "[fusion]",
     "training": "[training]",
+    "merge": "[merge]",
     "evaluation": "[evaluation]",
     "executor": "[executor]",
     "executor.resources": "[executor.resources]",
@@ -37,9 +45,11 @@ def recipe_page() -> str:
     for name, title in SECTIONS.items():
         section: Any = Recipe
         for key in name.split("."):
-            section = section.model_fields[key].annotation
+            annotation = section.model_fields[key].annotation
+            section = next(choice for choice in (*get_args(annotation), annotation) if isinstance(choice, type))  # one may be left out
         assert issubclass(section, BaseModel)
-        page += [f"\n## `{title}`\n\n{section.__doc__}\n\n| key | type | default | what it says |\n|---|---|---|---|\n"]
+        about = inspect.cleandoc(section.__doc__ or "")
+        page += [f"\n## `{title}`\n\n{about}\n\n| key | type | default | what it says |\n|---|---|---|---|\n"]
         for key, field in section.model_fields.items():
             default = "" if field.is_required() or isinstance(field.default, BaseModel) else f"`{_toml(field.default)}`"
             page.append(f"| `{key}` | {_type(field.annotation)} | {default} | {field.description} |\n")
@@ -85,7 +95,9 @@ def _commands(group: click.Group, prefix: str) -> dict[str, click.Command]:
 
 def test_every_command_that_the_readme_names_exists_and_every_command_has_help_and_an_example():
     commands = _commands(main, "fuseline")
-    named = set(re.findall(r"(?:`|\$ )(fuseline (?:(?:ingest|store) |align (?=show))?[a-z]+)", (ROOT / "README.md").read_text()))
+    named = set(
+        re.findall(r"(?:`|\$ )(fuseline (?:(?:ingest|store) |align (?=show)|fuse (?=add))?[a-z]+)", (ROOT / "README.md").read_text())
+    )
     assert len(named) > 8
     assert named <= commands.keys()
     for name, command in commands.items():

@@ -18,7 +18,8 @@ from fuseline.train import weight_files
 from fuseline.train.merging import merge as merge_module
 from fuseline.train.merging import plan
 from fuseline.train.merging.config import MergeConfig
-from fuseline.train.merging.merge import merge, merge_identity, merged_before
+from fuseline.train.merging.identity import merge_identity, merged_before
+from fuseline.train.merging.merge import merge
 from fuseline.train.merging.methods import rule_of
 from fuseline.train.merging.rule import Block
 from pydantic import ValidationError

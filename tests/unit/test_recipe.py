@@ -6,8 +6,10 @@ from pathlib import Path
 import fuseline
 import pytest
 from fuseline.align.config import AlignmentConfig
+from fuseline.cluster.plan import plan
 from fuseline.recipe import line_of, load_recipe
 from fuseline.store.errors import UsageError
+from fuseline.store.workspace import Workspace
 
 RECIPES = sorted((Path(fuseline.__file__).parent / "recipes").glob("*.toml"))
 GOOD = """\
@@ -54,7 +56,7 @@ def test_the_recipes_of_the_package_load(path):
 
 
 def test_there_are_recipes():
-    assert {"demo.toml", "fusellm-7b.toml"} <= {path.name for path in RECIPES}
+    assert {"demo.toml", "fusellm-7b.toml", "fusechat-7b.toml"} <= {path.name for path in RECIPES}
 
 
 def test_the_published_setting_takes_one_source_for_each_pack_and_one_token_where_nothing_is_aligned():
@@ -64,13 +66,68 @@ def test_the_published_setting_takes_one_source_for_each_pack_and_one_token_wher
     assert (recipe.fusion.method, recipe.fusion.metric, recipe.alignment.gold_anchor) == ("mince", "ce", False)
 
 
+def test_fusechat_is_pairwise_with_the_published_settings():
+    (path,) = (path for path in RECIPES if path.name == "fusechat-7b.toml")
+    recipe = load_recipe(path)
+    training, alignment = recipe.training, recipe.alignment
+    assert (training.epochs, training.learning_rate, training.global_batch_size, training.clm_weight) == (3, 5e-6, 128, 0.9)
+    assert (alignment.positions, alignment.dtw_match, alignment.vocabulary) == ("dtw", "fusechat", "stat")
+    assert recipe.merge is not None
+    assert (recipe.merge.method, recipe.merge.variant, recipe.merge.density) == ("sce", "fuseai", 0.1)
+    assert (len(recipe.fusions), len(recipe.trainings), recipe.merged_name) == (6, 7, "merged-5")
+    assert all(model.expected_parameters and model.expected_vocab_size for model in recipe.models)
+
+
+def made(text: str, tmp_path: Path) -> tuple[list[tuple[str, list[str]]], list[tuple[str, str, float]], str | None]:
+    """Targets with the sources in them, trainings with their targets and λ, and the merged model, of a recipe."""
+    (tmp_path / "recipe.toml").write_text(text)
+    recipe = load_recipe(tmp_path / "recipe.toml")
+    fusions = [(fusion.name, [source.name for source in fusion.sources]) for fusion in recipe.fusions]
+    trainings = [(training.name, training.fusion.name, training.config.clm_weight) for training in recipe.trainings]
+    assert all(training.config.name == training.name for training in recipe.trainings)
+    return fusions, trainings, recipe.merged_name
+
+
+def test_without_merge_all_sources_are_fused_at_once(tmp_path):
+    assert made(GOOD, tmp_path) == ([("fused", ["one", "two"])], [("clm", "fused", 1.0), ("fused", "fused", 0.1)], None)
+
+
+def test_with_merge_each_source_is_fused_by_itself_and_all_at_once_where_that_is_a_baseline(tmp_path):
+    text = GOOD + '[fusion]\nname = "f"\n[training]\nname = "t"\n[merge]\nname = "m"\n[evaluation]\nall_at_once = true\n'
+    fusions, trainings, merged = made(text, tmp_path)
+    assert fusions == [("f--one", ["one"]), ("f--two", ["two"]), ("f-all-2", ["one", "two"])]
+    assert trainings == [("clm", "f--one", 1.0), ("t--one", "f--one", 0.1), ("t--two", "f--two", 0.1), ("t-all-2", "f-all-2", 0.1)]
+    assert merged == "m-2"
+    recipe = load_recipe(tmp_path / "recipe.toml")
+    assert {source: training.name for source, training in recipe.merged_trainings.items()} == {"one": "t--one", "two": "t--two"}
+    assert recipe.made_models == ["clm", "t--one", "t--two", "t-all-2", "m-2"]
+
+
+def test_a_source_that_is_added_takes_no_name_of_what_was_made_before(tmp_path):
+    text = GOOD + "[merge]\n[evaluation]\nall_at_once = true\n"
+    before = made(text, tmp_path)
+    after = made(text + '[[sources]]\nname = "three"\nmodel = "org/three"\n', tmp_path)
+    for was, now in zip(before[:2], after[:2], strict=True):
+        same_names = {name: rest for name, *rest in now}
+        assert all(same_names.get(name, rest) == rest for name, *rest in was)
+    assert {name for name, *_ in after[1]} - {name for name, *_ in before[1]} == {"fused--three", "fused-all-3"}
+    assert (before[2], after[2]) == ("merged-2", "merged-3")
+
+
+def test_one_source_by_itself_is_not_merged_where_the_method_compares_several(tmp_path):
+    alone = GOOD.split('[[sources]]\nname = "two"')[0]
+    assert made(alone + "[merge]\n", tmp_path)[2] is None
+    assert made(alone + '[merge]\nmethod = "linear"\n', tmp_path)[2] == "merged-1"
+
+
 def test_a_minimal_recipe_has_the_defaults(tmp_path):
     (tmp_path / "recipe.toml").write_text(GOOD)
     recipe = load_recipe(tmp_path / "recipe.toml")
     assert (recipe.top_k, recipe.fusion.method, recipe.alignment.vocabulary) == (10, "mince", "prefix")
     assert [training.name for training in recipe.trainings] == ["clm", "fused"]
-    assert [training.clm_weight for training in recipe.trainings] == [1.0, 0.1]
-    assert recipe.trainings[0].model_copy(update={"name": "fused", "clm_weight": 0.1}) == recipe.training
+    assert [training.config.clm_weight for training in recipe.trainings] == [1.0, 0.1]
+    baseline = recipe.trainings[0].config
+    assert baseline.model_copy(update={"name": "fused", "clm_weight": 0.1}) == recipe.training == recipe.trainings[1].config
 
 
 def test_the_fusions_top_k_comes_before_the_distributions(tmp_path):
@@ -137,6 +194,32 @@ def test_combinations_are_told_beside_wrong_and_unknown_keys_and_sections(tmp_pa
         ("[training]\nclm_weight = 1", "training.clm_weight", "1 is what the baseline trains with: set evaluation.clm_baseline = false"),
         ('[training]\nname = "two"', "training.name", "'two' is also sources.1.name: choose another"),
         (
+            "[evaluation]\nall_at_once = true",
+            "evaluation.all_at_once",
+            "is for recipes with [merge]; without it all sources are fused at once: remove it",
+        ),
+        (
+            '[merge]\nmethod = "slerp"',
+            "merge.method",
+            "'slerp' merges 1 model with the target's start, and there are 2: choose another",
+        ),
+        (
+            '[merge]\nmethod = "linear"\nweights = {one = 1, tow = 2}',
+            "merge.weights.tow",
+            "'tow' is none of the sources: one, two",
+        ),
+        (
+            '[merge]\nvocabulary = "common"',
+            "merge.vocabulary",
+            "is for models of different vocabularies, and these all have the target's: remove it",
+        ),
+        (
+            "[evaluation]\nclm_baseline = false\n[merge]\n[training]\nclm_weight = 1",
+            "training.clm_weight",
+            "1 learns nothing of the sources: with [merge] their models would all be the same",
+        ),
+        ("[merge]\ndensity = 2", "merge.density", "2 should be less than or equal to 1"),
+        (
             "[training]\nglobal_batch_size = 3\nmicro_batch_size = 2",
             "training",
             "global_batch_size (3) must be a multiple of micro_batch_size (2) × data_parallel (1)",
@@ -145,7 +228,7 @@ def test_combinations_are_told_beside_wrong_and_unknown_keys_and_sections(tmp_pa
 )
 def test_what_does_not_go_together_is_told(tmp_path, added, key, what):
     text = GOOD + added + "\n"
-    section, _, name = key.partition(".")
+    section, name, *_ = [*key.split("."), ""]
     at = line(text, name, nth=4 if key == "training.name" else 1) if name else line(text, f"[{section}]")
     assert told(tmp_path, text) == [(at, key, what)]
 
@@ -196,6 +279,22 @@ def test_weights_that_cannot_be_meant_are_told(tmp_path, added, at, key, what):
     found = {key: (number, what) for number, key, what in told(tmp_path, text)}
     assert found.pop(key) == (line(text, at), what)
     assert set(found) <= {"fusion.weights"}, "what was wrong is dropped, and then may be missing"
+
+
+def test_with_merge_a_weight_is_needed_in_each_pair(tmp_path):
+    text = GOOD + FIXED + "weights = {one = 1}\n[merge]\n"
+    what = "method = 'fixed' needs a weight above 0 here, for at least one of the models: target, two"
+    assert told(tmp_path, text) == [(line(text, "weights"), "fusion.weights", what)]
+    (tmp_path / "recipe.toml").write_text(text.replace("one = 1", "one = 1, target = 0.5"))
+    load_recipe(tmp_path / "recipe.toml")
+
+
+def test_a_source_with_the_name_of_what_is_made_is_told(tmp_path):
+    text = GOOD.replace('name = "one"', 'name = "merged-2"').replace('name = "two"', 'name = "fused-all-2"')
+    assert told(tmp_path, text + "[merge]\n[evaluation]\nall_at_once = true\n") == [
+        (1, "training.name", "'fused-all-2' is also sources.1.name: choose another"),
+        (len(text.splitlines()) + 1, "merge.name", "'merged-2' is also sources.0.name: choose another"),
+    ]
 
 
 def test_a_wrong_weight_of_a_domain_is_told_in_its_place(tmp_path):
@@ -340,3 +439,21 @@ def test_each_way_to_align_has_its_own_place_in_the_workspace():
     assert len({config.map_name("a--b") for config in configs}) == 6, "stat counts by dtw, or by span"
     assert {config.matches_name("a--b") for config in configs} == {"a--b--dtw", "a--b--span"}
     assert all(name.startswith("a--b") for config in configs for name in (config.alignment_name("a--b"), config.map_name("a--b")))
+
+
+@pytest.mark.parametrize("name", ["fusellm-7b", "fusechat-7b"])
+def test_what_the_published_settings_take_is_told_without_a_network(tmp_path, name):
+    (path,) = (path for path in RECIPES if path.stem == name)
+    recipe = load_recipe(path)
+    stages = plan(recipe, base=path.parent, models_dir=tmp_path / "models", workspace=Workspace(tmp_path / "workspace"))
+    names = [stage.stage.split(" (")[0] for stage in stages]
+    assert len(names) == len(set(names))
+    assert {f"distributions {model.name}" for model in recipe.models} < set(names)
+    assert {f"targets {fusion.name}" for fusion in recipe.fusions} | {f"training {training.name}" for training in recipe.trainings} < set(
+        names
+    )
+    assert {f"evaluation {model}" for model in (*(model.name for model in recipe.models), *recipe.made_models)} < set(names)
+    assert ("merge merged-5" in names) == (name == "fusechat-7b")
+    assert not (tmp_path / "workspace").exists()
+    trainings = [stage for stage in stages if stage.stage.startswith("training ")]
+    assert all(stage.tokens == stages[0].tokens * (recipe.training.epochs or 1) for stage in trainings)

@@ -4,7 +4,6 @@ Each tensor is the work of one thread, from reading to writing, and torch itself
 be shared, and where other work was going on, threads that wait for each other took many times as long.
 """
 
-import json
 import shutil
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -24,11 +23,10 @@ from ..model_folder import copy_config, copy_tokenizer, write_model_card
 from ..weight_files import WeightWriter
 from .blocks import FileBlocks, is_finite
 from .config import MergeConfig
+from .identity import REPORT
 from .methods import rule_of
 from .plan import MergePlan, PlannedTensor, pieces_of, plan_merge
 
-REPORT = "merge_report.json"
-_STAGE = "merge/1"
 _SPARE_BYTES = 64 << 20  # for what is written beside the weights
 _MOST_THREADS = 16  # each takes the memory of some blocks
 
@@ -108,26 +106,6 @@ def merge(
         _write_reports(report, config=config, models=sorted(models), identity=identity, lineage=lineage, folder=folder)
         durable.publish_new(folder, to=output)
     return report
-
-
-def merge_identity(config: MergeConfig, *, base: str | None, models: Mapping[str, str]) -> dict[str, Any]:
-    """What determines the merged weights, as JSON holds it.
-
-    Args:
-        config: the method and its settings.
-        base: digest of the base's weights and config (`ModelFolder.weights_digest`).
-        models: digests of the models, by name.
-    """
-    return {"stage": _STAGE, "settings": config.determines(list(models)), "base": base, "models": dict(sorted(models.items()))}
-
-
-def merged_before(output: Path, *, identity: Mapping[str, Any]) -> bool:
-    """Whether `output` is the result of the merge with this identity. A merge appears in one step, so its report says it all."""
-    try:
-        report = json.loads((output / REPORT).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    return isinstance(report, dict) and report.get("identity") == json.loads(json.dumps(identity))
 
 
 class _Work:
