@@ -127,41 +127,69 @@ def flat_tensors(folder: Path, *, stack: ExitStack) -> dict[str, FlatTensor]:
     return found
 
 
+class WeightWriter:
+    """Writes tensors as `model.safetensors`, or as several files and their index, piece by piece, in any order and from several threads."""
+
+    def __init__(self, *, shapes: Mapping[str, Sequence[int]], dtypes: Mapping[str, torch.dtype], folder: Path, stack: ExitStack) -> None:
+        """Write what is before the tensors, and give the files their lengths.
+
+        Args:
+            shapes: of all tensors, in the order in which they are in the files.
+            dtypes: of all tensors.
+            folder: holds nothing of these names.
+            stack: closes the files.
+        """
+        self._dtypes = dtypes
+        self._sizes = {name: math.prod(shape) * dtypes[name].itemsize for name, shape in shapes.items()}
+        self._places: dict[str, tuple[int, int]] = {}  # file descriptor, and offset in the file
+        files = _dealt(self._sizes)
+        for file_name, names in files.items():
+            file = stack.enter_context((folder / file_name).open("xb"))
+            header = _header({name: shapes[name] for name in names}, dtypes=dtypes, sizes=self._sizes)
+            file.write(header)
+            file.flush()
+            end = len(header)
+            for name in names:
+                self._places[name] = (file.fileno(), end)
+                end += self._sizes[name]
+            file.truncate(end)
+        if len(files) > 1:
+            weight_map = {name: file_name for file_name, names in files.items() for name in names}
+            index = {"metadata": {"total_size": sum(self._sizes.values())}, "weight_map": weight_map}
+            durable.write_json(folder / "model.safetensors.index.json", index)
+
+    def write(self, name: str, piece: Tensor, *, start: int = 0) -> None:
+        """Write the numbers of a tensor from position `start` on; `piece` is on the CPU and has the tensor's dtype."""
+        assert piece.dtype == self._dtypes[name]
+        descriptor, offset = self._places[name]
+        begin = start * piece.dtype.itemsize
+        assert begin + piece.nbytes <= self._sizes[name]
+        data = memoryview(piece.contiguous().view(-1).view(torch.uint8).numpy().data)
+        done = 0
+        while done < len(data):
+            done += os.pwrite(descriptor, data[done:], offset + begin + done)
+
+
 def write_weights(
-    pieces: Iterator[tuple[str, Tensor]], *, shapes: Mapping[str, Sequence[int]], dtypes: Mapping[str, torch.dtype], folder: Path
+    tensors: Iterator[tuple[str, Tensor]], *, shapes: Mapping[str, Sequence[int]], dtypes: Mapping[str, torch.dtype], folder: Path
 ) -> None:
-    """Write tensors as `model.safetensors`, or as several files and their index; one piece is in memory at a time.
+    """Write whole tensors; one of them is in memory at a time.
 
     Args:
-        pieces: on the CPU, in the order of `shapes`: each tensor whole, or in several consecutive pieces of its numbers.
+        tensors: all of `shapes`, on the CPU.
         shapes: of all tensors.
         dtypes: of all tensors.
-        folder: holds nothing of these names.
+        folder: holds no weights.
     """
-    sizes = {name: math.prod(shape) * dtypes[name].itemsize for name, shape in shapes.items()}
-    files = _dealt(sizes)
-    for file_name, names in files.items():
-        with (folder / file_name).open("xb") as file:
-            file.write(_header({name: shapes[name] for name in names}, dtypes=dtypes, sizes=sizes))
-            for expected in names:
-                left = sizes[expected]
-                while True:  # a tensor without numbers is a piece too
-                    name, piece = next(pieces)
-                    left -= piece.nbytes
-                    assert name == expected
-                    assert piece.dtype == dtypes[name]
-                    assert left >= 0
-                    file.write(piece.contiguous().view(-1).view(torch.uint8).numpy().data)
-                    if not left:
-                        break
-                del piece
-    end = next(pieces, None)  # also lets a generator finish
-    assert end is None
-    if len(files) > 1:
-        weight_map = {name: file_name for file_name, names in files.items() for name in names}
-        durable.write_json(
-            folder / "model.safetensors.index.json", {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
-        )
+    left = set(shapes)
+    with ExitStack() as stack:
+        writer = WeightWriter(shapes=shapes, dtypes=dtypes, folder=folder, stack=stack)
+        for name, tensor in tensors:
+            assert tuple(tensor.shape) == tuple(shapes[name])
+            left.remove(name)
+            writer.write(name, tensor)
+            del tensor
+    assert not left
 
 
 def _dealt(sizes: Mapping[str, int]) -> dict[str, list[str]]:

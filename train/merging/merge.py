@@ -1,7 +1,13 @@
-"""Merges the models of several folders into a new one, tensor by tensor and block by block."""
+"""Merges the models of several folders into a new one, tensor by tensor and block by block.
+
+Each tensor is the work of one thread, from reading to writing, and torch itself uses no others meanwhile: its operations are too short to
+be shared, and where other work was going on, threads that wait for each other took many times as long.
+"""
 
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from glob import escape
@@ -14,14 +20,15 @@ from torch import Tensor
 from ...store import durable
 from ...store.errors import DataError
 from ..model_folder import copy_config, copy_tokenizer, write_model_card
-from ..weight_files import write_weights
+from ..weight_files import WeightWriter
+from .blocks import FileBlocks, is_finite
 from .config import MergeConfig
 from .identity import REPORT
 from .methods import rule_of
-from .plan import MergePlan, PlannedTensor, pieces_of, plan_merge, ranges
-from .rule import Block
+from .plan import MergePlan, PlannedTensor, pieces_of, plan_merge
 
 _SPARE_BYTES = 64 << 20  # for what is written beside the weights
+_MOST_THREADS = 16  # each takes the memory of some blocks
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,7 +76,7 @@ def merge(
         identity: what `merge_identity` says of this merge; kept in the report, for `merged_before`.
         lineage: what the models were made from, for the model card.
         tokenizer_of: folder that the tokenizer's files are copied from; by default the base, without one the first model by name.
-        on_progress: told the bytes that are written and those that there will be.
+        on_progress: told the bytes that are written and those that there will be, by one thread at a time.
 
     Raises:
         UsageError: the settings do not fit the models that were named.
@@ -84,14 +91,16 @@ def merge(
         _require_space(output.parent, n_bytes=plan.n_bytes)
         folder = stack.enter_context(durable.temporary(output))
         folder.mkdir()
-        work = _Work(config, plan=plan, has_base=base is not None, models=sorted(models), on_progress=on_progress)
-        write_weights(
-            work.pieces(),
-            shapes={tensor.name: tensor.shape for tensor in plan.tensors},
-            dtypes={tensor.name: tensor.dtype for tensor in plan.tensors},
-            folder=folder,
-        )
-        report = MergeReport(output=output, n_bytes=plan.n_bytes, tensors=tuple(work.reports), warnings=plan.warnings)
+        with ExitStack() as files:
+            writer = WeightWriter(
+                shapes={tensor.name: tensor.shape for tensor in plan.tensors},
+                dtypes={tensor.name: tensor.dtype for tensor in plan.tensors},
+                folder=folder,
+                stack=files,
+            )
+            work = _Work(config, plan=plan, has_base=base is not None, models=sorted(models), writer=writer, on_progress=on_progress)
+            tensors = work.run()
+        report = MergeReport(output=output, n_bytes=plan.n_bytes, tensors=tensors, warnings=plan.warnings)
         copy_config(plan.reference, to=folder, dtype=plan.dtype)
         copy_tokenizer(tokenizer_of or plan.reference, to=folder)
         _write_reports(report, config=config, models=sorted(models), identity=identity, lineage=lineage, folder=folder)
@@ -100,7 +109,7 @@ def merge(
 
 
 class _Work:
-    """Computes the tensors of a merge one after the other, and notes what becomes of each."""
+    """Computes and writes the tensors of a merge, several at the same time, each with one thread."""
 
     def __init__(
         self,
@@ -109,81 +118,66 @@ class _Work:
         plan: MergePlan,
         has_base: bool,
         models: Sequence[str],
+        writer: WeightWriter,
         on_progress: Callable[[int, int], None] | None,
     ) -> None:
-        self.reports: list[TensorReport] = []
-        self._config, self._plan, self._has_base, self._models, self._on_progress = config, plan, has_base, models, on_progress
+        self._config, self._plan, self._has_base, self._models = config, plan, has_base, models
+        self._writer, self._on_progress = writer, on_progress
+        self._done, self._lock, self._stopped = 0, threading.Lock(), threading.Event()
 
-    def pieces(self) -> Iterator[tuple[str, Tensor]]:
-        """What is to be written, in the order of the plan."""
-        done = 0
-        for tensor in self._plan.tensors:
-            for piece in self._merged(tensor) if tensor.n_merged else self._copied(tensor):
-                done += piece.nbytes
-                yield tensor.name, piece
-                if self._on_progress is not None:
-                    self._on_progress(done, self._plan.n_bytes)
+    def run(self) -> tuple[TensorReport, ...]:
+        """Do it all; what became of the tensors, in the order of the plan."""
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)  # also of the threads that are started now
+        largest_first = sorted(self._plan.tensors, key=lambda tensor: -tensor.reference.n_positions)
+        try:
+            with ThreadPoolExecutor(min(threads, _MOST_THREADS)) as pool:
+                try:
+                    futures = {tensor.name: pool.submit(self._make, tensor) for tensor in largest_first}
+                    for finished in as_completed(futures.values()):
+                        finished.result()
+                except BaseException:
+                    self._stopped.set()
+                    pool.shutdown(cancel_futures=True)
+                    raise
+        finally:
+            torch.set_num_threads(threads)
+        return tuple(futures[tensor.name].result() for tensor in self._plan.tensors)
 
-    def _copied(self, tensor: PlannedTensor) -> Iterator[Tensor]:
-        if not tensor.reference.n_positions:
-            yield torch.empty(0, dtype=tensor.dtype)
-        yield from pieces_of(tensor.reference)
-        self._note(tensor, weights={}, n_moved=0)
+    def _make(self, tensor: PlannedTensor) -> TensorReport:
+        return self._merged(tensor) if tensor.n_merged else self._copied(tensor, weights={})
 
-    def _merged(self, tensor: PlannedTensor) -> Iterator[Tensor]:
-        blocks = _FileBlocks(tensor, has_base=self._has_base, models=self._models)
+    def _merged(self, tensor: PlannedTensor) -> TensorReport:
+        blocks = FileBlocks(tensor, has_base=self._has_base, models=self._models, stopped=self._stopped)
         rule = rule_of(self._config, tensor=tensor.name, models=self._models, blocks=blocks, n_positions=tensor.n_merged)
-        n_moved = 0
+        n_moved = start = 0
         for block in blocks:
-            merged_N = rule.apply(block)
-            rounded_N = merged_N.to(tensor.dtype)
-            if not _is_finite(rounded_N):
+            rounded_N = rule.apply(block).to(tensor.dtype)
+            if not is_finite(rounded_N):
                 raise DataError(
                     f"{tensor.name}: the merged weights are too large for {tensor.dtype}. Choose another dtype, or a smaller scale."
                 )
             n_moved += int(torch.count_nonzero(rounded_N != block.base_N.to(tensor.dtype)))
-            yield rounded_N
-        for piece in pieces_of(tensor.reference, start=tensor.n_merged):
-            yield piece.to(tensor.dtype)
-        self._note(tensor, weights=dict(zip(self._models, rule.weights, strict=True)), n_moved=n_moved)
+            self._write(tensor, rounded_N, start=start)
+            start += len(rounded_N)
+        return self._copied(tensor, weights=dict(zip(self._models, rule.weights, strict=True)), n_moved=n_moved)
 
-    def _note(self, tensor: PlannedTensor, *, weights: dict[str, float], n_moved: int) -> None:
-        moved = n_moved / max(1, tensor.reference.n_positions) if self._has_base else None
+    def _copied(self, tensor: PlannedTensor, *, weights: dict[str, float], n_moved: int = 0) -> TensorReport:
+        """Copy what is not merged, and report."""
+        start = tensor.n_merged
+        for piece_N in pieces_of(tensor.reference, start=start):
+            self._write(tensor, piece_N.to(tensor.dtype), start=start)
+            start += len(piece_N)
+        moved = n_moved / max(1, start) if self._has_base else None
         dtype = str(tensor.dtype).removeprefix("torch.")
-        self.reports.append(TensorReport(name=tensor.name, shape=tensor.shape, dtype=dtype, weights=weights, moved=moved))
+        return TensorReport(name=tensor.name, shape=tensor.shape, dtype=dtype, weights=weights, moved=moved)
 
-
-class _FileBlocks:
-    """The blocks of one tensor in all models. They are read anew each time: what was read before is in the system's cache of files."""
-
-    def __init__(self, tensor: PlannedTensor, *, has_base: bool, models: Sequence[str]) -> None:
-        self._tensor, self._has_base, self._models = tensor, has_base, models
-        all_dtypes = {tensor.reference.dtype, *(model.dtype for model in tensor.models)}
-        self._dtype = torch.float64 if torch.float64 in all_dtypes else torch.float32
-        self._is_checked = False
-
-    def __iter__(self) -> Iterator[Block]:
-        for start, stop in ranges(0, self._tensor.n_merged):
-            models_MN = torch.empty((len(self._tensor.models), stop - start), dtype=self._dtype)
-            for row_N, model in zip(models_MN, self._tensor.models, strict=True):
-                row_N.copy_(model.read(start, stop))
-            base_N = self._tensor.reference.read(start, stop).to(self._dtype) if self._has_base else models_MN[0]
-            if not self._is_checked:
-                self._check(base_N, models_MN)
-            yield Block(base_N, models_MN)
-        self._is_checked = True
-
-    def _check(self, base_N: Tensor, models_MN: Tensor) -> None:
-        rows = [*((f"model {name}", row_N) for name, row_N in zip(self._models, models_MN, strict=True)), ("the base", base_N)]
-        for label, values_N in rows:
-            if not _is_finite(values_N):
-                kind = "NaN" if values_N.isnan().any() else "an infinite number"
-                raise DataError(f"{self._tensor.name} of {label} holds {kind}: such weights cannot be merged. Was its training stable?")
-
-
-def _is_finite(values_N: Tensor) -> bool:
-    least, most = torch.aminmax(values_N)
-    return bool(torch.isfinite(least) & torch.isfinite(most))
+    def _write(self, tensor: PlannedTensor, piece_N: Tensor, *, start: int) -> None:
+        self._writer.write(tensor.name, piece_N, start=start)
+        with self._lock:
+            self._done += piece_N.nbytes
+            if self._on_progress is not None:
+                self._on_progress(self._done, self._plan.n_bytes)
 
 
 def _clear_leftovers(output: Path) -> None:

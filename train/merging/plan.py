@@ -12,7 +12,7 @@ from ..weight_files import BUFFERS, FlatTensor, flat_tensors
 from .config import MergeConfig
 from .configs import ModelSettings, compare_tokenizers, read_settings, require_one_architecture
 
-BLOCK = 1 << 20  # positions of a tensor that are in memory at a time; even, as draws for DARE serve two
+BLOCK = 1 << 18  # positions of a tensor that are in memory at a time; even, as draws for DARE serve two
 _HEADS = ("lm_head.weight", "embed_out.weight")
 _EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "embed_in.weight", "word_embeddings.weight")
 _NAMED = 3  # tensors that a message names

@@ -13,6 +13,7 @@ from torch import Tensor
 
 _DIGIT_BITS = 16
 _N_DIGITS = 1 << _DIGIT_BITS
+_INTEGERS = {torch.float32: torch.int32, torch.float64: torch.int64}
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +58,7 @@ def find_cuts(scores: Callable[[], Iterator[Tensor]], *, densities: Sequence[flo
     while any(search.cut is None for search in searches):
         for block in scores():
             for search, scores_N in zip(searches, block, strict=True):
-                search.look(scores_N.numpy())
+                search.look(scores_N)
         for search in searches:
             search.narrow()
     return [search.cut for search in searches if search.cut is not None]
@@ -77,17 +78,16 @@ class _Search:
     _n_entries: int = 0
     _histogram: np.ndarray = field(default_factory=lambda: np.zeros(_N_DIGITS, np.int64))
 
-    def look(self, scores_N: np.ndarray) -> None:
+    def look(self, scores_N: Tensor) -> None:
         """Count the next 16 bits of a block's entries that begin with what is known."""
-        unsigned = np.dtype(f"u{scores_N.dtype.itemsize}").type
-        bits_N = scores_N.view(unsigned)
-        self._n_bits = 8 * scores_N.dtype.itemsize
+        bits_N = scores_N.view(_INTEGERS[scores_N.dtype])
+        self._n_bits = 8 * bits_N.dtype.itemsize
         if self._known:
-            bits_N = bits_N[bits_N >> unsigned(self._n_bits - self._known) == unsigned(self._prefix)]
+            bits_N = bits_N[bits_N >> (self._n_bits - self._known) == self._prefix]
         else:
-            self._n_entries += int(np.count_nonzero(bits_N)) if self.nonzero else len(bits_N)
-        digits_N = (bits_N >> unsigned(self._n_bits - self._known - _DIGIT_BITS)) & unsigned(_N_DIGITS - 1)
-        self._histogram += np.bincount(digits_N.astype(np.intp), minlength=_N_DIGITS)
+            self._n_entries += int(torch.count_nonzero(bits_N)) if self.nonzero else len(bits_N)
+        digits_N = (bits_N >> (self._n_bits - self._known - _DIGIT_BITS)) & (_N_DIGITS - 1)
+        self._histogram += torch.bincount(digits_N, minlength=_N_DIGITS).numpy()
 
     def narrow(self) -> None:
         """Choose those 16 bits, after all blocks."""
