@@ -56,16 +56,17 @@ class _Piece:
 class ConversationsReader:
     """How one model reads the conversations of a corpus."""
 
-    def __init__(self, tokenizer: Tokenizer, *, template: ChatTemplate, rendering: Rendering, end_of_turn: str | None = None) -> None:
+    def __init__(self, tokenizer: Tokenizer, *, template: ChatTemplate, rendering: Rendering, own: ChatTemplate | None = None) -> None:
         """Say how.
 
         Args:
             tokenizer: the model's.
             template: the one that wrote what it reads: with rendering `own` the model's, else the corpus's.
             rendering: which text it reads, and whose template that is.
-            end_of_turn: with rendering `foreign`, the control token with which the model itself ends a turn; by default its eos.
+            own: with rendering `foreign`, the model's own template if it has one: it says with which control token the model ends a turn,
+                by default its eos, and which of its tokens are no text.
         """
-        self.tokenizer, self.template, self.rendering, self.end_of_turn = tokenizer, template, rendering, end_of_turn
+        self.tokenizer, self.template, self.rendering, self.own = tokenizer, template, rendering, own
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -130,7 +131,7 @@ class ConversationsReader:
         if self.rendering != "foreign":
             return {token: backend.token_to_id(token) for token in self.template.controls}
         found: dict[str | None, int | None] = {self.template.variables.get(f"{role}_token"): roles[role] for role in ("bos", "eos", "pad")}
-        own_end = backend.token_to_id(self.end_of_turn) if self.end_of_turn else roles["eos"]
+        own_end = backend.token_to_id(self.own.end_of_turn) if self.own and self.own.end_of_turn else roles["eos"]
         found[self.template.end_of_turn] = own_end
         found |= {token.content: token_id for token_id, token in backend.get_added_tokens_decoder().items() if token.special}
         return {token: found[token] for token in self.template.controls if found.get(token) is not None}
@@ -174,7 +175,8 @@ class ConversationsReader:
     def _text_tokenizer(self, definition: str) -> Tokenizer:
         tokenizer = Tokenizer(definition, roles=self.tokenizer.roles, prepends_bos=False)
         added = tokenizer.backend.get_added_tokens_decoder().values()
-        unmarked = [token.content for token in added if not token.special and token.content in self.template.controls]
+        controls = self.template.controls | (self.own.controls if self.own else frozenset())
+        unmarked = [token.content for token in added if not token.special and token.content in controls]
         tokenizer.backend.add_special_tokens([AddedToken(content, special=True) for content in unmarked])
         return tokenizer
 

@@ -57,7 +57,7 @@ class ChatReading:
 
     template: ChatTemplate
     rendering: Rendering
-    end_of_turn: str | None = None
+    own: ChatTemplate | None = None
 
     @classmethod
     def of_source(cls, model: ModelFolder, *, written: CorpusTemplate, date: str) -> "ChatReading":
@@ -68,11 +68,11 @@ class ChatReading:
         """
         own = ChatTemplate.of_model(model.folder, tokenizer=model.tokenizer, date=date)
         if model.config.chat_template == "shared":
-            return cls(template=written.template, rendering="foreign", end_of_turn=own.end_of_turn if own else None)
+            return cls(template=written.template, rendering="foreign", own=own)
         if own is None:
             raise UsageError(f"{model.config.name}: chat_template is 'own', and {model.folder} has no chat template. Remove the key.")
         return cls(template=own, rendering="own")
 
     def reader(self, tokenizer: Tokenizer) -> ConversationsReader:
         """The reader."""
-        return ConversationsReader(tokenizer, template=self.template, rendering=self.rendering, end_of_turn=self.end_of_turn)
+        return ConversationsReader(tokenizer, template=self.template, rendering=self.rendering, own=self.own)

@@ -100,7 +100,7 @@ def test_one_more_source_makes_only_what_is_new(project, models):
 def test_another_target_for_the_same_sources_makes_only_what_is_new(project, models):
     before = files(project)
     target = ('name = "target"\nmodel = "tiny-target"', 'name = "second"\nmodel = "tiny-other"')
-    recipe = write(project, target, ("[training]", '[evaluation]\nclm_name = "second-clm"\n\n' + RENAMED.replace("three", "second-fused")))
+    recipe = write(project, target, ("[training]", "[evaluation]\nclm_baseline = false\n\n" + RENAMED.replace("three", "second-fused")))
     assert {what for what, how in state(project, recipe).items() if how == "done"} == {
         "corpus/corpus", "distributions/source", "evaluations/source--test",
     }  # fmt: skip
@@ -108,7 +108,7 @@ def test_another_target_for_the_same_sources_makes_only_what_is_new(project, mod
     assert code == 0, output
     assert made(output) == {
         "distributions second", "vocabulary map source--second", "alignment source--second", "targets second-fused",
-        "training second-clm", "training second-fused", "evaluation second", "evaluation second-clm", "evaluation second-fused",
+        "training second-fused", "evaluation second", "evaluation second-fused",
     }  # fmt: skip
     assert {path: seen for path, seen in files(project).items() if path in before} == before
 

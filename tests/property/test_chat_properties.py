@@ -155,7 +155,7 @@ def test_other_models_read_the_same_answers_and_end_them_with_their_own_token(mo
     conversation = data.draw(conversations(takes_system=models[writer].published.takes_system))
     rendered = models[writer].template.render(conversation)
     mine, theirs = models[other], models[writer]
-    reader = ConversationsReader(mine.tokenizer, template=theirs.template, rendering="foreign", end_of_turn=mine.template.end_of_turn)
+    reader = ConversationsReader(mine.tokenizer, template=theirs.template, rendering="foreign", own=mine.template)
     ids, trained_on = labelled(reader, rendered)
     answers = [message.text for message in conversation if message.role == "assistant"]
     assert trained_on == "".join(theirs.published.written(text) + theirs.published.end_of_turn for text in answers).encode()
