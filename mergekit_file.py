@@ -1,5 +1,6 @@
 """mergekit's YAML, as far as it means the same here. What does not is refused by name: nothing is ignored."""
 
+import contextlib
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -35,9 +36,11 @@ class _Reader:
         self.path = path
 
     def refuse(self, where: str, what: str) -> NoReturn:
+        """Say what is wrong, and where."""
         raise UsageError(f"The merge file {self.path}: {where} {what}")
 
     def request(self, text: str) -> MergeRequest:
+        """The merge that a file asks for."""
         try:
             data = yaml.safe_load(text)
         except yaml.YAMLError as error:
@@ -98,6 +101,7 @@ class _Reader:
         return found, common, n_layers
 
     def layers(self, entries: Any) -> int:
+        """How many layers the one slice has."""
         ranges = [entry.get("layer_range") for entry in entries or [] if isinstance(entry, dict)]
         first = ranges[0] if ranges else None
         if not (isinstance(first, list) and len(first) == 2 and first[0] == 0 and all(other == first for other in ranges)):
@@ -136,21 +140,21 @@ class _Reader:
                 self.refuse(f"models.parameters.{key} of {model.name}", "is not offered for one model. Remove it, or set it for all.")
 
     def number(self, where: str, value: Any) -> Any:
+        """One value for all layers; of `normalize` a truth value."""
         if isinstance(value, list) and len(value) == 1:
             (value,) = value
         if isinstance(value, dict) and value.keys() <= {"value", "filter"} and value.get("filter", "*") in {"*", None}:
             value = value.get("value")
         if isinstance(value, bool) and where == "normalize":
             return value
-        try:
-            return float(value) if not isinstance(value, bool) else self.refuse(where, f"({value}) must be a number.")
-        except (TypeError, ValueError):
-            self.refuse(
-                where,
-                f"({value}) must be one number: gradients over layers and filters by tensor are not offered. Give all layers one value.",
-            )
+        if not isinstance(value, bool):
+            with contextlib.suppress(TypeError, ValueError):
+                return float(value)
+        what = "must be one number: gradients over layers and filters by tensor are not offered. Give all layers one value."
+        return self.refuse(where, f"({value}) {what}")
 
     def model(self, said: Any, *, name: str) -> ModelConfig:
+        """A model by its path or id."""
         if not isinstance(said, str):
             self.refuse(f"model ({said})", "must be a path or an id on the Hugging Face hub, as text.")
         if "+" in said:
@@ -159,6 +163,7 @@ class _Reader:
         return ModelConfig(name=name, model=path, revision=revision or None)
 
     def tokenizer(self, data: Mapping[str, Any], base: ModelConfig | None, models: tuple[ModelConfig, ...]) -> str | None:
+        """Name of the model whose tokenizer is wanted, if it is not the base's."""
         said = data.get("tokenizer_source")
         if said in {None, "base"} or (base is not None and said == base.model):
             return None
