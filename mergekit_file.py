@@ -1,5 +1,6 @@
 """mergekit's YAML, as far as it means the same here. What does not is refused by name: nothing is ignored."""
 
+import contextlib
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -35,9 +36,11 @@ class _Reader:
         self.path = path
 
     def refuse(self, where: str, what: str) -> NoReturn:
+        """Say what is wrong, and where."""
         raise UsageError(f"The merge file {self.path}: {where} {what}")
 
     def request(self, text: str) -> MergeRequest:
+        """The merge that a file asks for."""
         try:
             data = yaml.safe_load(text)
         except yaml.YAMLError as error:
@@ -66,7 +69,9 @@ class _Reader:
             config = MergeConfig.model_validate(settings | ({"variant": "mergekit"} if method == "sce" else {}))
         except ValidationError as error:
             details = error.errors()[0]
-            self.refuse(".".join(map(str, details["loc"])) or "parameters", f"{details['msg']} ({details['input']!r}).")
+            if details["type"] == "value_error":  # a key of another method
+                self.refuse("parameters:", f"{details['ctx']['error']}.")
+            self.refuse(".".join(map(str, details["loc"])), f"({details['input']!r}): {details['msg'].removeprefix('Input ')}.")
         models = tuple(model for model, _ in sources)
         if not models:
             self.refuse("models", "must name a model beside base_model.")
@@ -76,13 +81,13 @@ class _Reader:
         """Models with their parameters, the parameters of all, and how many layers the file expects."""
         if ("models" in data) == ("slices" in data):
             self.refuse("models", "must be given, or slices, and not both.")
-        common, n_layers = dict(data.get("parameters") or {}), None
+        common, n_layers = self.table("parameters", data.get("parameters")), None
         entries = data.get("models")
         if "slices" in data:
             slices = data["slices"]
-            if not isinstance(slices, list) or len(slices) != 1 or set(slices[0]) - {"sources", "parameters"}:
+            if not isinstance(slices, list) or len(slices) != 1 or set(self.table("slices", slices[0])) - {"sources", "parameters"}:
                 self.refuse("slices", "must be one slice over all layers, with sources: models are merged whole here, never in pieces.")
-            common |= slices[0].get("parameters") or {}
+            common |= self.table("slices.parameters", slices[0].get("parameters"))
             entries = slices[0].get("sources")
             n_layers = self.layers(entries)
         if not isinstance(entries, list) or not all(isinstance(entry, dict) and "model" in entry for entry in entries):
@@ -94,17 +99,25 @@ class _Reader:
                 self.refuse(f"models.{key}", "is not offered. Remove it.")
             name = _free_name(str(entry["model"]).partition("@")[0], taken=names)
             names.append(name)
-            found.append((self.model(entry["model"], name=name), dict(entry.get("parameters") or {})))
+            parameters = self.table("models.parameters", entry.get("parameters"))
+            found.append((self.model(entry["model"], name=name), parameters))
         return found, common, n_layers
 
     def layers(self, entries: Any) -> int:
+        """How many layers the one slice has."""
         ranges = [entry.get("layer_range") for entry in entries or [] if isinstance(entry, dict)]
         first = ranges[0] if ranges else None
-        if not (isinstance(first, list) and len(first) == 2 and first[0] == 0 and all(other == first for other in ranges)):
+        if not (
+            isinstance(first, list)
+            and len(first) == 2
+            and first[0] == 0
+            and isinstance(first[1], int)
+            and all(other == first for other in ranges)
+        ):
             self.refuse(
                 "slices", f"must have the layer_range [0, number of layers] for each source, and has {ranges}: models are merged whole."
             )
-        return int(first[1])
+        return first[1]
 
     def settings(self, common: dict[str, Any], *, method: str) -> dict[str, Any]:
         """What of the parameters is about the merge as a whole."""
@@ -136,21 +149,27 @@ class _Reader:
                 self.refuse(f"models.parameters.{key} of {model.name}", "is not offered for one model. Remove it, or set it for all.")
 
     def number(self, where: str, value: Any) -> Any:
+        """One value for all layers; of `normalize` a truth value."""
         if isinstance(value, list) and len(value) == 1:
             (value,) = value
-        if isinstance(value, dict) and value.keys() <= {"value", "filter"} and value.get("filter", "*") in {"*", None}:
+        if isinstance(value, dict) and value.keys() <= {"value", "filter"} and value.get("filter", "*") in ("*", None):
             value = value.get("value")
         if isinstance(value, bool) and where == "normalize":
             return value
-        try:
-            return float(value) if not isinstance(value, bool) else self.refuse(where, f"({value}) must be a number.")
-        except (TypeError, ValueError):
-            self.refuse(
-                where,
-                f"({value}) must be one number: gradients over layers and filters by tensor are not offered. Give all layers one value.",
-            )
+        if not isinstance(value, bool):
+            with contextlib.suppress(TypeError, ValueError):
+                return float(value)
+        what = "must be one number: gradients over layers and filters by tensor are not offered. Give all layers one value."
+        return self.refuse(where, f"({value}) {what}")
+
+    def table(self, where: str, value: Any) -> dict[str, Any]:
+        """Keys and values; none where nothing is said."""
+        if not isinstance(value, dict | None):
+            self.refuse(f"{where} ({value})", "must hold keys and values.")
+        return dict(value or {})
 
     def model(self, said: Any, *, name: str) -> ModelConfig:
+        """A model by its path or id."""
         if not isinstance(said, str):
             self.refuse(f"model ({said})", "must be a path or an id on the Hugging Face hub, as text.")
         if "+" in said:
@@ -159,8 +178,9 @@ class _Reader:
         return ModelConfig(name=name, model=path, revision=revision or None)
 
     def tokenizer(self, data: Mapping[str, Any], base: ModelConfig | None, models: tuple[ModelConfig, ...]) -> str | None:
+        """Name of the model whose tokenizer is wanted, if it is not the base's."""
         said = data.get("tokenizer_source")
-        if said in {None, "base"} or (base is not None and said == base.model):
+        if said in (None, "base") or (base is not None and said == base.model):
             return None
         named = [model.name for model in models if model.model == said]
         if not named:

@@ -26,12 +26,13 @@ def copy_tokenizer(model_folder: Path, *, to: Path) -> None:
 
 
 def copy_config(model_folder: Path, *, to: Path, dtype: str) -> None:
-    """Copy config.json, which then says the dtype of the weights, and what the model says of generation."""
+    """Copy config.json, which then says the dtype of the weights, what the model says of generation, and code that comes with it."""
     config = json.loads((model_folder / "config.json").read_text(encoding="utf-8"))
     for key in ("_name_or_path", "torch_dtype"):  # the second is the old name of dtype
         config.pop(key, None)
     durable.write_json(to / "config.json", config | {"dtype": dtype})
-    _copy(("generation_config.json",), model_folder, to=to)
+    code = sorted(path.name for path in model_folder.glob("*.py")) if "auto_map" in config else []
+    _copy(("generation_config.json", *code), model_folder, to=to)
 
 
 def write_model_card(folder: Path, *, name: str, text: str, tags: str, sections: Mapping[str, Any]) -> None:

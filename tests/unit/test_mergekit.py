@@ -150,6 +150,12 @@ def test_one_slice_over_all_layers_is_the_whole_model():
         ("models:", "modules: {}\nmodels:", "modules is not offered"),
         ("models:", "slices: []\nmodels:", "models must be given, or slices, and not both"),
         ("merge_method: ties", "merge_method: [", "is not valid YAML"),
+        ("merge_method: ties", "merge_method: [ties]", r"merge_method \(\['ties'\]\) must be one of"),
+        ("parameters: {weight: 0.5, density: 0.4}", "parameters: [1]", r"models.parameters \(\[1\]\) must hold keys and values"),
+        ("parameters: {normalize: false, int8_mask: true, lambda: 0.9}", "parameters: 3", r"parameters \(3\) must hold keys"),
+        ("tokenizer_source: base", "tokenizer_source: [base]", r"tokenizer_source \(\['base'\]\) must be base"),
+        ("model: org/base", "model: {path: org/base}", r"model \(.*\) must be a path or an id"),
+        ("weight: 0.5", "weight: true", r"one.weight \(True\) must be one number"),
     ],
 )
 def test_what_is_not_offered_is_refused_by_name(old, new, message):

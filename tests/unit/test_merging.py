@@ -423,6 +423,12 @@ def test_the_command(family, tmp_path):
     yaml = "merge_method: sce\nbase_model: base\nmodels: [{model: one}, {model: two}]\nparameters: {select_topk: 0.2}\n"
     (tmp_path / "merge.yaml").write_text(yaml)
     command(tmp_path / "merge.yaml", "-o", tmp_path / "by-yaml")
+    sources = "[{model: base, layer_range: [0, 1]}, {model: one, layer_range: [0, 1]}]"
+    slices = f"merge_method: slerp\nbase_model: base\nparameters: {{t: 0.5}}\nslices: [{{sources: {sources}}}]\n"
+    (tmp_path / "slices.yml").write_text(slices)
+    command(tmp_path / "slices.yml", "-o", tmp_path / "by-slices")
+    (tmp_path / "slices.yml").write_text(slices.replace("[0, 1]", "[0, 2]"))
+    assert "must be all layers of one (1)" in command(tmp_path / "slices.yml", "-o", tmp_path / "refused", exit_code=2)
     (tmp_path / "mergekit.toml").write_text(FILE.replace("density", 'variant = "mergekit"\ndensity'))
     command(tmp_path / "mergekit.toml", "-o", tmp_path / "by-toml")
     assert weights(tmp_path / "by-yaml") == weights(tmp_path / "by-toml") != weights(output)

@@ -13,7 +13,7 @@ _SMALLEST = 1e-6  # of mergekit: a smaller sum of mean squares is taken as 0, a 
 
 
 def varm(blocks: Blocks, *, n_positions: int) -> Rule:
-    """Variation ratio merge: θ_0 + Σ_j w_j δ_j, w_j ∝ mean(δ_j²) over the tensor (arXiv:2402.16107v4, section 3.3).
+    """Variation ratio merge: θ_0 + Σ_j w_j δ_j, w_j ∝ mean(δ_j²) over the tensor (FuseChat 1.0, arXiv:2402.16107, on merging).
 
     Where nothing moved the weights are equal.
     """
@@ -22,7 +22,7 @@ def varm(blocks: Blocks, *, n_positions: int) -> Rule:
 
 
 def sce(blocks: Blocks, *, n_positions: int, density: float, variant: Literal["fuseai", "mergekit"]) -> Rule:
-    """Select, calculate, erase (arXiv:2408.07990v3, section 3.3).
+    """Select, calculate, erase (FuseChat, arXiv:2408.07990, on merging).
 
     Selected is the share `density` of the positions at which the models differ, those with the highest variance of δ_j over j; of equal
     ones the first. w_j ∝ Σ δ_j² over the selected positions. Then θ_0 + Σ_j w_j m_j δ_j / Σ_j w_j m_j, where m_j says that δ_j has the sign
