@@ -39,7 +39,9 @@ class AddedSource:
             durable.publish(temporary, to=path)
 
 
-def add_source(path: Path, *, name: str, model: str, revision: str | None = None, dtype: str | None = None) -> AddedSource:
+def add_source(
+    path: Path, *, name: str, model: str, revision: str | None = None, dtype: str | None = None, chat_template: str | None = None
+) -> AddedSource:
     """A recipe with one more source, checked as a whole. A folder is named as it is found from the recipe.
 
     Args:
@@ -48,6 +50,7 @@ def add_source(path: Path, *, name: str, model: str, revision: str | None = None
         model: id on the hub, or a folder, relative to the working directory.
         revision: of a hub model.
         dtype: number format of the forward passes.
+        chat_template: `shared` or `own`, of conversations.
 
     Raises:
         UsageError: the recipe is wrong, has no [merge], or cannot take such a source.
@@ -61,7 +64,7 @@ def add_source(path: Path, *, name: str, model: str, revision: str | None = None
     taken = [each.name for each in recipe.models] + recipe.made_models
     if name in taken:
         raise UsageError(f"--name ({name}) must be none of the recipe's names: {', '.join(taken)}. To go on with it: fuseline run {path}.")
-    given = {"name": name, "model": _from_recipe(model, path=path), "revision": revision, "dtype": dtype}
+    given = {"name": name, "model": _from_recipe(model, path=path), "revision": revision, "dtype": dtype, "chat_template": chat_template}
     entry = {key: value for key, value in given.items() if value is not None}
     try:
         ModelConfig.model_validate(entry)

@@ -188,6 +188,7 @@ def fuse_run(recipe: Path, workspace: Path | None, models_dir: Path, executor: s
 @click.option("--model", required=True, metavar="ID_OR_PATH", help="Its id on the Hugging Face hub, or its folder.")
 @click.option("--revision", help="Commit, tag or branch of a hub model.")
 @click.option("--dtype", type=click.Choice(["bfloat16", "float16", "float32"]), help="Number format of its forward passes.")
+@click.option("--chat-template", type=click.Choice(["shared", "own"]), help="Whether it reads conversations in its own chat template.")
 @click.option("--dry-run", is_flag=True, help="Only say what would be done, and what it would take.")
 def fuse_add_source(
     recipe: Path,
@@ -199,6 +200,7 @@ def fuse_add_source(
     model: str,
     revision: str | None,
     dtype: str | None,
+    chat_template: str | None,
     dry_run: bool,
 ) -> None:
     """Add a source to RECIPE, which has [merge], and do what is missing: one more fusion, one more training, one more merge.
@@ -210,7 +212,7 @@ def fuse_add_source(
     """
     from .added_source import add_source
 
-    added = add_source(recipe, name=name, model=model, revision=revision, dtype=dtype)
+    added = add_source(recipe, name=name, model=model, revision=revision, dtype=dtype, chat_template=chat_template)
     if dry_run:
         show_plan(added.recipe, path=recipe, workspace=workspace, models_dir=models_dir)
         return

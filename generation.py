@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from .ingest.chat.config import ChatConfig
 from .ingest.chat.conversations import Conversation, Message
 from .ingest.chat.reader import ConversationsReader
 from .ingest.chat.template import ChatTemplate, RefusedConversation
@@ -20,8 +21,6 @@ from .store.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     import torch
-
-_DATE = "2024-07-26"  # what templates that ask for it are told, as in training
 
 
 class ChatModel:
@@ -39,7 +38,7 @@ class ChatModel:
         if not folder.is_dir():
             raise UsageError(f"There is no folder {folder}. Name an export: workspaces/NAME/exports/NAME.")
         files = ModelFolder(ModelConfig(name="chat", model=str(folder)), folder).check()
-        template = ChatTemplate.of_model(folder, tokenizer=files.tokenizer, date=_DATE)
+        template = ChatTemplate.of_model(folder, tokenizer=files.tokenizer, date=ChatConfig().date)
         if template is None:
             raise UsageError(f"{folder} has no chat template: it was not trained to chat.")
         self.context_length = files.context_length

@@ -133,3 +133,11 @@ def test_what_cannot_be_added_is_told_and_the_recipe_stays(tmp_path, text, optio
     with pytest.raises(UsageError, match=message):
         add_source(path, **{"name": "three", "model": "org/three"} | options)
     assert path.read_bytes() == text.encode()
+
+
+def test_a_source_may_read_its_own_chat_template(tmp_path):
+    chat = RECIPE.replace("[corpus]\n", "[corpus]\nchat = {}\n", 1)
+    added = add_source(recipe(tmp_path, chat), name="three", model="org/three", chat_template="own")
+    assert added.recipe.sources[-1].chat_template == "own"
+    with pytest.raises(UsageError, match=r"'own' needs \[corpus.chat\]"):
+        add_source(recipe(tmp_path, RECIPE), name="three", model="org/three", chat_template="own")
