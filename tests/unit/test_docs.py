@@ -8,6 +8,7 @@ from typing import Any, Literal, Union, get_args, get_origin
 
 import click
 import fuseline
+import pytest
 from fuseline.cli import main
 from fuseline.recipe import Recipe
 from pydantic import BaseModel
@@ -78,9 +79,12 @@ def test_the_page_of_recipe_keys_is_up_to_date():
     assert PAGE.read_text() == recipe_page()
 
 
-def test_the_recipe_in_the_readme_is_valid():
-    (text,) = re.findall(r"```toml\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    Recipe.model_validate(tomllib.loads(text))
+@pytest.mark.parametrize("page", ["README.md", "docs/chat.md"])
+def test_the_recipes_on_the_pages_are_valid(page):
+    texts = re.findall(r"```toml\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
+    assert texts
+    for text in texts:
+        Recipe.model_validate(tomllib.loads(text))
 
 
 def _commands(group: click.Group, prefix: str) -> dict[str, click.Command]:
