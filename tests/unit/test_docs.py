@@ -100,7 +100,7 @@ def _commands(group: click.Group, prefix: str) -> dict[str, click.Command]:
 def test_every_command_that_the_readme_names_exists_and_every_command_has_help_and_an_example():
     commands = _commands(main, "fuseline")
     named = set(
-        re.findall(r"(?:`|\$ )(fuseline (?:(?:ingest|store) |align (?=show)|fuse (?=add))?[a-z]+)", (ROOT / "README.md").read_text())
+        re.findall(r"(?:`|\$ )(fuseline (?:(?:ingest|store) |align (?=show)|fuse (?=add))?[a-z-]+)", (ROOT / "README.md").read_text())
     )
     assert len(named) > 8
     assert named <= commands.keys()
