@@ -121,6 +121,8 @@ def _write_forward(
             "nll_S": np.ones(len(keys)),
         }
         arrays["gold_logprob_T"][offsets[1:] - 1] = np.nan
+        if model == "beta":  # as of conversations
+            arrays["label_mask_T"] = rng.random(n) < 0.5
         if k:
             arrays["topk_ids_TK"] = rng.integers(0, VOCAB_SIZE[model], (n, k)).astype(dtype)
             arrays["topk_logprobs_TK"] = -np.sort(rng.exponential(3, (n, k))).astype(np.float16)
@@ -140,6 +142,7 @@ def _add_rows(rows: dict[str, list[Row]], place: Row, *, model: str, arrays: dic
     token_id = int(arrays["token_ids_T"][t])
     row = place | {"token_id": token_id, "token": text_of(model, token_id)} | _gold(model, arrays, t=t, end=end)
     row["gold_logprob"] = float(arrays["gold_logprob_T"][t]) if t + 1 < end else None
+    row["is_label"] = bool(arrays["label_mask_T"][t]) if "label_mask_T" in arrays else bool(t + 1 < end)
     has_topk = "topk_ids_TK" in arrays
     row["tail_logprob"] = float(arrays["tail_logprob_T"][t]) if has_topk else None
     row["entropy"] = float(arrays["entropy_T"][t])
@@ -247,7 +250,7 @@ def _write_targets(
                     {"name": f"fused-{corpus}", "corpus": corpus, "domain": row["domain"], "split": row["split"], "part": part,
                      "doc_id": doc_id, "segment": segment, "position": t - int(offsets[s]), "token_id": int(ids_T[t]),
                      "token": text_of("alpha", int(ids_T[t])), **_gold("alpha", arrays, t=t, end=offsets[s + 1]),
-                     "gold_logprob": _fused_gold(arrays, t=t, end=offsets[s + 1]),
+                     "gold_logprob": _fused_gold(arrays, t=t, end=offsets[s + 1]), "is_label": bool(t + 1 < offsets[s + 1]),
                      "source": {0: "alpha", 1: "beta", ONE_HOT: "next token", SEVERAL: None}[int(arrays["source_T"][t])],
                      "tail_logprob": float(arrays["tail_logprob_T"][t]), **_topk("alpha", arrays, t=t)}
                 )  # fmt: skip
