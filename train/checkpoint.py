@@ -29,7 +29,7 @@ from .megatron import (
 from .optimizer import load_state
 from .runtime import Runtime
 
-_VERSION = 2  # of what a checkpoint holds, and of the order of the data that goes with it
+_VERSION = 3  # of what a checkpoint holds, and of the order of the data that goes with it
 
 
 class Checkpoints:

@@ -2,7 +2,7 @@
 
 import contextlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -33,7 +33,35 @@ def make_optimizer(model: DistributedDataParallel, *, config: TrainingConfig, ru
     _start_state(optimizer)
     for shard in optimizer.chained_optimizers:
         shard.data_parallel_group_gloo = runtime.host_data_group  # for checkpoints
+        shard.get_parameter_state_dp_zero = partial(_with_padding, shard, shard.get_parameter_state_dp_zero)
     return optimizer
+
+
+def _with_padding(shard: Any, collect: Callable[..., dict[Any, Any] | None], **how: Any) -> dict[Any, Any] | None:
+    """The state of a rank's buffers for a checkpoint, each bucket where the parameters' places are counted from.
+
+    Gradients are cut into buckets, which are padded. Megatron-core 0.16.1 leaves the padding between them out of what it collects, and then
+    looks for each parameter at its place with padding: from the second bucket on a checkpoint would hold the wrong numbers.
+    """
+    state = collect(**how)
+    for number, of_buffer in enumerate(shard.gbuf_ranges if state is not None else ()):
+        buffer = shard.buffers[number]
+        for dtype in of_buffer:
+            assert state is not None
+            tensors = state[number][dtype]
+            for key in [key for key, value in tensors.items() if isinstance(value, Tensor)]:
+                tensors[key] = _padded(tensors[key], sizes=[(bucket.grad_data.numel(), bucket.numel_unpadded) for bucket in buffer.buckets])
+    return state
+
+
+def _padded(values_N: Tensor, *, sizes: Sequence[tuple[int, int]]) -> Tensor:
+    """Values that lie end to end, moved apart: each bucket has room for so many, and holds the next so many of them."""
+    padded_N = values_N.new_zeros(sum(room for room, _ in sizes))
+    start = place = 0
+    for room, held in sizes:
+        padded_N[place : place + held] = values_N[start : start + held]
+        start, place = start + held, place + room
+    return padded_N
 
 
 def _start_state(optimizer: MegatronOptimizer) -> None:
