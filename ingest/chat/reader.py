@@ -10,7 +10,6 @@ they hold of the assistant's messages.
 Axes: T tokens of many segments, S segments, B bytes of a segment.
 """
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -25,6 +24,8 @@ from ...store.arrays import id_dtype
 from ...store.tokenizer import EncodedSegments, Tokenizer
 from .conversations import Message
 from .marked_text import MarkedText, Span
+from .placing import has_whole_turns, placed
+from .prefixes import without_dummy_prefix
 from .template import ChatTemplate, RefusedConversation
 
 Rendering = Literal["own", "shared", "foreign"]  # the model's own; the corpus's, which is in its template; the corpus's, which is not
@@ -72,7 +73,12 @@ class ConversationsReader:
     def identity(self) -> dict[str, Any]:
         """What determines the reading, beside the tokenizer and the corpus."""
         identity: dict[str, Any] = {"rendering": self.rendering, "end_of_turn": self.end_of_turn_id}
-        return identity | self.template.identity if self.rendering == "own" else identity
+        if self.rendering == "own":
+            identity |= self.template.identity
+        elif self.rendering == "foreign":
+            identity["control_ids"] = {token: self._control_ids.get(token) for token in self.template.written_controls}
+            identity["not_text"] = sorted(self._unmarked)
+        return identity
 
     @property
     def end_of_turn_id(self) -> int | None:
@@ -99,7 +105,7 @@ class ConversationsReader:
             if not is_lossless:
                 reasons.setdefault(s, _NOT_READ)
             if self.rendering == "own" and s not in reasons:
-                ends_T = _placed(ends_T, own=segment, shared=shared)
+                ends_T = placed(ends_T, own=segment, shared=shared)
             ids.append(ids_T)
             ends.append(ends_T)
             labels.append(label_T)
@@ -125,27 +131,36 @@ class ConversationsReader:
         return self.rendering == "foreign" and self.tokenizer.prepends_bos
 
     @cached_property
-    def _control_ids(self) -> dict[str, int | None]:
+    def _control_ids(self) -> dict[str, int]:
         """The token of each control token that the template may write; those without one are read as text."""
         backend, roles = self.tokenizer.backend, self.tokenizer.roles
         if self.rendering != "foreign":
-            return {token: backend.token_to_id(token) for token in self.template.controls}
-        found: dict[str | None, int | None] = {self.template.variables.get(f"{role}_token"): roles[role] for role in ("bos", "eos", "pad")}
-        own_end = backend.token_to_id(self.own.end_of_turn) if self.own and self.own.end_of_turn else roles["eos"]
-        found[self.template.end_of_turn] = own_end
-        found |= {token.content: token_id for token_id, token in backend.get_added_tokens_decoder().items() if token.special}
-        return {token: found[token] for token in self.template.controls if found.get(token) is not None}
+            ids = {token: backend.token_to_id(token) for token in self.template.controls}
+            return {token: token_id for token, token_id in ids.items() if token_id is not None}
+        variables, end_of_turn = self.template.variables, self.template.end_of_turn
+        found = {token.content: token_id for token_id, token in backend.get_added_tokens_decoder().items() if token.special}
+        own_end = backend.token_to_id(self.own.end_of_turn) if self.own and self.own.end_of_turn else None
+        by_role = [
+            (end_of_turn, own_end),
+            *((variables.get(f"{role}_token"), roles[role]) for role in ("eos", "pad")),
+            (end_of_turn, roles["eos"]),
+        ]
+        for token, token_id in by_role:  # of a token with several roles the first counts that the model has a token for
+            if token is not None and token_id is not None:
+                found.setdefault(token, token_id)
+        return {token: found[token] for token in self.template.controls if token in found}
 
     def _pieces(self, segment: MarkedText) -> Iterator[_Piece]:
         place = 0
         bos = self.template.variables.get("bos_token")
         for start, end in segment.control_spans:
             token = segment.text[start:end]
-            if token not in self._control_ids:
+            is_bos = self.rendering == "foreign" and start == 0 and token == bos and not self.template.bos_begins_turns
+            if token not in self._control_ids and not is_bos:
                 continue
             yield from _runs(segment, place, start)
-            is_bos_again = self._prepends_bos and start == 0 and token == bos
-            control = None if is_bos_again else self._control_ids[token]
+            own_bos = None if self._prepends_bos else self.tokenizer.roles["bos"]  # once is enough
+            control = own_bos if is_bos else self._control_ids[token]
             place = end + (_stripped(segment, end) if control in self._right_stripping else 0)
             # What the template wrote after the assistant's turn is the next token's: the turn ends to the byte.
             is_end_of_turn = any(turn_end == end for _, turn_end in segment.assistant_spans)
@@ -174,11 +189,15 @@ class ConversationsReader:
 
     def _text_tokenizer(self, definition: str) -> Tokenizer:
         tokenizer = Tokenizer(definition, roles=self.tokenizer.roles, prepends_bos=False)
-        added = tokenizer.backend.get_added_tokens_decoder().values()
-        controls = self.template.controls | (self.own.controls if self.own else frozenset())
-        unmarked = [token.content for token in added if not token.special and token.content in controls]
-        tokenizer.backend.add_special_tokens([AddedToken(content, special=True) for content in unmarked])
+        tokenizer.backend.add_special_tokens([AddedToken(content, special=True) for content in self._unmarked])
         return tokenizer
+
+    @property
+    def _unmarked(self) -> list[str]:
+        """Tokens that a template writes around messages, and that the tokenizer would also make of text."""
+        added = self.tokenizer.backend.get_added_tokens_decoder().values()
+        controls = self.template.controls | (self.own.controls if self.own else frozenset())
+        return [token.content for token in added if not token.special and token.content in controls]
 
     def _encoded_runs(self, segments: Sequence[MarkedText], pieces: Sequence[Sequence[_Piece]]) -> dict[_Where, Iterator["_Run"]]:
         """The runs of all segments, for each place in the order in which they stand."""
@@ -215,7 +234,7 @@ class ConversationsReader:
 
     def _rendered(self, s: int, segment: MarkedText, reasons: dict[int, str]) -> MarkedText:
         """A segment's messages in the model's own template; nothing, with a reason, where that cannot be."""
-        if not all(each.is_whole for each in segment.messages):
+        if not has_whole_turns(segment):
             reasons[s] = "a message goes beyond the segment, and the model reads whole messages, in its own chat template"
             return MarkedText(text="")
         try:
@@ -276,56 +295,3 @@ def _covered(spans: Sequence[Span], *, place: Any, n_bytes: int) -> NDArray[np.b
     for start, end in spans:
         covered_B[place(start) : place(end)] = True
     return covered_B
-
-
-def _placed(ends_T: NDArray[np.int64], *, own: MarkedText, shared: MarkedText) -> NDArray[np.int64]:
-    """Where a model's own rendering has read as much of the assistant's turns as the shared text has at its bytes.
-
-    Inside a message bytes are bytes. Elsewhere, where the two write different things, only the beginnings and ends of turns are known.
-    """
-    points: list[tuple[int, int, bool]] = [(0, 0, False)]  # own byte, shared byte, whether a message's text follows
-    own_place, shared_place = own.byte_offsets(), shared.byte_offsets()
-    for (own_turn, own_message), (turn, message) in zip(_turns(own), _turns(shared), strict=True):
-        skipped = shared.text[message[0] : message[1]].find(own.text[own_message[0] : own_message[1]])  # a template may trim
-        start = message[0] + max(skipped, 0)
-        points += [(own_place(own_turn[0]), shared_place(turn[0]), False), (own_place(own_message[0]), shared_place(start), True)]
-        points += [(own_place(own_message[1]), shared_place(start + own_message[1] - own_message[0]), False)]
-        points += [(own_place(own_turn[1]), shared_place(turn[1]), False)]
-    own_P, shared_P, is_text_P = (np.array(column) for column in zip(*points, strict=True))
-    point_T = np.searchsorted(own_P, ends_T, side="right") - 1
-    return shared_P[point_T] + np.where(is_text_P[point_T], ends_T - own_P[point_T], 0)
-
-
-def _turns(segment: MarkedText) -> list[tuple[Span, Span]]:
-    """The assistant's turns, each with its message."""
-    messages = [(each.start, each.end) for each in segment.messages if each.role == "assistant"]
-    return list(zip(segment.assistant_spans, messages, strict=True))
-
-
-def without_dummy_prefix(definition: str, *, only_first: bool) -> str:
-    """A `tokenizer.json` that puts no space of its own before a text.
-
-    With `only_first`, tokenizers that put one before every stretch of text between control tokens still do.
-    """
-    tokenizer = json.loads(definition)
-    tokenizer["pre_tokenizer"] = _without(tokenizer.get("pre_tokenizer"), "pretokenizers", only_first=only_first)
-    if not only_first:
-        tokenizer["normalizer"] = _without(tokenizer.get("normalizer"), "normalizers", only_first=False)
-    return json.dumps(tokenizer, ensure_ascii=False)
-
-
-def _without(step: dict[str, Any] | None, inner: str, *, only_first: bool) -> dict[str, Any] | None:
-    if step is None:
-        return None
-    match step:
-        case {"type": "Sequence"}:
-            kept = [_without(each, inner, only_first=only_first) for each in step[inner]]
-            return {**step, inner: [each for each in kept if each is not None]}
-        case {"type": "Prepend"}:
-            return None
-        case {"type": "Metaspace", **rest} if not only_first or rest.get("prepend_scheme") == "first":
-            return {**step, "prepend_scheme": "never"}
-        case {"type": "ByteLevel"} if not only_first:
-            return {**step, "add_prefix_space": False}
-        case _:
-            return step

@@ -21,7 +21,8 @@ from .conversations import Conversation, Message, Role
 from .marked_text import MarkedText, MessageSpan, Span
 
 _PLACEHOLDER = re.compile("\ue000(\\d+)\ue001")
-_TODAY = re.compile(r"strftime_now\(\s*(['\"])(.*?)\1\s*\)")
+_TODAY = re.compile(r"strftime_now\(\s*(['\"])(.*?)\1\s*\)")  # formats that are written out
+_ASKS_FOR_TODAY = "strftime_now("
 _PROBES: tuple[tuple[Role, ...], ...] = (("user", "assistant"), ("user", "assistant", "user", "assistant"), ("system", "user", "assistant"))
 
 
@@ -84,7 +85,7 @@ class ChatTemplate:
     @property
     def identity(self) -> dict[str, Any]:
         """What of it determines a rendering, beside the tokenizer."""
-        return {"template": self.source, "variables": dict(self.variables), "date": self.date if _TODAY.search(self.source) else None}
+        return {"template": self.source, "variables": dict(self.variables), "date": self.date if _ASKS_FOR_TODAY in self.source else None}
 
     @cached_property
     def controls(self) -> frozenset[str]:
@@ -99,6 +100,17 @@ class ChatTemplate:
         """The control token with which the assistant's turn ends; None where the template writes none."""
         found = self._control_pattern.match(self._split(_PROBES[0])[0][-1].lstrip())
         return found[0] if found else None
+
+    @cached_property
+    def bos_begins_turns(self) -> bool:
+        """Whether what the tokenizer has as its bos is but the mark at which turns begin, as `<|im_start|>` of SmolLM2 is."""
+        bos = self.variables.get("bos_token")
+        return bos is not None and sum(literal.count(bos) for literal in self._split(_PROBES[0])[0]) > 1
+
+    @cached_property
+    def written_controls(self) -> list[str]:
+        """The control tokens that it writes around messages of the usual roles, sorted."""
+        return sorted({found[0] for literal in self._probed_literals for found in self._control_pattern.finditer(literal)})
 
     def render(self, conversation: Conversation) -> MarkedText:
         """Write a conversation down.
@@ -158,12 +170,15 @@ class ChatTemplate:
     @cached_property
     def _program(self) -> str:
         """The program, told a fixed day where it asks for today's: else the same corpus would be another one tomorrow."""
-        formats = {found[2] for found in _TODAY.finditer(self.source)}
-        if not formats:
+        if _ASKS_FOR_TODAY not in self.source:
             return self.source
         day = datetime.date.fromisoformat(self.date)
-        cases = "".join(f"{{%- if format == {json.dumps(each)} -%}}{day.strftime(each)}{{%- endif -%}}" for each in sorted(formats))
-        return f"{{%- macro strftime_now(format) -%}}{cases}{{%- endmacro -%}}{self.source}"
+        cases = [(json.dumps(each), day.strftime(each)) for each in sorted({found[2] for found in _TODAY.finditer(self.source)})]
+        known = "".join(f"{{%- if format == {each} -%}}{text}{{%- else -%}}" for each, text in cases)
+        unknown = (
+            "{{ raise_exception('asks for the date in a format that it does not write out: write it out in a copy of the template') }}"
+        )
+        return f"{{%- macro strftime_now(format) -%}}{known}{unknown}{'{%- endif -%}' * len(cases)}{{%- endmacro -%}}{self.source}"
 
     # ---- what the program writes by itself ---------------------------------------------------------------------------------------------
 
@@ -226,10 +241,17 @@ class ChatTemplate:
 def _stored_template(folder: Path, *, config: Mapping[str, Any]) -> str | None:
     path = folder / "chat_template.jinja"
     if path.exists():
-        return path.read_text(encoding="utf-8")
+        try:
+            return path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise DataError(f"{path} cannot be read: {error}.") from error
     stored = config.get("chat_template")
-    if isinstance(stored, list):  # several, by name
-        stored = {each["name"]: each["template"] for each in stored}.get("default")
+    if isinstance(stored, list) and all(isinstance(each, dict) for each in stored):  # several, by name
+        stored = {each.get("name"): each.get("template") for each in stored}
+    if isinstance(stored, dict):
+        stored = stored.get("default")
+    if stored is not None and not isinstance(stored, str):
+        raise DataError(f"{folder}/tokenizer_config.json: chat_template is of type {type(stored).__name__}, not a Jinja template.")
     return stored or None
 
 

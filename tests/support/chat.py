@@ -42,7 +42,7 @@ class Published:
 
 
 PUBLISHED = [
-    Published("smollm2", ("<|im_start|>", "<|im_end|>"), eos="<|im_end|>", end_of_turn="<|im_end|>"),
+    Published("smollm2", ("<|im_start|>", "<|im_end|>"), bos="<|im_start|>", eos="<|im_end|>", end_of_turn="<|im_end|>"),
     Published("qwen2.5", ("<|im_start|>", "<|im_end|>", "<|endoftext|>"), eos="<|im_end|>", end_of_turn="<|im_end|>"),
     Published(
         "llama-3.1", ("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|end_of_text|>"),

@@ -1,0 +1,51 @@
+"""Where the tokens of a model's own rendering of a conversation lie in the text that all share.
+
+Inside the assistant's messages bytes are bytes. Elsewhere the two texts write different things; there only the beginnings and ends of turns
+are the same places.
+"""
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .marked_text import MarkedText, Span
+
+
+def placed(ends_T: NDArray[np.int64], *, own: MarkedText, shared: MarkedText) -> NDArray[np.int64]:
+    """The byte of the shared text up to which a model has read, at the end of each of its tokens.
+
+    A token that ends between two such places has read as much as one that ends at the next of them. Of several tokens with one place the
+    last one speaks there (`align.positions`): so it is that which has just ended the turn, or is just about to begin one.
+
+    Args:
+        ends_T: the byte of its own rendering at which each token ends.
+        own: the model's rendering.
+        shared: the corpus's; with the same turns of the assistant (`turns`).
+    """
+    points: list[tuple[int, int, bool]] = []  # own byte, shared byte, whether a message's text ends there
+    own_place, shared_place = own.byte_offsets(), shared.byte_offsets()
+    for (own_turn, own_message), (turn, message) in zip(turns(own), turns(shared), strict=True):
+        skipped = shared.text[message[0] : message[1]].find(own.text[own_message[0] : own_message[1]])  # a template may trim
+        start = message[0] + max(skipped, 0)
+        points += [(own_place(own_turn[0]), shared_place(turn[0]), False), (own_place(own_message[0]), shared_place(start), False)]
+        points += [(own_place(own_message[1]), shared_place(start + own_message[1] - own_message[0]), True)]
+        points += [(own_place(own_turn[1]), shared_place(turn[1]), False)]
+    points.append((own_place(len(own.text)), shared_place(len(shared.text)), False))
+    own_P, shared_P, is_text_P = (np.array(column) for column in zip(*points, strict=True))
+    point_T = np.searchsorted(own_P, ends_T, side="left")
+    return shared_P[point_T] - np.where(is_text_P[point_T], own_P[point_T] - ends_T, 0)
+
+
+def turns(segment: MarkedText) -> list[tuple[Span, Span]]:
+    """The assistant's turns, each with its message."""
+    messages = [(each.start, each.end) for each in segment.messages if each.role == "assistant"]
+    return list(zip(segment.assistant_spans, messages, strict=True))
+
+
+def has_whole_turns(segment: MarkedText) -> bool:
+    """Whether no message, and none of the assistant's turns, goes beyond the segment."""
+    messages = [each for each in segment.messages if each.role == "assistant"]
+    return (
+        all(each.is_whole for each in segment.messages)
+        and len(messages) == len(segment.assistant_spans)
+        and all(a <= each.start and each.end <= b for each, (a, b) in zip(messages, segment.assistant_spans, strict=True))
+    )
