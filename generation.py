@@ -36,7 +36,7 @@ class ChatModel:
         from .ingest.forward import CausalModel
 
         if not folder.is_dir():
-            raise UsageError(f"There is no folder {folder}. Name an export: workspaces/NAME/exports/NAME.")
+            raise UsageError(f"There is no folder {folder}. Name a model's folder, an export say: workspaces/NAME/exports/NAME.")
         files = ModelFolder(ModelConfig(name="chat", model=str(folder)), folder).check()
         template = ChatTemplate.of_model(folder, tokenizer=files.tokenizer, date=ChatConfig().date)
         if template is None:
@@ -63,6 +63,7 @@ class ChatModel:
             UsageError: the chat template refuses the conversation, or it is longer than the model's context.
         """
         import torch
+        from transformers import GenerationConfig
 
         try:
             prompt = self._reader.encode([self._template.prompt(conversation)]).segments.token_ids_T.tolist()
@@ -71,22 +72,16 @@ class ChatModel:
         if self.context_length is not None and len(prompt) + max_tokens > self.context_length:
             raise UsageError(
                 f"The conversation ({len(prompt)} tokens) and --max-tokens ({max_tokens}) must together be at most the model's context "
-                f"({self.context_length}). Begin a new one with /reset."
+                f"({self.context_length}). Take fewer, or begin anew (/reset)."
             )
         if seed is not None:
             torch.manual_seed(seed)
         text = _Text(self._tokenizer, show=show, n_skipped=len(prompt))
-        sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
+        sampling = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {"do_sample": False}
+        # All of it is said here: what the model's own generation_config.json says of penalties and the like is left aside.
+        settings = GenerationConfig(max_new_tokens=max_tokens, eos_token_id=self._stops, pad_token_id=self._stops[0], **sampling)
         ids_BL = torch.tensor([prompt], device=self._loaded.device)
-        self._loaded.model.generate(
-            ids_BL,
-            attention_mask=torch.ones_like(ids_BL),
-            max_new_tokens=max_tokens,
-            eos_token_id=self._stops,
-            pad_token_id=self._stops[0],
-            streamer=text,
-            **sampling,
-        )
+        self._loaded.model.generate(ids_BL, attention_mask=torch.ones_like(ids_BL), generation_config=settings, streamer=text)
         return text.so_far
 
     @property

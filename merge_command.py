@@ -49,9 +49,12 @@ def merge_command(file: Path, output: Path, models_dir: Path, as_json: bool) -> 
     base, models = _found(request, folder_of_file=file.parent, models_dir=models_dir)
 
     from .train.merging.identity import REPORT, merge_identity, merged_before
+    from .train.model_folder import tokenizer_files_digest
 
     digests = {name: model.weights_digest for name, model in models.items()}
     identity = merge_identity(request.config, base=base.weights_digest if base else None, models=digests)
+    named = models[request.tokenizer] if request.tokenizer else base or models[min(models)]
+    identity |= {"tokenizer": tokenizer_files_digest(named.folder)}
     if merged_before(output, identity=identity):
         stored = json.loads((output / REPORT).read_text(encoding="utf-8"))
         _show_nothing_to_do(output, stored, as_json=as_json)

@@ -43,7 +43,7 @@ class _Reader:
         """The merge that a file asks for."""
         try:
             data = yaml.safe_load(text)
-        except yaml.YAMLError as error:
+        except (yaml.YAMLError, ValueError) as error:  # the latter of dates that are none
             self.refuse("is not valid YAML:", " ".join(str(error).split()))
         if not isinstance(data, dict):
             self.refuse("must", "hold keys and values, among them merge_method and models.")

@@ -31,7 +31,7 @@ def open_pipeline(
     """Check the recipe, become the workspace's coordinator, bring its catalog up to date, and hand out the pipeline.
 
     With `makes_parts` an executor that cannot be had is told here, before hours are spent on something else. A source that is `added` is
-    written into the recipe when all models were found and the target can be trained.
+    written into the recipe when all models were found, can read what they are to read, and the target can be trained.
     """
     from .recipe import load_recipe
 
@@ -52,7 +52,7 @@ def open_pipeline(
     with opened.coordinator():
         pipeline = Pipeline(checked, base=recipe.parent, workspace=opened, models_dir=models_dir, progress=progress, executor=engine)
         if added:
-            pipeline.check_trainable()
+            pipeline.check_models()
             show_addition(added, opened)
             added.save()
         durable.write_bytes(opened.root / "recipe.toml", recipe.read_bytes())

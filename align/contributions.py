@@ -10,7 +10,8 @@ Axes: N sources, S segments of a part, T its positions, C entries of a projectio
                         these positions, 1 in sum
     agreement_SN        share of these positions at which its most probable target token is that of the target's own start
     nll_SN              nats of the segment's text under it, token by token in its own vocabulary: before the map
-    gold_nll_SN         nats of the target tokens that follow, at these positions, under what came through the map
+    gold_nll_SN         nats of the target tokens that follow, at these positions, under what came through the map; as nll_SN, of
+                        conversations of the assistant's tokens alone
     n_gold_SN           how many tokens these are: those with any probability (uint32)
 """
 
@@ -37,6 +38,7 @@ def contributions(
     weights_NT: NDArray[np.float64],
     shares_NT: NDArray[np.float64],
     nll_NS: NDArray[np.float64],
+    is_label_T: NDArray[np.bool_] | None = None,
 ) -> dict[str, NDArray[Any]]:
     """The arrays above, by name.
 
@@ -47,6 +49,7 @@ def contributions(
         weights_NT: weights by the method.
         shares_NT: weights in what was fused.
         nll_NS: nats of each segment under each source, NaN where it has not read it.
+        is_label_T: positions before the tokens that these nats are of; None for all.
     """
     columns: dict[str, list[NDArray[Any]]] = {name: [] for name in NAMES}
     everywhere_T = np.ones(offsets[-1], np.bool_)
@@ -54,6 +57,8 @@ def contributions(
     for projection, cost_T, weight_T, share_T, nll_S in zip(projections, costs_NT, weights_NT, shares_NT, nll_NS, strict=True):
         is_aligned_T = projection.is_aligned_T
         has_gold_T = np.isfinite(projection.gold_logprob_T)
+        if is_label_T is not None:
+            has_gold_T &= is_label_T
         favourite_T = favourites(projection)
         has_favourites_T = is_aligned_T & (favourite_T >= 0) & (own_favourite_T >= 0)
         found = {

@@ -12,7 +12,8 @@ Arrays of a part (T positions and S segments of the target's part, K entries, N 
                                       254 for all mass on one token (the attribute `one_hot` says which)
     source_S                          the source that has all the weight in the segment; 255 where several have some
     lost_mass_S                       mean over the segment's positions of the mass that the vocabulary map lost
-    gold_nll_S, n_gold_S              nats of the text's tokens under the fused distributions, and how many have any probability
+    gold_nll_S, n_gold_S              nats of the text's tokens under the fused distributions, and how many have any probability; of
+                                      conversations of the assistant's tokens alone
     …_SN                              what each source brings to each segment (`contributions`)
 
 What each source counts, and of which unit of text, is in `weights`.
@@ -112,6 +113,9 @@ class FusionStage:
             gold_ids_T=gold_ids_T,
         )
         gold_prob_T = _probabilities_of(gold_ids_T, ids_TK, probs_TK)
+        is_label_T = own.arrays(part).read_if_there("label_mask_T")
+        if is_label_T is not None:
+            gold_prob_T[~is_label_T] = 0
         used_NT = shares_NT > 0
         source_T = np.where(used_NT.sum(axis=0) == 1, used_NT.argmax(axis=0), SEVERAL)
         source_T[stand_in.is_aligned_T] = ONE_HOT
@@ -131,10 +135,18 @@ class FusionStage:
                 "gold_nll_S": sums(-np.log(np.where(gold_prob_T > 0, gold_prob_T, 1)), offsets=offsets).astype(np.float32),
                 "n_gold_S": sums(gold_prob_T > 0, offsets=offsets).astype(np.uint32),
             }
-        if "label_mask_T" in own.arrays(part).names:
-            (arrays["label_mask_T"],) = own.read(part, "label_mask_T")
+        if is_label_T is not None:
+            arrays["label_mask_T"] = is_label_T
         nll_NS = np.array([each.nll_S for each in likelihoods])
-        arrays |= contributions(projections, offsets=offsets, costs_NT=costs_NT, weights_NT=weights_NT, shares_NT=shares_NT, nll_NS=nll_NS)
+        arrays |= contributions(
+            projections,
+            offsets=offsets,
+            costs_NT=costs_NT,
+            weights_NT=weights_NT,
+            shares_NT=shares_NT,
+            nll_NS=nll_NS,
+            is_label_T=is_label_T,
+        )
         counts = {"segments": len(doc_id_S), "tokens": len(token_ids_T)}
         counts |= {f"from_{source.name}": int((source_T == index).sum()) for index, source in enumerate(self.sources)}
         return PartContent(
@@ -226,9 +238,9 @@ class _Likelihood:
         else:
             (logprobs_UK,) = self._distributions.read(self._part, "topk_logprobs_TK")
             nats_U = -logprobs_UK.astype(np.float64).max(axis=1)
-        arrays = self._distributions.arrays(self._part)
-        if "label_mask_T" in arrays.names:
-            return sums(np.where(arrays.read("label_mask_T"), nats_U, 0), offsets=offsets)
+        is_label_U = self._distributions.arrays(self._part).read_if_there("label_mask_T")
+        if is_label_U is not None:
+            return sums(np.where(is_label_U, nats_U, 0), offsets=offsets)
         before = np.concatenate([[0.0], np.cumsum(nats_U, dtype=np.float64)])
         last = np.maximum(offsets[1:] - 1, 0)  # nothing follows there, and the tokens that are scored are the last ones
         return before[last] - before[np.maximum(last - n_scored.astype(np.int64), 0)]

@@ -146,5 +146,5 @@ def reading(dataset: Dataset, *, part: int, tokenizer: Tokenizer) -> Reading:
         segment_S=segment_S,
         n_bytes_S=n_bytes_S,
         tokenizer=tokenizer,
-        stored_ends_T=arrays.read("byte_ends_T") if "byte_ends_T" in arrays.names else None,
+        stored_ends_T=arrays.read_if_there("byte_ends_T"),
     )

@@ -62,7 +62,10 @@ class Row:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Summary:
-    """Figures of all that is shown. Bits per byte are of the text's tokens after the first, in each segment."""
+    """Figures of all that is shown.
+
+    Bits per byte are of the text's tokens after the first, in each segment; of conversations, of the assistant's.
+    """
 
     positions: int
     same: int  # at which both have read the same; of `dtw`, that are matched
@@ -152,7 +155,7 @@ def show_alignment(
         source_positions=source_positions,
         target_positions=target_positions,
         rows=rows,
-        summary=pair.summary(chosen, byte_ends_T=_byte_ends(workspace, target, part=part)),
+        summary=pair.summary(chosen, bytes_T=_token_bytes(workspace, target, part=part)),
     )
 
 
@@ -171,9 +174,12 @@ def _texts(workspace: Workspace, dataset: Dataset, tokens: Iterator[int | None])
     return {token: texts[token] if token < len(texts) else "" for token in set(tokens) if token is not None}
 
 
-def _byte_ends(workspace: Workspace, dataset: Dataset, *, part: int) -> NDArray[np.int64]:
+def _token_bytes(workspace: Workspace, dataset: Dataset, *, part: int) -> NDArray[np.int64]:
+    """How many bytes of the text each token after its segment's first stands for; control tokens stand for none."""
     tokenizer = Tokenizer.load(workspace.folder("tokenizers", dataset.identity["tokenizer"]))
-    return reading(dataset, part=part, tokenizer=tokenizer).byte_ends(dummy_prefix=False)
+    read = reading(dataset, part=part, tokenizer=tokenizer)
+    bytes_T = np.diff(read.byte_ends(dummy_prefix=False), prepend=0)
+    return np.where(tokenizer.token_bytes.is_special_V[read.side.token_ids_T], 0, bytes_T)
 
 
 # ---- which datasets --------------------------------------------------------------------------------------------------------------------
@@ -271,6 +277,7 @@ class _Pair:
         self.token_ids_U, self.source_offsets, self.source_doc_id_S, self.source_segment_S, _, *self.source_likelihood = source.read(
             part, *read
         )
+        self.label_mask_T = target.arrays(part).read_if_there("label_mask_T")
         gold_ids_T = gold_ids(self.token_ids_T, offsets=self.offsets)
         fusion_source = FusionSource(name=source.name, distributions=source, alignment=alignment, vocabulary_map=vocabulary_map)
         self.stored = fusion_source.read(part)
@@ -352,13 +359,13 @@ class _Pair:
                 first_t, first_u, start = t + 1, stop_u, 0.0
         return rows
 
-    def summary(self, chosen: list[int], *, byte_ends_T: NDArray[np.int64]) -> Summary:
-        """Figures over some segments; `byte_ends_T` says at which byte of its segment each token of the target ends."""
+    def summary(self, chosen: list[int], *, bytes_T: NDArray[np.int64]) -> Summary:
+        """Figures over some segments; `bytes_T` says how many bytes of the text each token of the target stands for."""
         at_T = np.concatenate([np.arange(self.offsets[s], self.offsets[s + 1]) for s in chosen])
         projection = self.projection
         is_aligned = projection.is_aligned_T[at_T]
         scored_T = np.concatenate([self._scored(s) for s in chosen])
-        bytes_T = byte_ends_T[scored_T + 1] - byte_ends_T[scored_T]
+        bytes_T = bytes_T[scored_T + 1]
         logprob_T = projection.gold_logprob_T[scored_T]
         has_gold_T = np.isfinite(logprob_T)
         favourites, own_favourites = (
@@ -387,7 +394,12 @@ class _Pair:
         )
 
     def _scored(self, s: int) -> NDArray[np.int64]:
-        """The target's positions whose next token is scored: of a segment, all but what predicts the text's first token."""
+        """The target's positions whose next token is scored: of a segment, all but what predicts the text's first token.
+
+        Of a conversation, those that predict the assistant's tokens.
+        """
+        if self.label_mask_T is not None:
+            return int(self.offsets[s]) + np.flatnonzero(self.label_mask_T[self.offsets[s] : self.offsets[s + 1]])
         n_scored = int(self.likelihood[1][s])
         return np.arange(int(self.offsets[s + 1]) - 1 - n_scored, int(self.offsets[s + 1]) - 1)
 

@@ -45,7 +45,7 @@ class FusionSource:
         if self.alignment is not None:
             arrays = self.alignment.arrays(part)
             position_T = arrays.read("source_position_T")
-            ahead_T = arrays.read("ahead_T") if "ahead_T" in arrays.names else None  # of `cover`
+            ahead_T = arrays.read_if_there("ahead_T")  # of `cover`
         return SourcePart(
             topk_ids_UK=topk_ids_UK,
             topk_probs_UK=probabilities(topk_logprobs_UK),

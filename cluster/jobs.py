@@ -41,6 +41,7 @@ class Jobs:
             corpus_folder=stages.corpus.dataset.folder.absolute(),
             held_out=self._held_out(),
             export_folder=self.workspace.folder("exports", config.name).absolute(),
+            chat_template=stages.chat_template,
             lineage=lineage(training, recipe=self.recipe, models=stages.models, corpus=stages.corpus.dataset, targets=targets_fingerprint),
             config=config,
         )

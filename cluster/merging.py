@@ -74,6 +74,7 @@ class Merging:
                 output=self.export_folder,
                 identity=self._identity,
                 lineage=self._lineage,
+                tokenizer_of=next(iter(models.values())).folder,  # with the chat template that they were trained in
                 on_progress=follow,
             )
             run.metrics.update(models=len(models), tensors=len(report.tensors), stored_bytes=report.n_bytes)

@@ -42,7 +42,7 @@ class Pipeline:
 
     def run(self) -> None:
         """Everything that is missing, in order."""
-        self.check_trainable()
+        self.check_models()
         self.make_corpus()
         self._check_identities()
         self.make_distributions()
@@ -53,12 +53,13 @@ class Pipeline:
 
     # ---- checks ------------------------------------------------------------------------------------------------------------------------
 
-    def check_trainable(self) -> None:
-        """Refuse a target that cannot be trained as asked before hours are spent on its sources.
+    def check_models(self) -> None:
+        """Refuse models that cannot read the conversations, and a target that cannot be trained as asked, before hours are spent.
 
         Raises:
-            FuselineError: it cannot, or a model is not to be had or used.
+            FuselineError: one cannot, or is not to be had or used.
         """
+        self.stages.check_readings()
         if self.jobs.all_trained:
             return
         from ..train.families import read_architecture  # loads transformers
@@ -185,6 +186,8 @@ class Pipeline:
     def merge(self) -> None:
         """The merged model, where the recipe has one; its trainings must be done."""
         if self.merging is None:
+            if self.recipe.merge is not None:
+                self.progress.say(f"merge {self.recipe.merge.name}: nothing to merge, {self.recipe.merge.method} takes two models or more")
             return
         title = f"merge {self.merging.name}"
         if self.merging.is_done():

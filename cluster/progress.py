@@ -72,8 +72,8 @@ class Progress:
             if now - said < _PLAIN_SECONDS and so_far < total:
                 return
             said = now
-            left = (now - started) * (total - so_far) / max(so_far - before, 1e-9)
-            self.say(f"{title}: {so_far / total:.0%}, {figures}, {duration(now - started)} passed, {duration(left)} left")
+            left = f", {duration((now - started) * (total - so_far) / (so_far - before))} left" if so_far > before else ""
+            self.say(f"{title}: {so_far / total:.0%}, {figures}, {duration(now - started)} passed{left}")
 
         yield tracker
 

@@ -80,6 +80,12 @@ class Stages:
         chat = self.recipe.corpus.chat
         return None if chat is None else CorpusTemplate.of(chat, target=self.models[self.recipe.target.name], base=self.base)
 
+    @property
+    def chat_template(self) -> str | None:
+        """The Jinja program that the recipe names; None where there is none, or it is the target's own."""
+        chat, written = self.recipe.corpus.chat, self._corpus_template
+        return written.template.source if chat is not None and chat.template is not None and written is not None else None
+
     def _chat_reading(self, model: ModelFolder) -> ChatReading | None:
         """How a model reads conversations: what the target's start becomes reads them as it does."""
         chat, written = self.recipe.corpus.chat, self._corpus_template
@@ -88,6 +94,17 @@ class Stages:
         if model.config.name not in {source.name for source in self.recipe.sources}:
             return ChatReading(template=written.template, rendering="shared")
         return ChatReading.of_source(model, written=written, date=chat.date)
+
+    def check_readings(self) -> None:
+        """Refuse models that cannot read the conversations as the recipe says before anything is made.
+
+        Raises:
+            FuselineError: a chat template is missing or does not run, or a control token has no embedding.
+        """
+        for model in self.models.values():
+            reading = self._chat_reading(model)
+            if reading is not None:
+                reading.reader(model.tokenizer).require_known(model.vocab_size)
 
     def parts_of(self, split: str) -> list[int]:
         """The corpus's parts of one split.

@@ -98,7 +98,11 @@ def _differences(kind: str, name: str, *, recipe: Recipe, workspace: Workspace) 
         case "corpus":
             return _differing(stored, corpus_choices(recipe.corpus))
         case "distributions" | "evaluations":
-            return _differing(stored, _forward_choices(kind, name, recipe=recipe, workspace=workspace))
+            choices = _forward_choices(kind, name, recipe=recipe, workspace=workspace)
+            rendering = stored.get("chat", {}).get("rendering")
+            wanted_rendering = _rendering(name, recipe=recipe)
+            same = rendering == wanted_rendering
+            return _differing(stored, choices) + ([] if same else [f"chat template: stored {rendering}, asked for {wanted_rendering}"])
         case "targets":
             (fusion,) = (fusion for fusion in recipe.fusions if fusion.name == name)
             return _fusion_differences(fusion, recipe=recipe, workspace=workspace)
@@ -120,6 +124,14 @@ def _forward_choices(kind: str, name: str, *, recipe: Recipe, workspace: Workspa
         choices = {"split": "train", "dtype": dtype, "top_k": recipe.distributions.top_k, "codec": recipe.distributions.codec}
     corpus = _open(workspace.folder("corpus", recipe.corpus.name))
     return choices if corpus is None else choices | {"corpus": corpus.fingerprint}
+
+
+def _rendering(name: str, *, recipe: Recipe) -> str | None:
+    """How the model of a forward pass reads conversations; None of plain text."""
+    if recipe.corpus.chat is None:
+        return None
+    readings = {source.name: "own" if source.chat_template == "own" else "foreign" for source in recipe.sources}
+    return readings.get(name.removesuffix(f"--{recipe.evaluation.split}"), "shared")
 
 
 def _pair_identity(kind: str, name: str, *, alignment: AlignmentConfig, workspace: Workspace) -> dict[str, Any] | None:

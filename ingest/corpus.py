@@ -12,7 +12,7 @@ With `[corpus.chat]` a document is a conversation, and its text what a chat temp
 """
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -28,6 +28,7 @@ from ..store.errors import DataError
 from ..store.tokenizer import Tokenizer
 from .chat.config import ChatConfig
 from .chat.marked_text import MarkedText, columns_of
+from .chat.reader import ConversationsReader
 from .chat.readings import CorpusTemplate
 from .chat.segment import segment_conversations
 from .digests import file_digest
@@ -128,6 +129,11 @@ class CorpusStage:
         return [Tokenizer.load(folder) for folder in self.tokenizer_folders]
 
     @cached_property
+    def _readers(self) -> list[ConversationsReader]:
+        assert self.chat is not None
+        return [reader for tokenizer in self.tokenizers for reader in self.chat.readers(tokenizer)]
+
+    @cached_property
     def plan(self) -> "CorpusPlan":
         """Which documents are kept, and in which part."""
         return CorpusPlan.load(self.dataset) or self._make_plan()
@@ -158,8 +164,7 @@ class CorpusStage:
         if self.chat is None:
             plain = [each.text for each in texts]
             return segment_documents(plain, tokenizers=self.tokenizers, context_length=context_length), {}
-        readers = [self.chat.reader(tokenizer) for tokenizer in self.tokenizers]
-        segmented = segment_conversations(texts, readers=readers, context_length=context_length)
+        segmented = segment_conversations(texts, readers=self._readers, context_length=context_length)
         return [[each.text for each in segments] for segments in segmented], columns_of(
             [each for segments in segmented for each in segments]
         )
@@ -168,8 +173,8 @@ class CorpusStage:
         texts = [MarkedText(text="")] * len(documents)
         for (split,), rows in documents.with_row_index().group_by("source_split"):
             selected = self.splits[str(split)].select(rows["row"].to_list())
-            read = _documents(self.config, chat=self.chat, columns=selected.column_names, where=str(self.source))
-            batch = selected.select_columns(list(read.columns)).with_format("arrow")[:]
+            read = _documents(self.config, chat=self.chat, features=selected.features, where=str(self.source))
+            batch = selected.select_columns(list(read.columns)).with_format(read.format)[:]
             found, _ = read.read(batch, where=f"{self.source}, split {split}", first_row=0)
             for index, text in zip(rows["index"].to_list(), found, strict=True):
                 texts[index] = text
@@ -241,17 +246,17 @@ def _source_documents(
     Of documents that are refused, too, which `refused` then lists.
     """
     for source_split, rows in splits.items():
-        read = _documents(config, chat=chat, columns=rows.column_names, where=str(source))
+        read = _documents(config, chat=chat, features=rows.features, where=str(source))
         columns = [column for column in (*read.columns, config.domain_column, config.split_column) if column]
         for column in columns:
             if column not in rows.column_names:
                 raise DataError(f"The corpus {source} has no column {column!r}; it has: {', '.join(rows.column_names)}.")
         row = 0
-        for batch in rows.select_columns(list(dict.fromkeys(columns))).with_format("arrow").iter(batch_size=1000):
+        for batch in rows.select_columns(list(dict.fromkeys(columns))).with_format(read.format).iter(batch_size=1000):
             texts, reasons = read.read(batch, where=f"{source}, split {source_split}", first_row=row)
             refused += [f"{source_split} row {number}: {reason}" for number, reason in reasons.items()]
-            domains = batch.column(config.domain_column).to_pylist() if config.domain_column else ["all"] * len(texts)
-            named_splits = batch.column(config.split_column).to_pylist() if config.split_column else [source_split] * len(texts)
+            domains = _values(batch, config.domain_column) if config.domain_column else ["all"] * len(texts)
+            named_splits = _values(batch, config.split_column) if config.split_column else [source_split] * len(texts)
             for marked, domain, split in zip(texts, domains, named_splits, strict=True):
                 if split is None:
                     raise DataError(f"{source}, split {source_split}, row {row}: {config.split_column} says no split. Mend this row.")
@@ -262,11 +267,16 @@ def _source_documents(
                 row += 1
 
 
-def _documents(config: CorpusConfig, *, chat: CorpusTemplate | None, columns: list[str], where: str) -> Documents:
+def _values(batch: Any, column: str) -> list[Any]:
+    values = batch[column]
+    return values if isinstance(values, list) else values.to_pylist()
+
+
+def _documents(config: CorpusConfig, *, chat: CorpusTemplate | None, features: Mapping[str, Any], where: str) -> Documents:
     if config.chat is None:
-        return TextDocuments(config.text_column)
+        return TextDocuments(config.text_column, features=features, where=where)
     assert chat is not None
-    return ChatDocuments(config.chat, template=chat.template, columns=columns, where=where)
+    return ChatDocuments(config.chat, template=chat.template, columns=list(features), where=where)
 
 
 def _corpus_stage(

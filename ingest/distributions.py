@@ -28,8 +28,9 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from ..store.arrays import Encoding, id_dtype
 from ..store.dataset import Dataset, PartContent
-from ..store.tokenizer import EncodedSegments, Tokenizer
+from ..store.tokenizer import NOT_LOSSLESS, EncodedSegments, Tokenizer
 from .chat.marked_text import segments_of
+from .chat.reader import ConversationsReader
 from .chat.readings import ChatReading
 from .models import ModelFolder
 
@@ -95,7 +96,7 @@ class DistributionsStage:
         self.chat, self.context_length = chat, context_length or corpus.identity["context_length"]
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name not in {"model", "tokenizer"}}
+        return {name: value for name, value in self.__dict__.items() if name not in {"model", "tokenizer", "_reader"}}
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
@@ -108,6 +109,10 @@ class DistributionsStage:
         from .forward import CausalModel
 
         return CausalModel(self.model_folder, dtype=self.dtype, trust_remote_code=self.trust_remote_code)
+
+    @cached_property
+    def _reader(self) -> ConversationsReader | None:
+        return None if self.chat is None else self.chat.reader(self.tokenizer)
 
     def compute(self, part: int) -> PartContent:
         """Tokenize and run one part of the corpus.
@@ -155,10 +160,10 @@ class DistributionsStage:
         return PartContent(data=arrays, counts=counts, attributes={"quarantined": quarantined}, encodings=self._encodings)
 
     def _read(self, table: pl.DataFrame) -> "_Read":
-        if self.chat is None:
+        if self._reader is None:
             encoded = self.tokenizer.encode_segments(table["text"].to_list())
             return _Read.of_text(encoded, tokenizer=self.tokenizer)
-        conversations = self.chat.reader(self.tokenizer).encode(segments_of(table))
+        conversations = self._reader.encode(segments_of(table))
         offsets = conversations.segments.segment_offsets
         return _Read(
             encoded=conversations.segments,
@@ -195,9 +200,6 @@ class DistributionsStage:
         return arrays
 
 
-_NOT_TEXT = "the tokens' bytes are not the text's: the tokenizer cannot represent this text"
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Read:
     """Segments as a model reads them."""
@@ -224,7 +226,7 @@ class _Read:
             encoded=encoded,
             is_scored_T=is_scored_T,
             scored_bytes_S=encoded.n_bytes_S - first_bytes_S,
-            reasons=[None if ok else _NOT_TEXT for ok in encoded.is_lossless_S.tolist()],
+            reasons=[None if ok else NOT_LOSSLESS for ok in encoded.is_lossless_S.tolist()],
         )
 
     def select(self, keep_S: NDArray[np.bool_]) -> "_Read":

@@ -14,12 +14,13 @@ class Documents(Protocol):
     """Reads rows of a data set as documents."""
 
     columns: tuple[str, ...]  # that it reads
+    format: str | None  # in which `datasets` is to give them: None is Python's own types, with what JSON mixes decoded
 
     def read(self, batch: Any, *, where: str, first_row: int) -> tuple[list[MarkedText], Mapping[int, str]]:
         """The documents of some rows, and why some of them, by their row, are refused; those have no text.
 
         Args:
-            batch: an Arrow table with the columns.
+            batch: some rows with the columns, in the format.
             where: the file and split, for messages.
             first_row: number of the first row there.
 
@@ -32,7 +33,12 @@ class Documents(Protocol):
 class TextDocuments:
     """A column of text."""
 
-    def __init__(self, column: str) -> None:
+    format: str | None = "arrow"
+
+    def __init__(self, column: str, *, features: Mapping[str, Any], where: str) -> None:
+        """Raise DataError where the column holds values of several kinds: `datasets` would give all of them as JSON."""
+        if type(features.get(column)).__name__ == "Json":
+            raise DataError(f"{where}: the column {column!r} holds values of several types, not only text. Mend these rows.")
         self.columns: tuple[str, ...] = (column,)
 
     def read(self, batch: Any, *, where: str, first_row: int) -> tuple[list[MarkedText], Mapping[int, str]]:
@@ -54,6 +60,8 @@ class TextDocuments:
 class ChatDocuments:
     """Conversations, written down by a chat template."""
 
+    format: str | None = None
+
     def __init__(self, config: ChatConfig, *, template: ChatTemplate, columns: Sequence[str], where: str) -> None:
         """Find out which of the columns hold the conversations.
 
@@ -68,7 +76,9 @@ class ChatDocuments:
         """Refused are conversations without an answer, with an empty one, and those that the template does not write as they are."""
         texts: list[MarkedText] = []
         refused: dict[int, str] = {}
-        for row, fields in enumerate(batch.select(list(self.columns)).to_pylist(), start=first_row):
+        rows = zip(*(batch[column] for column in self.columns), strict=True)
+        for row, values in enumerate(rows, start=first_row):
+            fields = dict(zip(self.columns, values, strict=True))
             try:
                 conversation = self._reader.read(fields)
             except ValueError as error:

@@ -51,6 +51,10 @@ class PartArrays:
         """Names of the arrays, sorted."""
         return sorted(self._metadata)
 
+    def read_if_there(self, name: str) -> NDArray[Any] | None:
+        """All of an array that not every dataset of the kind has; None where this one has not."""
+        return self.read(name) if name in self.names else None
+
     def read(self, name: str, start: int = 0, stop: int | None = None) -> NDArray[Any]:
         """Rows `start` to `stop` of an array (by default all), decoded; only the chunks that hold them are read, and checked.
 

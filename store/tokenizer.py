@@ -31,6 +31,7 @@ from .errors import DataError
 
 ROLES = ("bos", "eos", "pad", "unk")
 BYTE_LEVEL_WORD_START = "Ġ"  # how byte-level BPE does
+NOT_LOSSLESS = "the tokens' bytes are not the text's: the tokenizer cannot represent this text"
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
 _CONTROL_TOKEN = re.compile(r"<\|.*\|>|</?s>", re.DOTALL)
 

@@ -162,6 +162,9 @@ class TrainJob(BaseModel):
     corpus_folder: Path | None = Field(None, description="dataset of the texts, whose plan says the documents' domains")
     held_out: HeldOut | None = Field(None, description="what to evaluate on while training")
     export_folder: Path = Field(description="where the trained model is written as a Hugging Face folder")
+    chat_template: str | None = Field(
+        None, description="Jinja program that the exported model gets, if not the one of the model it starts from"
+    )
     lineage: dict[str, Any] = Field(description="what the model was made from, for its card")
     config: TrainingConfig
 

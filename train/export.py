@@ -44,7 +44,7 @@ def export(model: nn.Module, *, job: TrainJob, architecture: Architecture, runti
                 pass  # takes part in gathering
     if runtime.leads:
         copy_config(job.model_folder, to=temporary, dtype=job.config.dtype)
-        copy_tokenizer(job.model_folder, to=temporary)
+        copy_tokenizer(job.model_folder, to=temporary, chat_template=job.chat_template)
         _write_card(job, facts=facts, folder=temporary)
         durable.publish(temporary, to=folder)
     dist.barrier()

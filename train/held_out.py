@@ -112,8 +112,7 @@ def _segments(dataset: Dataset, *, parts: list[int], domains: Domains, limit: in
     n_tokens = 0
     for part in parts:
         token_ids_T, offsets, doc_id_S, n_scored_S, scored_bytes_S = dataset.read(part, *names)
-        arrays = dataset.arrays(part)
-        label_mask_T = arrays.read("label_mask_T") if "label_mask_T" in arrays.names else None
+        label_mask_T = dataset.arrays(part).read_if_there("label_mask_T")
         domain_S = domains.codes(doc_id_S)
         for s in range(len(doc_id_S)):
             if n_tokens >= limit:

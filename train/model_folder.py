@@ -1,5 +1,6 @@
 """What a Hugging Face folder that is written has beside the weights: config, tokenizer, model card."""
 
+import hashlib
 import json
 import shutil
 from collections.abc import Mapping
@@ -20,9 +21,21 @@ _TOKENIZER_FILES = (
 )
 
 
-def copy_tokenizer(model_folder: Path, *, to: Path) -> None:
-    """Copy the files of the tokenizer."""
+def copy_tokenizer(model_folder: Path, *, to: Path, chat_template: str | None = None) -> None:
+    """Copy the files of the tokenizer; `chat_template` is the one that the model was trained in, if that is not its own."""
     _copy(_TOKENIZER_FILES, model_folder, to=to)
+    if chat_template is not None:
+        (to / "chat_template.jinja").write_text(chat_template, encoding="utf-8")
+
+
+def tokenizer_files_digest(model_folder: Path) -> str:
+    """SHA-256 (hex) of what `copy_tokenizer` copies."""
+    digest = hashlib.sha256()
+    for name in _TOKENIZER_FILES:
+        if (model_folder / name).exists():
+            content = (model_folder / name).read_bytes()
+            digest.update(f"{name} {len(content)}\n".encode() + content)
+    return digest.hexdigest()
 
 
 def copy_config(model_folder: Path, *, to: Path, dtype: str) -> None:

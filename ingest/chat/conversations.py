@@ -73,8 +73,10 @@ def read_messages(value: Any) -> Conversation:
         ValueError: it is none, with the message and the field that are wrong.
     """
     if isinstance(value, Mapping):  # a list of structs may come as a struct of lists
-        keys = list(value)
-        value = [dict(zip(keys, fields, strict=True)) for fields in zip(*(value[key] or () for key in keys), strict=True)]
+        columns = {key: fields or () for key, fields in value.items()}
+        if len({len(fields) for fields in columns.values()}) > 1:
+            raise ValueError(f"the lists {', '.join(columns)} have different lengths")
+        value = [dict(zip(columns, fields, strict=True)) for fields in zip(*columns.values(), strict=True)]
     if value is None:
         return ()
     if not isinstance(value, Sequence) or isinstance(value, str):
@@ -97,13 +99,16 @@ def read_alpaca(row: Mapping[str, Any]) -> Conversation:
 def _message(message: Any, *, number: int) -> Message:
     if not isinstance(message, Mapping):
         raise ValueError(f"message {number} is {_kind(message)}, not an object with a role and a text")
-    named = message.get("role", message.get("from"))
+    named = message.get("role") or message.get("from")  # where rows differ, the keys of others are there as null
     role = _ROLES.get(named) if isinstance(named, str) else None
     if role is None:
         raise ValueError(f"message {number}: the role ({named!r}) must be one of {', '.join(sorted(_ROLES))}")
-    if message.get("tool_calls"):
-        raise ValueError(f"message {number} has tool_calls, which are not supported; write the call as text")
-    content = message["content"] if "content" in message else message.get("value")
+    for key in ("tool_calls", "reasoning_content", "thinking"):
+        if message.get(key):
+            raise ValueError(f"message {number} has {key}, which is not read; write it into the message's text")
+    if message.get("weight") == 0:
+        raise ValueError(f"message {number} has weight 0, and all answers are trained on; end the conversation before it")
+    content = message.get("value") if message.get("content") is None else message["content"]
     if isinstance(content, Sequence) and not isinstance(content, str):
         return Message(role, "".join(_part(part, number=number) for part in content))
     return Message(role, _text(content, field=f"message {number}"))

@@ -50,7 +50,7 @@ class MarkedText:
             messages=tuple(
                 MessageSpan(each.role, a, b, each.is_whole and b - a == each.end - each.start)
                 for each in self.messages
-                for a, b in _within([(each.start, each.end)], start, end)
+                for a, b in _within([(each.start, each.end)], start, end, keeps_empty=True)
             ),
         )
 
@@ -62,9 +62,9 @@ class MarkedText:
         return lambda place: ends[place]
 
 
-def _within(spans: Sequence[Span], start: int, end: int) -> Iterator[Span]:
+def _within(spans: Sequence[Span], start: int, end: int, *, keeps_empty: bool = False) -> Iterator[Span]:
     for a, b in spans:
-        if max(a, start) < min(b, end):
+        if max(a, start) < min(b, end) or (keeps_empty and a == b and start <= a < end):
             yield max(a, start) - start, min(b, end) - start
 
 

@@ -21,7 +21,8 @@ from numpy.typing import NDArray
 from tokenizers import AddedToken
 
 from ...store.arrays import id_dtype
-from ...store.tokenizer import EncodedSegments, Tokenizer
+from ...store.errors import DataError
+from ...store.tokenizer import NOT_LOSSLESS, EncodedSegments, Tokenizer
 from .conversations import Message
 from .marked_text import MarkedText, Span
 from .placing import has_whole_turns, placed
@@ -30,7 +31,6 @@ from .template import ChatTemplate, RefusedConversation
 
 Rendering = Literal["own", "shared", "foreign"]  # the model's own; the corpus's, which is in its template; the corpus's, which is not
 _Where = Literal["start", "after_control", "inside"]
-_NOT_READ = "the tokens' bytes are not the text's: the tokenizer cannot represent this text"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,6 +85,15 @@ class ConversationsReader:
         """The token with which the model ends a turn in what it reads."""
         return self._control_ids.get(self.template.end_of_turn or "")
 
+    def require_known(self, vocab_size: int) -> None:
+        """Raise DataError where a control token of the template has an id that the model has no embedding for."""
+        for token in self.template.written_controls:
+            if self._control_ids.get(token, 0) >= vocab_size:
+                raise DataError(
+                    f"The id of the chat template's control token {token} ({self._control_ids[token]}) must be below vocab_size "
+                    f"({vocab_size}) of the model that reads it. Resize the model's embeddings, or use a template without it."
+                )
+
     def lengths(self, segments: Sequence[MarkedText]) -> NDArray[np.int64]:
         """Tokens of each segment, [S]."""
         return np.diff(self.encode(segments).segments.segment_offsets)
@@ -103,7 +112,7 @@ class ConversationsReader:
             ids_T, ends_T, is_lossless = self._assemble(segment, pieces[s], runs)
             label_T, scored_T = _labels(segment, ends_T, has_bos=self._prepends_bos)
             if not is_lossless:
-                reasons.setdefault(s, _NOT_READ)
+                reasons.setdefault(s, NOT_LOSSLESS)
             if self.rendering == "own" and s not in reasons:
                 ends_T = placed(ends_T, own=segment, shared=shared)
             ids.append(ids_T)

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from ...store.errors import UsageError
+from ...store.errors import DataError, UsageError
 from ...store.tokenizer import Tokenizer
 from ..models import ModelFolder
 from .config import ChatConfig
@@ -43,12 +43,18 @@ class CorpusTemplate:
                 f"{target.folder} has no chat template to write conversations in (chat_template.jinja, or chat_template in "
                 "tokenizer_config.json). Name a Jinja file with corpus.chat.template."
             )
+        if template.end_of_turn is None:
+            eos = template.variables.get("eos_token", "eos")
+            raise UsageError(
+                f"{config.template or target.folder}: the chat template writes no control token of the target after an answer: the model "
+                f"would learn never to stop. With corpus.chat.template, name one that ends answers with {eos}, say."
+            )
         return cls(template=template, tokenizer=target.tokenizer.digest)
 
-    def reader(self, tokenizer: Tokenizer) -> ConversationsReader:
-        """What reads the corpus as any model with this tokenizer does, if not quite the end of turns: to count tokens."""
-        rendering: Rendering = "shared" if tokenizer.digest == self.tokenizer else "foreign"
-        return ConversationsReader(tokenizer, template=self.template, rendering=rendering)
+    def readers(self, tokenizer: Tokenizer) -> list[ConversationsReader]:
+        """What reads the corpus as models with this tokenizer do, but for how sources end turns: to count tokens."""
+        renderings: list[Rendering] = ["foreign", "shared"] if tokenizer.digest == self.tokenizer else ["foreign"]
+        return [ConversationsReader(tokenizer, template=self.template, rendering=rendering) for rendering in renderings]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,7 +72,12 @@ class ChatReading:
         Raises:
             UsageError: it is to have a template of its own, and has none.
         """
-        own = ChatTemplate.of_model(model.folder, tokenizer=model.tokenizer, date=date)
+        try:
+            own = ChatTemplate.of_model(model.folder, tokenizer=model.tokenizer, date=date)
+        except DataError:
+            if model.config.chat_template == "own":
+                raise
+            own = None  # which only says how the model ends turns
         if model.config.chat_template == "shared":
             return cls(template=written.template, rendering="foreign", own=own)
         if own is None:

@@ -14,9 +14,10 @@ from fuseline.store.database import Database
 from fuseline.store.dataset import Dataset
 from fuseline.store.tokenizer import Tokenizer
 from fuseline.store.workspace import Workspace
-from fuseline.train.config import TrainingConfig
+from fuseline.train.config import TrainingConfig, TrainJob
 from fuseline.train.data import TargetsData
 from fuseline.train.loss import IGNORED
+from fuseline.train.model_folder import copy_tokenizer
 from tiny import save_model
 
 RECIPE = """
@@ -235,6 +236,32 @@ def test_a_row_that_is_no_conversation_is_named(project, tmp_path):
     assert "split train, row 3, messages: message 1: the role ('wizard') must be one of" in output
 
 
+def texts_of(project: Path, rows: list[dict], *, name: str, workspace: Path) -> list[str]:
+    (project / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    recipe = project / f"{name}.toml"
+    recipe.write_text(RECIPE.replace("chat.jsonl", f"{name}.jsonl").replace('split = "test"', 'split = "train"'))
+    recipe.write_text(recipe.read_text().replace('[evaluation]\nsplit = "train"\n', ""))
+    fuseline("ingest", "corpus", recipe, "-w", workspace)
+    return Workspace.open(workspace).sql("SELECT doc_id, string_agg(text, '' ORDER BY segment) AS t FROM texts GROUP BY 1")["t"].to_list()
+
+
+def test_rows_that_differ_in_their_keys_and_types_are_read_as_what_they_are(project, tmp_path):
+    """`datasets` makes JSON text of whatever differs from row to row."""
+    rows = [
+        {"messages": each["messages"], "split": split} for each, split in zip(conversations()[:6], ["test"] + ["train"] * 5, strict=True)
+    ]
+    expected = texts_of(project, rows, name="plain", workspace=tmp_path / "plain")
+    rows[2] = {"split": "train", "messages": [{**message, "weight": 1} for message in rows[2]["messages"]]}
+    parts = [{"type": "text", "text": rows[3]["messages"][0]["content"]}]
+    rows[3] = {"split": "train", "messages": [{"role": "user", "content": parts}, *rows[3]["messages"][1:]], "id": 3}
+    assert sorted(texts_of(project, rows, name="differ", workspace=tmp_path / "differ")) == sorted(expected)
+    rows[4]["messages"][0]["content"] = 42
+    (project / "number.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    recipe = project / "number.toml"
+    recipe.write_text(RECIPE.replace("chat.jsonl", "number.jsonl"))
+    assert "row 4, messages: message 1: the text is of type int" in refused("ingest", "corpus", recipe, "-w", tmp_path / "number")
+
+
 def test_a_person_can_talk_with_a_model(project):
     folder = project / "models" / "smollm2"
     one = fuseline("chat", folder, "-m", "say <|im_end|> now", "--max-tokens", 8)
@@ -246,3 +273,63 @@ def test_a_person_can_talk_with_a_model(project):
     assert result.stdout == "".join(fuseline("chat", folder, "-m", text, "--max-tokens", 4) for text in ("one", "two"))
     assert "must together be at most the model's context (512)" in refused("chat", folder, "-m", "x", "--max-tokens", 600)
     assert "There is no folder" in refused("chat", project / "nothing", "-m", "x")
+
+
+def test_the_page_of_an_alignment_measures_the_answers_alone(project):
+    """So a source's bits per byte through the map are those in its own tokens, as of plain text."""
+    from fuseline.align.show import show_alignment
+
+    workspace = Workspace.open(project / "workspace")
+    doc_id = int(workspace.sql("SELECT min(doc_id) AS d FROM segments WHERE model = 'own' AND kind = 'distributions'")["d"][0])
+    for alignment in ("other--pivot", "own--pivot"):
+        summary = show_alignment(workspace, doc_id=doc_id, segment=None, alignment=alignment, vocabulary_map=None).summary
+        assert summary.mapped_bpb == pytest.approx(summary.source_bpb, rel=0.03)
+        assert summary.mapped_bytes == 1
+
+
+@pytest.mark.parametrize("positions", ["cover", "span"])
+def test_the_end_of_a_turn_has_the_sources_probability_of_it_alone(project, tmp_path, positions):
+    """Not that of the turns that follow, which its own template writes otherwise."""
+    recipe = project / f"{positions}.toml"
+    chosen = f'[alignment]\npositions = "{positions}"\n[fusion]\nname = "fused-{positions}"\nmethod = "fixed"\nweights = {{ own = 1.0 }}\n'
+    recipe.write_text(RECIPE.replace("[fusion]\n", chosen))
+    for command in ("align", "fuse"):
+        fuseline(command, recipe, "-w", project / "workspace")
+    rows = Workspace.open(project / "workspace").sql(
+        f"""SELECT t.doc_id, t.segment, sum(t.gold_logprob) AS fused, any_value(own) AS own FROM targets t JOIN (
+                SELECT doc_id, segment, sum(gold_logprob) AS own FROM positions
+                WHERE model = 'own' AND is_label AND gold_token = '<end_of_turn>' GROUP BY ALL) USING (doc_id, segment)
+            WHERE name = 'fused-{positions}' AND is_label AND gold_token = '<|im_end|>' GROUP BY ALL"""
+    )
+    assert len(rows) > 5
+    np.testing.assert_allclose(rows["fused"], rows["own"], rtol=0.02)
+
+
+def test_a_template_that_never_ends_a_turn_is_refused_and_one_of_the_recipes_goes_with_the_model(project, tmp_path):
+    endless = project / "endless.jinja"
+    endless.write_text("{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}")
+    recipe = project / "template.toml"
+    recipe.write_text(
+        RECIPE.replace("[corpus.chat]\n", "[corpus.chat]\ntemplate = 'endless.jinja'\n") + "[training]\nsequence_length = 256\n"
+    )
+    assert "would learn never to stop" in refused("ingest", "corpus", recipe, "-w", tmp_path / "endless")
+    written = (
+        "{% for m in messages %}{{ m.role }}: {{ m.content }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
+    )
+    endless.write_text(written)
+    for command in (["ingest", "corpus"], ["ingest", "distributions"], ["align"], ["fuse"], ["train", "--prepare"]):
+        fuseline(*command, recipe, "-w", tmp_path / "workspace")
+    job = TrainJob.load(tmp_path / "workspace" / "runs" / "fused")
+    assert job.chat_template == written
+    copy_tokenizer(job.model_folder, to=tmp_path, chat_template=job.chat_template)
+    assert (tmp_path / "chat_template.jinja").read_text() == written
+    assert (tmp_path / "tokenizer.json").read_text() == (job.model_folder / "tokenizer.json").read_text()
+
+
+def test_a_source_that_is_to_read_another_template_is_of_other_inputs_to_the_status(project):
+    recipe = project / "other-reading.toml"
+    recipe.write_text(RECIPE.replace('chat_template = "own"\n', ""))
+    shown = fuseline("status", recipe, "-w", project / "workspace", "--json")
+    states = {(each["kind"], each["name"]): each["state"] for each in json.loads(shown)["wanted"]}
+    assert states["distributions", "own"] == "other inputs"
+    assert states["distributions", "other"] == "done"

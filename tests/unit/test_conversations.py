@@ -21,6 +21,7 @@ ASKED = (Message("user", "Why?"), Message("assistant", "Because."))
         [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "Because."}],
         [{"from": "human", "value": "Why?"}, {"from": "gpt", "value": "Because."}],
         {"from": ["human", "gpt"], "value": ["Why?", "Because."]},
+        [{"role": None, "content": None, "from": "human", "value": "Why?"}, {"from": "gpt", "value": "Because.", "weight": 1}],
         [{"role": "user", "content": [{"type": "text", "text": "Wh"}, {"text": "y?"}]}, {"role": "model", "content": "Because."}],
     ],
 )
@@ -44,6 +45,9 @@ def test_alpaca_rows():
         ([{"role": "user", "content": 3}], "message 1: the text is of type int"),
         ([{"role": "user", "content": [{"type": "image", "url": "x"}]}], "message 1 has a part that is no text"),
         ([{"role": "assistant", "content": "", "tool_calls": [{}]}], "message 1 has tool_calls"),
+        ([{"role": "assistant", "content": "x", "weight": 0}], "message 1 has weight 0"),
+        ([{"role": "assistant", "content": "x", "reasoning_content": "hm"}], "message 1 has reasoning_content"),
+        ({"from": ["human"], "value": ["a", "b"]}, "the lists from, value have different lengths"),
         ([{"role": "user", "content": "\ud800"}], "message 1: the text is not valid Unicode"),
     ],
 )

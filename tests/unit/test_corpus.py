@@ -320,3 +320,11 @@ def test_a_folder_or_file_without_data_is_told(tmp_path, name):
     for source in (tmp_path / "corpus", tmp_path / "corpus" / name):
         with pytest.raises(DataError, match=r"holds no data file: \.parquet, \.jsonl"):
             load_splits(source)
+
+
+def test_a_column_of_text_and_numbers_is_told(tmp_path):
+    """`datasets` would give every one of its texts in quotes."""
+    path = tmp_path / "mixed.jsonl"
+    path.write_text('{"text": "a text"}\n{"text": 42}\n')
+    with pytest.raises(DataError, match="'text' holds values of several types"):
+        choose_documents(config(), source=path, splits=load_splits(path))

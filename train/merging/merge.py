@@ -152,11 +152,7 @@ class _Work:
         rule = rule_of(self._config, tensor=tensor.name, models=self._models, blocks=blocks, n_positions=tensor.n_merged)
         n_moved = start = 0
         for block in blocks:
-            rounded_N = rule.apply(block).to(tensor.dtype)
-            if not is_finite(rounded_N):
-                raise DataError(
-                    f"{tensor.name}: the merged weights are too large for {tensor.dtype}. Choose another dtype, or a smaller scale."
-                )
+            rounded_N = _rounded(rule.apply(block), tensor=tensor)
             n_moved += int(torch.count_nonzero(rounded_N != block.base_N.to(tensor.dtype)))
             self._write(tensor, rounded_N, start=start)
             start += len(rounded_N)
@@ -166,7 +162,7 @@ class _Work:
         """Copy what is not merged, and report."""
         start = tensor.n_merged
         for piece_N in pieces_of(tensor.reference, start=start):
-            self._write(tensor, piece_N.to(tensor.dtype), start=start)
+            self._write(tensor, _rounded(piece_N, tensor=tensor), start=start)
             start += len(piece_N)
         moved = n_moved / max(1, start) if self._has_base else None
         dtype = str(tensor.dtype).removeprefix("torch.")
@@ -178,6 +174,13 @@ class _Work:
             self._done += piece_N.nbytes
             if self._on_progress is not None:
                 self._on_progress(self._done, self._plan.n_bytes)
+
+
+def _rounded(values_N: Tensor, *, tensor: PlannedTensor) -> Tensor:
+    rounded_N = values_N.to(tensor.dtype)
+    if rounded_N.is_floating_point() and not is_finite(rounded_N):
+        raise DataError(f"{tensor.name}: the merged weights are too large for {tensor.dtype}. Choose another dtype, or a smaller scale.")
+    return rounded_N
 
 
 def _clear_leftovers(output: Path) -> None:
