@@ -95,7 +95,7 @@ def _merge(
     from .train.merging.merge import merge
 
     progress, before = Progress(), 0
-    lineage = {"base": _origin(base) if base else None, "models": {name: _origin(model) for name, model in sorted(models.items())}}
+    lineage = {"base": base.origin if base else None, "models": {name: model.origin for name, model in sorted(models.items())}}
     with progress.stage(f"merge {output.name}", total=1.0) as tracker:
 
         def follow(done: int, total: int) -> None:
@@ -116,17 +116,6 @@ def _merge(
     for warning in report.warnings:
         progress.say(f"Beware: {warning}.")
     return report
-
-
-def _origin(model: "ModelFolder") -> dict[str, Any]:
-    """What a model is, without where it lies on this machine."""
-    said = model.config.model
-    local = said.startswith((".", "/", "~")) or said.count("/") > 1
-    return {
-        "model": said.rstrip("/").rsplit("/", 1)[-1] if local else said,
-        "revision": model.config.revision,
-        "weights": model.weights_digest,
-    }
 
 
 def _show(report: "MergeReport", *, as_json: bool) -> None:

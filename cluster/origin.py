@@ -23,7 +23,7 @@ def lineage(training: Training, *, recipe: Recipe, models: Mapping[str, ModelFol
     if not training.config.uses_targets:
         return origin
     return origin | {
-        "sources": {source.name: _facts(models[source.name]) for source in training.fusion.sources},
+        "sources": {source.name: models[source.name].origin for source in training.fusion.sources},
         "alignment": recipe.alignment.model_dump(),
         "fusion": recipe.fusion.model_dump() | {"name": training.fusion.name},
         "targets": targets,
@@ -51,9 +51,5 @@ def _origin(recipe: Recipe, *, models: Mapping[str, ModelFolder], corpus: Datase
     return {
         "fuseline": __version__,
         "corpus": {"name": recipe.corpus.name, "path": recipe.corpus.path, "fingerprint": corpus.fingerprint},
-        "start": _facts(models[recipe.target.name]),
+        "start": models[recipe.target.name].origin,
     }
-
-
-def _facts(model: ModelFolder) -> dict[str, Any]:
-    return {"model": model.config.model, "weights": model.weights_digest}

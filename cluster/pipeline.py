@@ -101,7 +101,7 @@ class Pipeline:
                 )
             raise UsageError(
                 f"evaluation.split ({self.recipe.evaluation.split!r}) must be one of the corpus's splits ({', '.join(splits)}). "
-                "Name one of them, or hold out documents with corpus.held_out_fraction."
+                "Hold out some documents with corpus.held_out_fraction = 0.05, say, or name another split than train."
             )
         summary = stage.plan.summary
         left_out = [f"{summary[reason]:,} {reason}" for reason in ("duplicates", "empty", "refused") if summary.get(reason)]

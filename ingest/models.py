@@ -88,6 +88,17 @@ class ModelFolder:
         return int(self.hf_config["vocab_size"])
 
     @property
+    def origin(self) -> dict[str, Any]:
+        """What the model is, for the cards of others; not where it lies on this machine."""
+        said = Path(self.config.model)
+        is_path = said.is_absolute() or said.parts == self.folder.parts[-len(said.parts) :] or self.config.model.startswith((".", "~"))
+        return {
+            "model": self.folder.name if is_path else self.config.model,
+            "revision": self.config.revision,
+            "weights": self.weights_digest,
+        }
+
+    @property
     def context_length(self) -> int | None:
         """Most tokens that the model reads, as `config.json` says; None where it does not."""
         return self.hf_config.get("max_position_embeddings") or self.hf_config.get("max_seq_len")
@@ -137,7 +148,7 @@ def find_model(config: ModelConfig, *, models_dir: Path, base: Path, download: b
         if candidate.is_dir():
             return ModelFolder(config, candidate).check()
     if not HUB_ID.fullmatch(config.model):
-        raise DataError(f"The model {config.name}: there is no folder {(base / config.model).absolute()}. Correct its path in the recipe.")
+        raise DataError(f"The model {config.name}: there is no folder {(base / config.model).absolute()}. Correct the path.")
     import huggingface_hub
 
     try:

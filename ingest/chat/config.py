@@ -9,7 +9,10 @@ from .conversations import ConversationFormat
 
 
 def _is_day(text: str) -> str:
-    datetime.date.fromisoformat(text)
+    try:
+        datetime.date.fromisoformat(text)
+    except ValueError as error:
+        raise ValueError(f"must be a day as 2024-07-26, and is {text!r}") from error
     return text
 
 
@@ -19,7 +22,8 @@ class ChatConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
     format: ConversationFormat | None = Field(
-        None, description="how rows hold conversations: `messages`, `sharegpt` or `alpaca`; by default as the columns' names say"
+        None,
+        description="how rows hold conversations: lists of `messages` (also ShareGPT's), or `alpaca`; by default by the columns' names",
     )
     column: str | None = Field(None, description="column with the lists of messages; by default messages, conversations or conversation")
     template: str | None = Field(

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from ...store.errors import DataError
 
-ConversationFormat = Literal["messages", "sharegpt", "alpaca"]
+ConversationFormat = Literal["messages", "alpaca"]
 Role = Literal["system", "user", "assistant", "tool"]
 _ROLES: dict[str, Role] = {
     "system": "system", "developer": "system",
@@ -67,7 +67,7 @@ def find_reader(columns: Sequence[str], *, wanted: ConversationFormat | None, co
 
 
 def read_messages(value: Any) -> Conversation:
-    """A list of messages, of `messages` or `sharegpt`, told apart by their keys.
+    """A list of messages.
 
     Raises:
         ValueError: it is none, with the message and the field that are wrong.

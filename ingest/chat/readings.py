@@ -36,7 +36,8 @@ class CorpusTemplate:
             try:
                 source = (base / Path(config.template).expanduser()).read_text(encoding="utf-8")
             except (OSError, UnicodeDecodeError) as error:
-                raise UsageError(f"corpus.chat.template ({config.template}) cannot be read: {error}.") from error
+                reason = getattr(error, "strerror", None) or error
+                raise UsageError(f"corpus.chat.template ({config.template}) cannot be read: {reason}.") from error
         template = ChatTemplate.of_model(target.folder, tokenizer=target.tokenizer, date=config.date, source=source)
         if template is None:
             raise UsageError(

@@ -122,6 +122,14 @@ def test_a_model_without_a_template_has_none_and_one_of_several_is_the_default(c
         (tmp_path / "kept").rename(chatml / "chat_template.jinja")
 
 
+def test_a_control_token_without_an_embedding_is_told(chatml):
+    tokenizer = Tokenizer.from_model_folder(chatml)
+    reader = ConversationsReader(tokenizer, template=template(chatml), rendering="shared")
+    reader.require_known(tokenizer.vocab_size)
+    with pytest.raises(DataError, match=r"control token <\|im_end\|> \(\d+\) must be below vocab_size"):
+        reader.require_known(tokenizer.backend.token_to_id("<|im_end|>"))
+
+
 def test_a_prompt_ends_where_the_answer_begins(chatml):
     prompt = template(chatml).prompt(ASKED[:1])
     assert prompt.text.endswith("<|im_start|>assistant\n")

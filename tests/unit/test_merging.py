@@ -413,6 +413,13 @@ def test_the_command(family, tmp_path):
     assert output.stat().st_mtime_ns == before
     (tmp_path / "other.toml").write_text(FILE.replace("0.2", "0.3"))
     assert "must be a folder that is not there yet" in command(tmp_path / "other.toml", "-o", output, exit_code=2)
+    template = tmp_path / "one" / "chat_template.jinja"  # of the model whose tokenizer is then to be copied
+    (tmp_path / "tokenizer.toml").write_text(FILE.replace("[merge]\n", '[merge]\ntokenizer = "first"\n', 1))
+    template.write_text("{{ messages }}")
+    try:
+        assert "must be a folder that is not there yet" in command(tmp_path / "tokenizer.toml", "-o", output, exit_code=2)
+    finally:
+        template.unlink()
     shown = CliRunner().invoke(main, ["merge", str(tmp_path / "other.toml"), "-o", str(tmp_path / "json"), "--json"])
     record = json.loads(shown.stdout)
     assert record["done"] == "merged"
