@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from .console import show_table
-from .options import models_default
+from .options import models_option
 from .store.errors import UsageError
 
 if TYPE_CHECKING:  # what a command needs is imported when it runs, so that --help is quick
@@ -24,14 +24,7 @@ if TYPE_CHECKING:  # what a command needs is imported when it runs, so that --he
 @click.option(
     "--output", "-o", type=click.Path(file_okay=False, path_type=Path), required=True, help="Folder to make, for the merged model."
 )
-@click.option(
-    "--models",
-    "models_dir",
-    type=click.Path(file_okay=False, path_type=Path),
-    default=models_default,
-    show_default="$FUSELINE_MODELS or ~/.cache/fuseline/models",
-    help="Folder with models by the last part of their hub id; looked into before the Hugging Face hub.",
-)
+@models_option
 @click.option("--json", "as_json", is_flag=True, help="For scripts.")
 def merge_command(file: Path, output: Path, models_dir: Path, as_json: bool) -> None:
     """Merge models of one architecture into one, in parameter space.
@@ -91,18 +84,12 @@ def _merge(
     output: Path,
     identity: Mapping[str, Any],
 ) -> "MergeReport":
-    from .cluster.progress import Progress, size
+    from .cluster.progress import Progress
     from .train.merging.merge import merge
 
-    progress, before = Progress(), 0
+    progress = Progress()
     lineage = {"base": base.origin if base else None, "models": {name: model.origin for name, model in sorted(models.items())}}
-    with progress.stage(f"merge {output.name}", total=1.0) as tracker:
-
-        def follow(done: int, total: int) -> None:
-            nonlocal before
-            tracker((done - before) / max(total, 1), f"{size(done)} written")
-            before = done
-
+    with progress.writing(f"merge {output.name}") as follow:
         report = merge(
             request.config,
             base=base.folder if base else None,

@@ -55,17 +55,20 @@ def models_default() -> Path:
     return Path(os.environ.get("FUSELINE_MODELS", cache / "fuseline" / "models"))
 
 
+models_option = click.option(
+    "--models",
+    "models_dir",
+    type=click.Path(file_okay=False, path_type=Path),
+    default=models_default,
+    show_default="$FUSELINE_MODELS or ~/.cache/fuseline/models",
+    help="Folder with models by the last part of their hub id; looked into before the Hugging Face hub.",
+)
+
+
 def recipe_options(command: Command) -> Command:
     """RECIPE, --workspace and --models, of what makes something."""
     for decorate in (
-        click.option(
-            "--models",
-            "models_dir",
-            type=click.Path(file_okay=False, path_type=Path),
-            default=models_default,
-            show_default="$FUSELINE_MODELS or ~/.cache/fuseline/models",
-            help="Folder with models by the last part of their hub id; looked into before the Hugging Face hub.",
-        ),
+        models_option,
         click.option(
             "--workspace",
             "-w",

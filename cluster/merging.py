@@ -12,7 +12,7 @@ from ..train.merging.identity import REPORT, merge_identity
 from .conflicts import Conflict, require_free
 from .jobs import Jobs
 from .origin import merged_lineage
-from .progress import Progress, size
+from .progress import Progress
 
 
 class Merging:
@@ -58,15 +58,8 @@ class Merging:
         start, title = jobs.stages.models[jobs.recipe.target.name], f"merge {self.name}"
         with (
             jobs.workspace.run("merge", name=self.name, parameters=self.config.model_dump()) as run,
-            progress.stage(title, total=1.0) as tracker,
+            progress.writing(title) as follow,
         ):
-            before = 0
-
-            def follow(n_bytes: int, total: int) -> None:
-                nonlocal before
-                tracker((n_bytes - before) / max(total, 1), f"{size(n_bytes)} written")
-                before = n_bytes
-
             report = merge(
                 self.config,
                 base=start.folder,

@@ -2,7 +2,7 @@
 
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Protocol
 
@@ -35,6 +35,19 @@ class Progress:
         follow = self._live if self.console.is_terminal else self._plain
         with follow(title, total) as tracker:
             yield tracker
+
+    @contextmanager
+    def writing(self, title: str) -> Iterator[Callable[[int, int], None]]:
+        """Follow something that is written; what it gives is told the bytes so far and in all."""
+        with self.stage(title, total=1.0) as tracker:
+            before = 0
+
+            def follow(done: int, total: int) -> None:
+                nonlocal before
+                tracker((done - before) / max(total, 1), f"{size(done)} written")
+                before = done
+
+            yield follow
 
     @contextmanager
     def _live(self, title: str, total: float) -> Iterator[Tracker]:
