@@ -349,10 +349,10 @@ def test_a_loss_that_is_not_finite_stops_with_the_segments_and_the_last_checkpoi
     assert "Traceback" not in log.read_text().split("fuseline.train: error:")[1]
 
 
-def test_a_model_of_many_buckets_goes_on_from_its_own_state_on_any_number_of_ranks(inputs, tmp_path):
+def test_a_model_of_many_buckets_goes_on_from_its_own_state_on_another_number_of_ranks(inputs, tmp_path):
     job = make_job(inputs, tmp_path / "run", dtype="bfloat16", data_parallel=2)
     script = Path(__file__).parents[1] / "support" / "buckets.py"
-    for ranks, mode in ((2, "save"), (1, "load"), (2, "load")):
+    for ranks, mode in ((2, "save"), (1, "load")):
         job.model_copy(update={"config": job.config.model_copy(update={"data_parallel": ranks})}).save()
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", script, job.run_folder, mode]
         done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=200, check=False)
