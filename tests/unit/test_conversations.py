@@ -4,9 +4,12 @@ import json
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 from chat import PUBLISHED, save_tokenizer
 from fuseline.ingest.chat.conversations import Message, find_reader, read_alpaca, read_messages
+from fuseline.ingest.chat.marked_text import MarkedText, MessageSpan
+from fuseline.ingest.chat.placing import placed
 from fuseline.ingest.chat.reader import ConversationsReader
 from fuseline.ingest.chat.template import ChatTemplate, RefusedConversation
 from fuseline.store.errors import DataError
@@ -137,3 +140,14 @@ def test_a_prompt_ends_where_the_answer_begins(chatml):
     reader = ConversationsReader(tokenizer, template=template(chatml), rendering="shared")
     asked, whole = (reader.encode([text]).segments.token_ids_T.tolist() for text in (prompt, template(chatml).render(ASKED)))
     assert whole[: len(asked)] == asked
+
+
+def test_a_rendering_that_trims_a_message_is_placed_where_the_message_begins():
+    shared = MarkedText(
+        text="Q<a>  hi there<e>", assistant_spans=((4, 17),), messages=(MessageSpan("user", 0, 1), MessageSpan("assistant", 4, 14))
+    )
+    own = MarkedText(
+        text="[Q] hi there|.", assistant_spans=((3, 13),), messages=(MessageSpan("user", 1, 2), MessageSpan("assistant", 4, 12))
+    )
+    ends_T = np.array([1, 3, 6, 12, 13, 14])  # "[", "Q]", " hi", " there", "|", "."
+    assert placed(ends_T, own=own, shared=shared).tolist() == [4, 4, 8, 14, 17, 17]
