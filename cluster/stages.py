@@ -88,12 +88,20 @@ class Stages:
 
     def _chat_reading(self, model: ModelFolder) -> ChatReading | None:
         """How a model reads conversations: what the target's start becomes reads them as it does."""
+        written = self._corpus_template
+        if written is None:
+            return None
+        return self._source_readings.get(model.config.name) or ChatReading(template=written.template, rendering="shared")
+
+    @cached_property
+    def _source_readings(self) -> dict[str, ChatReading]:
+        """How each source reads conversations, by name: its own template is tried once."""
         chat, written = self.recipe.corpus.chat, self._corpus_template
         if chat is None or written is None:
-            return None
-        if model.config.name not in {source.name for source in self.recipe.sources}:
-            return ChatReading(template=written.template, rendering="shared")
-        return ChatReading.of_source(model, written=written, date=chat.date)
+            return {}
+        return {
+            source.name: ChatReading.of_source(self.models[source.name], written=written, date=chat.date) for source in self.recipe.sources
+        }
 
     def check_readings(self) -> None:
         """Refuse models that cannot read the conversations as the recipe says before anything is made.

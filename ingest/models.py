@@ -11,13 +11,12 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from ..store.errors import DataError
 from ..store.tokenizer import Tokenizer
-from ..store.weights import tensors_of, weight_files
+from ..store.weights import EMBEDDINGS, tensors_of, weight_files
 from .digests import file_digest
 from .sources import HUB_ID
 
 _HUB_FILES = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "*.py"]
 _NOTES_IN_CONFIG = {"_name_or_path", "transformers_version"}  # they say where a model came from, not what it is
-_EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "embed_in.weight", "word_embeddings.weight")
 
 
 class ModelConfig(BaseModel):
@@ -119,7 +118,7 @@ class ModelFolder:
         if not isinstance(self.hf_config.get("vocab_size"), int):
             raise DataError(f"{self.folder}/config.json says no vocab_size.")
         for name, tensor in self.tensors.items():
-            if name.endswith(_EMBEDDINGS) and tensor["shape"][0] != self.vocab_size:
+            if name.endswith(EMBEDDINGS) and tensor["shape"][0] != self.vocab_size:
                 raise DataError(
                     f"{self.folder}: vocab_size of config.json ({self.vocab_size}) must equal the rows of {name} in the weights "
                     f"({tensor['shape'][0]}). Correct config.json, or save the model again."

@@ -7,6 +7,9 @@ from typing import Any
 
 from .errors import DataError
 
+# Ends of the names of input embeddings in published folders; their rows are the vocabulary.
+EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "embed_in.weight", "word_embeddings.weight")
+
 
 def weight_files(folder: Path) -> list[Path]:
     """The safetensors files of a model, by name: `model.safetensors`, else those that its index names, else all there are.

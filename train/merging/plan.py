@@ -8,13 +8,13 @@ from pathlib import Path
 import torch
 
 from ...store.errors import DataError, UsageError
+from ...store.weights import EMBEDDINGS
 from ..weight_files import BUFFERS, FlatTensor, flat_tensors
 from .config import MergeConfig
 from .configs import ModelSettings, compare_tokenizers, read_settings, require_one_architecture
 
 BLOCK = 1 << 18  # positions of a tensor that are in memory at a time; even, as draws for DARE serve two
 _HEADS = ("lm_head.weight", "embed_out.weight")
-_EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "embed_in.weight", "word_embeddings.weight")
 _NAMED = 3  # tensors that a message names
 
 
@@ -113,7 +113,7 @@ def _read(folder: Path, *, label: str, stack: ExitStack) -> _Model:
     tensors = flat_tensors(folder, stack=stack)
     heads = [name for name in tensors if name.endswith(_HEADS)]
     if settings.is_tied and heads:
-        embeddings = next((name for name in tensors if name.endswith(_EMBEDDINGS)), heads[0])
+        embeddings = next((name for name in tensors if name.endswith(EMBEDDINGS)), heads[0])
         for head in heads:
             if not _equal(tensors[head], tensors[embeddings]):
                 raise DataError(
