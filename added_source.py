@@ -13,6 +13,7 @@ from .ingest.models import ModelConfig
 from .recipe import Recipe, load_recipe, parse_recipe
 from .store import durable
 from .store.errors import UsageError
+from .store.user_text import decode_user_text
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,15 +93,16 @@ def _with_table(before: bytes, entry: dict[str, str]) -> bytes:
 
 
 def _checked(after: bytes, *, entry: dict[str, str], before: bytes, path: Path) -> Recipe:
-    was = tomllib.loads(before.decode())
+    was, text = (decode_user_text(data, what=f"The recipe {path}") for data in (before, after))
     try:
-        now = tomllib.loads(after.decode())
+        now = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise UsageError(
             f"No table can be added to {path} ({error}). Write its sources as [[sources]] tables, and run it again."
         ) from error
-    assert now == was | {"sources": [*was["sources"], entry]}
+    stored = tomllib.loads(was)
+    assert now == stored | {"sources": [*stored["sources"], entry]}
     try:
-        return parse_recipe(after.decode(), path=path)
+        return parse_recipe(text, path=path)
     except UsageError as error:
         raise UsageError(f"The source {entry['name']} cannot be added. {error}") from error

@@ -388,7 +388,9 @@ def sql(query: str | None, workspace: Path | None, style: str | None, output: Pa
 
         ask_repeatedly(database, show=show, show_stats=lambda: show_query_stats(database.stats), stats=stats)
         return
-    show(sys.stdin.buffer.read().decode(errors="surrogateescape") if query is None else query)
+    # An argument is bytes: outside of UTF-8 locales Python has kept them apart.
+    data = sys.stdin.buffer.read() if query is None else query.encode(errors="surrogateescape")
+    show(data.decode(errors="surrogateescape"))
     if stats:
         show_query_stats(database.stats)
 

@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from .ingest.models import ModelConfig
 from .recipe import line_of
 from .store.errors import UsageError
+from .store.user_text import read_user_text
 from .train.merging.config import Density, Finite, MergeConfig
 
 
@@ -54,10 +55,7 @@ def load_merge_file(path: Path) -> MergeRequest:
     Raises:
         UsageError: it cannot be read, or something in it is wrong or is not offered here; the text names it.
     """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"The merge file {path} cannot be read: {getattr(error, 'strerror', None) or error}.") from error
+    text = read_user_text(path, what=f"The merge file {path}")
     if path.suffix in {".yaml", ".yml"}:
         from .mergekit_file import parse_mergekit
 

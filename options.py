@@ -1,9 +1,12 @@
 """What the commands have in common: their options, and how a user's error is shown."""
 
+import errno
+import io
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 import click
 
@@ -18,8 +21,44 @@ class _Shown(click.ClickException):
         self.exit_code = exit_code  # type: ignore[misc]  # click reads it from the instance
 
 
+class _ClosedStream(io.TextIOBase):
+    """Stands for a standard output that the caller has closed."""
+
+    @property
+    def buffer(self) -> Self:
+        """What bytes would be written to."""
+        return self
+
+    def write(self, _: object) -> int:
+        """Nothing can be."""
+        raise OSError(errno.EBADF, "The standard output is closed", "redirect it to a file, or to /dev/null")
+
+
+def prepare_streams() -> None:
+    """Make the standard streams safe to write to: what their encoding lacks becomes `?`, and closed ones give a message.
+
+    The numbers of closed ones are taken, or the next file that is opened would get what a library prints.
+    """
+    while (taken := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass
+    os.close(taken)
+    if sys.stdin is None:
+        sys.stdin = open(os.devnull)  # noqa: SIM115  # as below
+    if sys.stdout is None:
+        sys.stdout = _ClosedStream()
+    if sys.stderr is None:
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115  # for as long as the process lives
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
+
+
 class Group(click.Group):
     """Shows a user's error as one message, without a traceback."""
+
+    def main(self, *args: Any, **kwargs: Any) -> Any:
+        prepare_streams()
+        return super().main(*args, **kwargs)
 
     def invoke(self, context: click.Context) -> Any:
         try:
@@ -30,7 +69,7 @@ class Group(click.Group):
             raise  # click ends quietly when nobody reads on
         except OSError as error:
             where = f" ({error.filename})" if error.filename else ""
-            text = f"{error.strerror or error}{where}. What was committed before is safe; mend this and run the same command again."
+            text = f"{error.strerror or error}{where}. What was committed before is safe: correct this, and run the same command again."
             raise _Shown(text, exit_code=1) from error
         except KeyboardInterrupt:
             raise _Shown("Stopped. Finished parts and checkpoints are kept: run the same command again to go on.", exit_code=130) from None

@@ -18,6 +18,7 @@ from .ingest.corpus import CorpusConfig
 from .ingest.distributions import DistributionsConfig
 from .ingest.models import ModelConfig
 from .store.errors import UsageError
+from .store.user_text import read_user_text
 from .train.config import TrainingConfig
 from .train.merging.config import MergeConfig
 
@@ -161,13 +162,7 @@ def load_recipe(path: Path) -> Recipe:
     Raises:
         UsageError: it cannot be read, or something in it is wrong; the text lists everything at once, with lines and what would be valid.
     """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise UsageError(f"The recipe {path} cannot be read: {error.strerror}.") from error
-    except UnicodeDecodeError as error:
-        raise UsageError(f"The recipe {path} is not valid TOML: {error}.") from error
-    return parse_recipe(text, path=path)
+    return parse_recipe(read_user_text(path, what=f"The recipe {path}"), path=path)
 
 
 def parse_recipe(text: str, *, path: Path) -> Recipe:

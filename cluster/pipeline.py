@@ -22,6 +22,8 @@ from .stages import Stages
 from .training import describe, train
 from .work import Stage
 
+_SHOWN = 5  # files of a corpus that are not read, in a message
+
 
 class Pipeline:
     """Runs the stages of a recipe in a workspace. Each method makes what is missing of its stage and says so if that is nothing."""
@@ -111,7 +113,13 @@ class Pipeline:
         )
         if summary.get("refused"):
             self.progress.say(f"refused: {summary['why_refused'][0]} (more in {stage.dataset.folder / 'plan.json'})")
+        if unread := stage.source.left_out:
+            shown = ", ".join(unread[:_SHOWN]) + (f" and {len(unread) - _SHOWN} more" if len(unread) > _SHOWN else "")
+            self.progress.say(f"corpus {self.recipe.corpus.name}: not read: {shown}")
+        if stage.dataset.missing(stage.parts()):
+            stage.prepare()
         self.make("corpus", stage, parts=stage.parts())
+        stage.finish()
 
     def make_distributions(self) -> None:
         """Every model's distributions on the train split."""

@@ -5,9 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..ingest.chat.readings import CorpusTemplate
-from ..ingest.corpus import choose_documents, parts_of
+from ..ingest.corpus import choose_documents, corpus_source, parts_of
 from ..ingest.models import ModelConfig, find_model
-from ..ingest.sources import find_source, load_splits
 from ..recipe import Recipe
 from ..store.errors import DataError, UsageError
 from ..store.workspace import Workspace
@@ -145,7 +144,7 @@ def _splits(recipe: Recipe, *, base: Path, workspace: Workspace, models_dir: Pat
     else:
         chat = None
         try:
-            source = find_source(config.path, revision=config.revision, base=base, download=False)
+            source = corpus_source(config, base=base, download=False)
             if config.chat is not None:
                 target = find_model(recipe.target, models_dir=models_dir, base=base, download=False)
                 chat = CorpusTemplate.of(config.chat, target=target, base=base)
@@ -153,7 +152,7 @@ def _splits(recipe: Recipe, *, base: Path, workspace: Workspace, models_dir: Pat
             raise UsageError(
                 f"{error}\nTo plan without it, say corpus.expected_bytes and corpus.expected_documents in the recipe."
             ) from error
-        parts = parts_of(choose_documents(config, source=source, splits=load_splits(source), chat=chat).documents)
+        parts = parts_of(choose_documents(config, source=source, chat=chat).documents)
 
     def total(split: str) -> _Split:
         chosen = [part for part in parts if part["split"] == split]

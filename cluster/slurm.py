@@ -81,6 +81,8 @@ class SlurmExecutor:
             raise parts_failed(dataset, reasons, run_folder=jobs[-1].run_folder)
 
     def _submit(self, stage: Stage, parts: Sequence[int], *, run_folder: Path, number: int) -> "_Job":
+        if "%" in str(run_folder.absolute()):
+            raise UsageError(f"{run_folder.absolute()}: sbatch replaces % in the paths of logs. Use a --workspace without it.")
         n_tasks = min(self.config.workers or _DEFAULT_WORKERS, len(parts))
         job = _Job(
             name=f"fuseline-{run_folder.name}-{number}",

@@ -12,10 +12,11 @@ from ..align.maps import VocabularyMapStage, end_of_turn, vocabulary_map_identit
 from ..align.matches import TokenMatchesStage, matches_identity
 from ..align.sources import FusionSource
 from ..ingest.chat.readings import ChatReading, CorpusTemplate
-from ..ingest.corpus import CorpusStage, corpus_identity
+from ..ingest.corpus import CorpusStage, corpus_identity, corpus_source
 from ..ingest.distributions import DistributionsStage, distributions_identity
+from ..ingest.earlier_corpus import kept_identity, require_read_right
 from ..ingest.models import ModelConfig, ModelFolder, find_model
-from ..ingest.sources import find_source
+from ..ingest.sources import Source
 from ..recipe import Fusion, Recipe
 from ..store.corpus_plan import require_domains
 from ..store.dataset import Dataset, as_ranges
@@ -56,18 +57,27 @@ class Stages:
     def corpus(self) -> CorpusStage:
         """The stage that makes the corpus."""
         config = self.recipe.corpus
-        source = find_source(config.path, revision=config.revision, base=self.base)
         for model in self.models.values():
             self._tokenizer_folder(model)
         chat = self._corpus_template
-        identity = corpus_identity(config, source=source, tokenizers=[model.tokenizer for model in self._segmented_for], chat=chat)
+        tokenizers = [model.tokenizer for model in self._segmented_for]
+        identity = asked = corpus_identity(config, source=self.source, tokenizers=tokenizers, chat=chat)
         folder = self.workspace.folder("corpus", config.name)
         if (folder / "dataset.json").exists():
+            stored = Dataset.open(folder)
             # Segments are settled when the corpus is first made: a source that is added later does not undo all that was stored.
-            identity["segmented_for"] = Dataset.open(folder).identity["segmented_for"]
-        dataset = self.workspace.dataset("corpus", config.name, identity=identity, description={"source": str(source)})
+            asked = asked | {"segmented_for": stored.identity["segmented_for"]}
+            identity = kept_identity(stored, asked=asked)
+        dataset = self.workspace.dataset("corpus", config.name, identity=identity, description={"source": self.source.where})
         tokenizer_folders = [self.workspace.folder("tokenizers", digest) for digest in identity["segmented_for"]]
-        return CorpusStage(dataset, config=config, source=source, tokenizer_folders=tokenizer_folders, chat=chat)
+        stage = CorpusStage(dataset, config=config, source=self.source, tokenizer_folders=tokenizer_folders, chat=chat)
+        require_read_right(stage, asked=asked)
+        return stage
+
+    @cached_property
+    def source(self) -> Source:
+        """Where the documents are."""
+        return corpus_source(self.recipe.corpus, base=self.base)
 
     @property
     def _segmented_for(self) -> list[ModelFolder]:

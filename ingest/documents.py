@@ -1,31 +1,34 @@
 """What the documents of a corpus are made of: a column of text, or conversations that a chat template writes down."""
 
-from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Mapping, Sequence
+from typing import Protocol
 
 from ..store.errors import DataError
 from .chat.config import ChatConfig
 from .chat.conversations import Conversation, find_reader
 from .chat.marked_text import MarkedText
 from .chat.template import ChatTemplate, RefusedConversation
+from .rows import Rows
 
 
 class Documents(Protocol):
-    """Reads rows of a data set as documents."""
+    """Reads rows of a file as documents."""
 
-    columns: tuple[str, ...]  # that it reads
-    format: str | None  # in which `datasets` is to give them: None is Python's own types, with what JSON mixes decoded
+    @property
+    def required(self) -> Sequence[str]:
+        """Columns that the file must have."""
+        ...
 
-    def read(self, batch: Any, *, where: str, first_row: int) -> tuple[list[MarkedText], Mapping[int, str]]:
-        """The documents of some rows, and why some of them, by their row, are refused; those have no text.
+    @property
+    def optional(self) -> Sequence[str]:
+        """Columns that are read where it has them."""
+        ...
 
-        Args:
-            batch: some rows with the columns, in the format.
-            where: the file and split, for messages.
-            first_row: number of the first row there.
+    def read(self, rows: Rows) -> tuple[list[MarkedText], Mapping[int, str]]:
+        """The documents of some rows, and why some of them, by their index, are refused; those have no text.
 
         Raises:
-            DataError: a row is not what it should be, with its number and what to do.
+            DataError: a row is not what it should be, with its place and what to do.
         """
         ...
 
@@ -33,34 +36,19 @@ class Documents(Protocol):
 class TextDocuments:
     """A column of text."""
 
-    format: str | None = "arrow"
+    optional: Sequence[str] = ()
 
-    def __init__(self, column: str, *, features: Mapping[str, Any], where: str) -> None:
-        """Raise DataError where the column holds values of several kinds: `datasets` would give all of them as JSON."""
-        if type(features.get(column)).__name__ == "Json":
-            raise DataError(f"{where}: the column {column!r} holds values of several types, not only text. Mend these rows.")
-        self.columns: tuple[str, ...] = (column,)
+    def __init__(self, column: str) -> None:
+        self.required: Sequence[str] = (column,)
 
-    def read(self, batch: Any, *, where: str, first_row: int) -> tuple[list[MarkedText], Mapping[int, str]]:
+    def read(self, rows: Rows) -> tuple[list[MarkedText], Mapping[int, str]]:
         """Null is no text; a lone surrogate, say, is an error."""
-        import pyarrow as pa
-
-        column = batch.column(self.columns[0])
-        if not (pa.types.is_string(column.type) or pa.types.is_large_string(column.type) or pa.types.is_null(column.type)):
-            raise DataError(f"{where}: the text column is of type {column.type}, not text. Name another with corpus.text_column.")
-        texts = []
-        for row, data in enumerate(column.cast(pa.large_binary()).to_pylist(), start=first_row):
-            try:
-                texts.append(MarkedText(text=(data or b"").decode()))
-            except UnicodeDecodeError as error:
-                raise DataError(f"{where}, row {row}: the text is not valid UTF-8 ({error}). Mend or remove this document.") from error
-        return texts, {}
+        (column,) = self.required
+        return [MarkedText(text=_text(value, place=rows.place, index=index)) for index, value in enumerate(rows.columns[column])], {}
 
 
 class ChatDocuments:
     """Conversations, written down by a chat template."""
-
-    format: str | None = None
 
     def __init__(self, config: ChatConfig, *, template: ChatTemplate, columns: Sequence[str], where: str) -> None:
         """Find out which of the columns hold the conversations.
@@ -70,24 +58,24 @@ class ChatDocuments:
         """
         self._template = template
         self._reader = find_reader(columns, wanted=config.format, column=config.column, where=where)
-        self.columns = self._reader.columns
+        self.required, self.optional = self._reader.required, self._reader.optional
 
-    def read(self, batch: Any, *, where: str, first_row: int) -> tuple[list[MarkedText], Mapping[int, str]]:
+    def read(self, rows: Rows) -> tuple[list[MarkedText], Mapping[int, str]]:
         """Refused are conversations without an answer, with an empty one, and those that the template does not write as they are."""
         texts: list[MarkedText] = []
         refused: dict[int, str] = {}
-        rows = zip(*(batch[column] for column in self.columns), strict=True)
-        for row, values in enumerate(rows, start=first_row):
-            fields = dict(zip(self.columns, values, strict=True))
+        columns = (*self.required, *self.optional)
+        for index, values in enumerate(zip(*(rows.columns[column] for column in columns), strict=True)):
+            fields = dict(zip(columns, values, strict=True))
             try:
                 conversation = self._reader.read(fields)
             except ValueError as error:
-                raise DataError(f"{where}, row {row}, {', '.join(self.columns)}: {error}. Mend or remove this conversation.") from error
+                raise DataError(f"{rows.place(index)}, {', '.join(columns)}: {error}. Correct or remove this conversation.") from error
             try:
                 texts.append(self._written(conversation))
             except RefusedConversation as error:
                 texts.append(MarkedText(text=""))
-                refused[row] = str(error)
+                refused[index] = str(error)
         return texts, refused
 
     def _written(self, conversation: Conversation) -> MarkedText:
@@ -100,3 +88,18 @@ class ChatDocuments:
         if empty:
             raise RefusedConversation(f"message {empty[0]} (assistant) is empty")
         return self._template.render(conversation)
+
+
+def _text(value: object, *, place: Callable[[int], str], index: int) -> str:
+    if value is None:
+        return ""
+    if not isinstance(value, str):
+        raise DataError(
+            f"{place(index)}: the text column is of type {type(value).__name__}, not text. Name another with corpus.text_column."
+        )
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        remedy = "Convert the file to UTF-8, for example with iconv, or correct this document."
+        raise DataError(f"{place(index)}: the text is not valid UTF-8. {remedy}") from error
+    return value

@@ -1,33 +1,258 @@
-"""Where a corpus comes from: files or a folder, or a dataset of the Hugging Face hub; read through `datasets`."""
+"""Where a corpus comes from: a file or folder here, or a dataset of the Hugging Face hub."""
 
+import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-from ..store.errors import DataError
+from ..store.errors import DataError, UsageError
+from .files import CorpusFile, FileList, list_files
+from .formats import column_names, read_rows
+from .rows import BATCH_ROWS, Columns, Rows, require_columns
 
-_DATA_SUFFIXES = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "csv", ".txt": "text"}
-_NOTES = {"dataset_infos.json", "dataset_info.json", "dataset_dict.json", "state.json"}  # what `datasets` leaves beside the data
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")  # of a model or a dataset
 _HUB_FILES = ["*.parquet", "*.jsonl", "*.jsonl.*", "*.json", "*.csv", "*.txt", "README.md"]
+_COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
-def find_source(path: str, *, revision: str | None, base: Path, download: bool = True) -> Path:
-    """The file or folder of a corpus: a local path, or a snapshot of a hub's dataset.
+class Table(Protocol):
+    """A file of a corpus, or a split of a hub's dataset."""
+
+    @property
+    def where(self) -> str:
+        """For messages."""
+        ...
+
+    @property
+    def names(self) -> Sequence[str]:
+        """The columns; of a JSON file those of its first rows."""
+        ...
+
+    def rows(self, columns: Columns) -> Iterator[Rows]:
+        """All rows, a batch at a time.
+
+        Raises:
+            DataError: it cannot be read, lacks a column, or a row is not what it should be.
+        """
+        ...
+
+
+class Source(Protocol):
+    """A corpus before it is read. Pickles, so that a worker reads what the coordinator has listed."""
+
+    @property
+    def left_out(self) -> Sequence[str]:
+        """What lies there and is not read, with the reason."""
+        ...
+
+    @property
+    def where(self) -> str:
+        """For messages."""
+        ...
+
+    def identity(self) -> dict[str, Any]:
+        """What determines its content."""
+        ...
+
+    def splits(self) -> Mapping[str, Sequence[Table]]:
+        """What each split consists of, in order."""
+        ...
+
+    def require_unchanged(self) -> None:
+        """Raise DataError if it changed since it was listed."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class FileTable:
+    """A file of a local corpus."""
+
+    file: CorpusFile
+
+    @property
+    def where(self) -> str:
+        """The file's path."""
+        return str(self.file.path)
+
+    @property
+    def names(self) -> Sequence[str]:
+        """See `Table.names`."""
+        return column_names(self.file)
+
+    def rows(self, columns: Columns) -> Iterator[Rows]:
+        """See `Table.rows`."""
+        return read_rows(self.file, columns)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LocalSource:
+    """Files of this machine."""
+
+    listed: FileList
+    files: Mapping[str, tuple[CorpusFile, ...]]  # by split
+
+    @property
+    def left_out(self) -> Sequence[str]:
+        """Also data files that no split names."""
+        read = {file.name for files in self.files.values() for file in files}
+        return [*self.listed.left_out, *(f"{file.name} (in no split)" for file in self.listed.files if file.name not in read)]
+
+    @property
+    def where(self) -> str:
+        """The path of the file or folder."""
+        return str(self.listed.root)
+
+    def identity(self) -> dict[str, Any]:
+        """The digest of each file that is read, by its name below the corpus's folder."""
+        return {"files": {file.name: file.digest() for files in self.files.values() for file in files}}
+
+    def splits(self) -> Mapping[str, Sequence[Table]]:
+        """See `Source.splits`."""
+        return {split: [FileTable(file) for file in files] for split, files in self.files.items()}
+
+    def require_unchanged(self) -> None:
+        """See `Source.require_unchanged`."""
+        for files in self.files.values():
+            for file in files:
+                file.require_unchanged()
+
+
+class HubTable:
+    """A split of a hub's dataset, as `datasets` gives it."""
+
+    def __init__(self, rows: Any, *, where: str) -> None:
+        self._rows, self.where = rows, where
+
+    @property
+    def names(self) -> Sequence[str]:
+        """See `Table.names`."""
+        return self._rows.column_names
+
+    def rows(self, columns: Columns) -> Iterator[Rows]:
+        """See `Table.rows`."""
+        require_columns(columns.required, names=self.names, where=self.where)
+        wanted, row = [name for name in columns.all if name in self.names], 0
+        for batch in self._rows.select_columns(wanted).with_format(None).iter(batch_size=BATCH_ROWS):
+            numbers = range(row, row + len(batch[wanted[0]]))
+            yield Rows.of(batch, where=self.where, unit="row", numbers=numbers, columns=columns)
+            row = numbers.stop
+
+
+@dataclass(frozen=True)
+class HubSource:
+    """A snapshot of a hub's dataset, whose splits and files are what `datasets` takes them for."""
+
+    folder: Path
+    name: str  # as the recipe has it
+    configuration: str | None
+    left_out: Sequence[str] = ()
+
+    @property
+    def where(self) -> str:
+        """The snapshot's folder."""
+        return str(self.folder)
+
+    def identity(self) -> dict[str, Any]:
+        """The commit, which names the folder."""
+        return {"hub": self.name, "commit": self.folder.name}
+
+    def splits(self) -> Mapping[str, Sequence[Table]]:
+        """See `Source.splits`."""
+        return {split: [HubTable(rows, where=f"{self.folder}, split {split}")] for split, rows in self._loaded.items()}
+
+    def require_unchanged(self) -> None:
+        """A commit does not change."""
+
+    @cached_property
+    def _loaded(self) -> dict[str, Any]:
+        import datasets
+
+        datasets.disable_progress_bars()
+        try:
+            return dict(datasets.load_dataset(str(self.folder), name=self.configuration))
+        except Exception as error:  # `datasets` wraps whatever its readers raise
+            raise self._explained(error) from error
+
+    def _explained(self, error: Exception) -> DataError:
+        cause = error.__cause__ or error
+        if isinstance(cause, PermissionError) or (isinstance(cause, OSError) and cause.errno in _UNWRITABLE):
+            return cache_unwritable(cause)
+        if isinstance(error, ValueError) and ("Config name is missing" in str(error) or "BuilderConfig" in str(error)):
+            import datasets
+
+            names = ", ".join(datasets.get_dataset_config_names(str(self.folder)))
+            return DataError(f"corpus.configuration ({self.configuration}) must name one of the configurations of {self.name}: {names}.")
+        return DataError(f"The corpus {self.folder} cannot be read: {type(cause).__name__}: {cause}")
+
+
+_UNWRITABLE = {13, 30}  # EACCES, EROFS
+
+
+def cache_unwritable(error: OSError) -> DataError:
+    """What to say where the cache of the hub's libraries cannot be written."""
+    folder = os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface"
+    where = error.filename or folder
+    return DataError(
+        f"The cache of the Hugging Face hub cannot be written ({error.strerror}: {where}). Set HF_HOME to a folder that can be written."
+    )
+
+
+def open_source(
+    path: str,
+    *,
+    base: Path,
+    splits: Mapping[str, str | Sequence[str]] | None = None,
+    revision: str | None = None,
+    configuration: str | None = None,
+    download: bool = True,
+) -> Source:
+    """The files of a corpus here, or a snapshot of a hub's dataset.
 
     Args:
         path: a path, or an id on the hub.
-        revision: commit, tag or branch on the hub.
         base: the recipe's folder, to which a path is relative.
+        splits: the files of each split, of a corpus here.
+        revision: commit, tag or branch on the hub.
+        configuration: which of the hub dataset's configurations.
         download: whether the hub may be asked for what its local cache lacks.
 
     Raises:
-        DataError: it is neither here nor on a hub that can be reached.
+        DataError: it is neither here nor on a hub that can be reached, or its files are not what they should be.
+        UsageError: a key is for a corpus of the other kind.
     """
-    local = base / Path(path).expanduser()
-    if local.exists():
-        return local
+    local = base / expanded(path)
+    if local.exists() and not is_hub_snapshot(local):
+        for key, value in (("revision", revision), ("configuration", configuration)):
+            if value is not None:
+                raise UsageError(f"corpus.{key} ({value!r}) is for datasets of the hub, and corpus.path is {local}. Remove corpus.{key}.")
+        listed = list_files(local)
+        return LocalSource(listed=listed, files=listed.by_split(splits))
+    if splits is not None:
+        raise UsageError(f"corpus.splits is for files here, and corpus.path ({path}) is a dataset of the hub, which has splits. Remove it.")
+    folder = local if local.exists() else _snapshot(path, local=local, revision=revision, download=download)
+    return HubSource(folder, path, configuration)
+
+
+def expanded(path: str) -> Path:
+    """A path with `~` for the home folder; every other character stands for itself."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:  # no such user: the folder is called so
+        return Path(path)
+
+
+def is_hub_snapshot(folder: Path) -> bool:
+    """Whether a folder is a dataset's snapshot in a cache of the hub's: `datasets--…/snapshots/<commit>`, with `blobs` beside."""
+    snapshots = folder.absolute().parent
+    repository = snapshots.parent
+    is_named = snapshots.name == "snapshots" and repository.name.startswith("datasets--")
+    return is_named and bool(_COMMIT.fullmatch(folder.name)) and (repository / "blobs").is_dir()
+
+
+def _snapshot(path: str, *, local: Path, revision: str | None, download: bool) -> Path:
     if not HUB_ID.fullmatch(path):
         raise DataError(f"corpus.path: there is no file or folder {local.absolute()}. Correct the path in the recipe.")
     import huggingface_hub
@@ -38,70 +263,10 @@ def find_source(path: str, *, revision: str | None, base: Path, download: bool =
                 path, repo_type="dataset", revision=revision, allow_patterns=_HUB_FILES, local_files_only=not download
             )
         )
+    except PermissionError as error:
+        raise cache_unwritable(error) from error
     except Exception as error:  # a dozen kinds, from bad ids to no network
         raise DataError(
             f"corpus.path ({path}): there is no file or folder {local.absolute()}, and the Hugging Face hub did not give a dataset of this "
             f"id ({type(error).__name__}: {str(error).splitlines()[0]}). Correct the path, or download the dataset and name its folder."
         ) from error
-
-
-def data_files(source: Path) -> list[Path]:
-    """The files of a corpus that hold text, in a fixed order.
-
-    Raises:
-        DataError: there are none.
-    """
-    files = [source] if source.is_file() else sorted(path for path in source.rglob("*") if _kind(path))
-    if not files or not _kind(files[0]):
-        raise DataError(f"{source} holds no data file: {', '.join(_DATA_SUFFIXES)} are read (also gzipped).")
-    return files
-
-
-def _kind(path: Path) -> str | None:
-    suffixes = [suffix for suffix in path.suffixes if suffix not in {".gz", ".zst"}]
-    if path.name in _NOTES:
-        return None
-    return _DATA_SUFFIXES.get(suffixes[-1]) if suffixes and path.is_file() else None
-
-
-def load_splits(source: Path) -> dict[str, Any]:
-    """Load a file or folder through `datasets`: split name to `datasets.Dataset`, memory-mapped.
-
-    Raises:
-        DataError: a file cannot be read.
-    """
-    import datasets
-
-    datasets.disable_progress_bars()
-    kinds = {_kind(path) for path in data_files(source)}
-    if len(kinds) > 1:
-        raise DataError(f"{source} mixes files of several kinds ({', '.join(sorted(map(str, kinds)))}). Keep those of one kind.")
-    (kind,) = kinds
-    try:
-        if kind == "text":
-            files = [(str(path), path.stat().st_mtime_ns) for path in data_files(source)]  # the times keep its cache from going stale
-            features = datasets.Features({"text": datasets.Value("large_string")})
-            loaded = {"train": datasets.Dataset.from_generator(_text_documents, features=features, gen_kwargs={"files": files})}
-        elif source.is_file():
-            loaded = datasets.load_dataset(kind, data_files=str(source))
-        else:
-            loaded = datasets.load_dataset(str(source))
-    except Exception as error:  # `datasets` wraps whatever its readers raise
-        cause = error.__cause__ or error
-        if isinstance(cause, StopIteration) or "corresponds to no data" in str(cause):  # what `datasets` says of a file without rows
-            return {}
-        raise DataError(f"The corpus {source} cannot be read: {type(cause).__name__}: {cause}") from error
-    return dict(loaded)
-
-
-def _text_documents(files: list[tuple[str, int]]) -> Iterator[dict[str, str]]:
-    """One document per file, to the byte: the text reader of `datasets` turns carriage returns into line feeds."""
-    import fsspec
-
-    for path, _ in files:
-        with fsspec.open(path, "rb", compression="infer") as file:
-            data = file.read()
-        try:
-            yield {"text": data.decode()}
-        except UnicodeDecodeError as error:
-            raise DataError(f"{path} is not valid UTF-8 ({error}). Mend or remove it.") from error

@@ -4,10 +4,14 @@ Only the coordinator writes it, and only for the moment of a fold: DuckDB lets o
 read-only, with patience.
 """
 
+import atexit
 import json
+import shutil
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -81,7 +85,7 @@ def _told(workspace: Workspace) -> Iterator[None]:
         yield
     except duckdb.Error as error:
         raise DataError(
-            f"{workspace.catalog_path} cannot be read: {error}\nIt is only an index: make it anew with `fuseline store rebuild`."
+            f"{workspace.catalog_path} cannot be read: {error}\nIt is only an index: make it again with `fuseline store rebuild`."
         ) from error
 
 
@@ -135,23 +139,38 @@ def _fold_into(path: Path, workspace: Workspace) -> None:
     except duckdb.Error as error:
         raise DataError(
             f"{workspace.catalog_path} cannot be brought up to date: {error}\nIt is only an index, nothing is lost. "
-            "Make room if the disk is full, and run the same command again; else make it anew with `fuseline store rebuild`."
+            "Make room if the disk is full, and run the same command again; else make it again with `fuseline store rebuild`."
         ) from error
     finally:
         connection.close()
+
+
+def _openable(path: Path) -> Path:
+    """The path by which DuckDB opens a file: what follows a `?` in a path it takes for the options of an address."""
+    return _link_to(path.parent.absolute()) / path.name if "?" in str(path.absolute()) else path.absolute()
+
+
+@cache
+def _link_to(folder: Path) -> Path:
+    """A link to a folder, with a plain name, for as long as this process lives."""
+    place = Path(tempfile.mkdtemp(prefix="fuseline-"))
+    atexit.register(shutil.rmtree, place, ignore_errors=True)
+    link = place / "workspace"
+    link.symlink_to(folder, target_is_directory=True)
+    return link
 
 
 def _connect(path: Path, *, read_only: bool, config: _Config) -> duckdb.DuckDBPyConnection:
     deadline = time.monotonic() + _PATIENCE_SECONDS
     while True:
         try:
-            return duckdb.connect(str(path), read_only=read_only, config=config)
+            return duckdb.connect(str(_openable(path)), read_only=read_only, config=config)
         except duckdb.ConnectionException as error:
             raise WorkspaceBusy(f"{path} is open in this process already, for another purpose. Close that first.") from error
         except duckdb.IOException as error:
             if "lock" not in str(error).lower():
                 raise DataError(
-                    f"{path} cannot be opened: {error}\nIt is only an index: make it anew with `fuseline store rebuild`."
+                    f"{path} cannot be opened: {error}\nIt is only an index: make it again with `fuseline store rebuild`."
                 ) from error
             if time.monotonic() > deadline:
                 raise WorkspaceBusy(f"{path} is open in another process, which holds it. Try again in a moment.") from error
@@ -305,7 +324,7 @@ def _fold_tokenizers(connection: duckdb.DuckDBPyConnection, workspace: Workspace
             continue  # `verify` tells
         try:
             settings = json.loads((folder / "settings.json").read_text(encoding="utf-8"))
-            vocab_size = pl.scan_parquet(folder / "token_bytes.parquet").select(pl.len()).collect().item()
+            vocab_size = len(durable.read_parquet(folder / "token_bytes.parquet", columns=["token_id"]))
             row = [folder.name, vocab_size, settings["roles"]["bos"], settings["roles"]["eos"], settings["prepends_bos"]]
         except (OSError, ValueError, KeyError, TypeError, pl.exceptions.PolarsError) as error:
             raise DamagedPart(f"The tokenizer {folder} cannot be read ({error}). Mend it with: fuseline store repair RECIPE.") from error

@@ -12,6 +12,7 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
+from . import durable
 from .dataset import Dataset
 from .errors import DamagedPart
 from .targets import ONE_HOT, SEVERAL
@@ -50,7 +51,7 @@ def check_tokenizer_table(folder: Path) -> None:
         DamagedPart: they differ.
     """
     try:
-        table = pl.read_parquet(folder / "token_bytes.parquet")
+        table = durable.read_parquet(folder / "token_bytes.parquet")
     except pl.exceptions.PolarsError as error:
         raise DamagedPart(f"token_bytes.parquet cannot be read: {error}") from error
     expected = Tokenizer.load(folder).token_bytes

@@ -52,7 +52,7 @@ def read_documents(folder: Path, *, summary: dict[str, Any]) -> pl.DataFrame:
     if not path.exists() or _sha256(path) != summary["sha256"]:
         remedy = f"Remove {folder / 'plan.json'}: the same plan is then made again."
         raise DamagedPart(f"{path} is missing or damaged.", remedy=remedy)
-    return pl.read_parquet(path)
+    return durable.read_parquet(path)
 
 
 @dataclass(frozen=True, slots=True)

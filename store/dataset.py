@@ -255,7 +255,7 @@ class Dataset:
         """
         path = self.table_path(part)
         try:
-            return pl.read_parquet(path)
+            return durable.read_parquet(path)
         except (OSError, pl.exceptions.PolarsError) as error:
             raise DamagedPart(
                 f"{path} is named by its manifest but cannot be read ({_reason(error)}).", remedy=self._remedy(part)

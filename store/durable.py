@@ -94,6 +94,13 @@ def write_parquet(path: Path, table: "pl.DataFrame") -> None:
     write_bytes(path, parquet_bytes(table))
 
 
+def read_parquet(path: Path, *, columns: list[str] | None = None) -> "pl.DataFrame":
+    """Read a table from a file. Polars by itself takes `[`, `*` and `?` in a path for a pattern, and reads another file."""
+    import polars as pl
+
+    return pl.read_parquet(path, columns=columns, glob=False, hive_partitioning=False)
+
+
 def parquet_bytes(table: "pl.DataFrame") -> bytes:
     """A table as the content of a Parquet file. It is made in memory, because polars reports a full disk as an error of its own."""
     buffer = io.BytesIO()

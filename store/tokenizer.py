@@ -349,7 +349,7 @@ def token_texts(folder: Path) -> list[str]:
     """What each token of a stored tokenizer stands for, by id, to be read: bytes that are not UTF-8 by themselves are written `\\xe2`,
     special tokens as the tokenizer writes them."""
     special = {token["id"]: token["content"] for token in _added_tokens((folder / "tokenizer.json").read_text(encoding="utf-8"))}
-    table = pl.read_parquet(folder / "token_bytes.parquet", columns=["bytes", "is_special"])
+    table = durable.read_parquet(folder / "token_bytes.parquet", columns=["bytes", "is_special"])
     return [
         special.get(token_id, "") if is_special else data.decode(errors="backslashreplace")
         for token_id, (data, is_special) in enumerate(table.iter_rows())

@@ -20,7 +20,7 @@ _ROLES: dict[str, Role] = {
     "tool": "tool", "function": "tool", "observation": "tool",
 }  # fmt: skip
 _LISTS = ("messages", "conversations", "conversation")  # columns that hold lists of messages
-_ALPACA = ("instruction", "input", "output", "system")
+_ALPACA, _ALPACA_OPTIONAL = ("instruction", "output"), ("input", "system")
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,8 +38,9 @@ Conversation = tuple[Message, ...]
 class ConversationReader:
     """Which columns hold the conversations of a data set, and how."""
 
-    columns: tuple[str, ...]
+    required: tuple[str, ...]
     read: Callable[[Mapping[str, Any]], Conversation]  # raises ValueError with what is wrong with a row
+    optional: tuple[str, ...] = ()  # columns that may be missing
 
 
 def find_reader(columns: Sequence[str], *, wanted: ConversationFormat | None, column: str | None, where: str) -> ConversationReader:
@@ -57,8 +58,8 @@ def find_reader(columns: Sequence[str], *, wanted: ConversationFormat | None, co
     lists = [name for name in ((column,) if column else _LISTS) if name in columns]
     if lists and wanted != "alpaca":
         return ConversationReader((lists[0],), lambda row: read_messages(row[lists[0]]))
-    if not column and wanted in (None, "alpaca") and {"instruction", "output"} <= set(columns):
-        return ConversationReader(tuple(name for name in _ALPACA if name in columns), read_alpaca)
+    if not column and wanted in (None, "alpaca") and set(_ALPACA) <= set(columns):
+        return ConversationReader(_ALPACA, read_alpaca, optional=_ALPACA_OPTIONAL)
     looked_for = column or f"{', '.join(_LISTS)}, or instruction and output"
     raise DataError(
         f"{where} has no conversations: its columns are {', '.join(columns)}, and not {looked_for}. "
@@ -90,7 +91,7 @@ def read_alpaca(row: Mapping[str, Any]) -> Conversation:
     Raises:
         ValueError: a field is no text.
     """
-    fields = {name: _text(row.get(name), field=name) for name in _ALPACA}
+    fields = {name: _text(row.get(name), field=name) for name in (*_ALPACA, *_ALPACA_OPTIONAL)}
     asked = "\n\n".join(text for text in (fields["instruction"], fields["input"]) if text)
     found = [Message("user", asked), Message("assistant", fields["output"])] if asked and fields["output"] else []
     return tuple([Message("system", fields["system"]), *found] if fields["system"] and found else found)

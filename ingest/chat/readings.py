@@ -5,7 +5,9 @@ from pathlib import Path
 
 from ...store.errors import DataError, UsageError
 from ...store.tokenizer import Tokenizer
+from ...store.user_text import read_user_text
 from ..models import ModelFolder
+from ..sources import expanded
 from .config import ChatConfig
 from .reader import ConversationsReader, Rendering
 from .template import ChatTemplate
@@ -33,11 +35,7 @@ class CorpusTemplate:
         """
         source = None
         if config.template is not None:
-            try:
-                source = (base / Path(config.template).expanduser()).read_text(encoding="utf-8")
-            except (OSError, UnicodeDecodeError) as error:
-                reason = getattr(error, "strerror", None) or error
-                raise UsageError(f"corpus.chat.template ({config.template}) cannot be read: {reason}.") from error
+            source = read_user_text(base / expanded(config.template), what=f"corpus.chat.template ({config.template})")
         template = ChatTemplate.of_model(target.folder, tokenizer=target.tokenizer, date=config.date, source=source)
         if template is None:
             raise UsageError(

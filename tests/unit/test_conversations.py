@@ -60,9 +60,9 @@ def test_what_is_wrong_with_a_row_is_told(value, said):
 
 
 def test_columns_say_the_format_and_a_missing_one_is_told():
-    assert find_reader(["id", "conversations"], wanted=None, column=None, where="d").columns == ("conversations",)
-    assert find_reader(["instruction", "output", "messages"], wanted="alpaca", column=None, where="d").columns == ("instruction", "output")
-    assert find_reader(["turns"], wanted=None, column="turns", where="d").columns == ("turns",)
+    assert find_reader(["id", "conversations"], wanted=None, column=None, where="d").required == ("conversations",)
+    assert find_reader(["instruction", "output", "messages"], wanted="alpaca", column=None, where="d").required == ("instruction", "output")
+    assert find_reader(["turns"], wanted=None, column="turns", where="d").required == ("turns",)
     with pytest.raises(DataError, match=r"its columns are text, and not messages.*corpus\.chat\.column"):
         find_reader(["text"], wanted=None, column=None, where="d")
     with pytest.raises(DataError, match="and not turns"):

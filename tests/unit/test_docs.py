@@ -68,6 +68,8 @@ def _type(annotation: Any) -> str:
         return " or ".join(_type(choice) for choice in get_args(annotation) if choice is not type(None))
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return "table"
+    if get_origin(annotation) is list:
+        return f"list of {_type(get_args(annotation)[0])}"
     if get_origin(annotation) is dict:
         return f"table of {_type(get_args(annotation)[1])}"
     return {str: "text", int: "integer", float: "number", bool: "true or false"}[

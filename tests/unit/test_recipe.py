@@ -158,7 +158,7 @@ def test_all_problems_are_told_at_once_in_the_order_of_their_lines(tmp_path):
         (line(text, "clm_weight"), "training.clm_weight"),
     ]
     what = {key: text for _, key, text in problems}
-    assert what["corpus.context_lenght"].startswith("unknown key. Did you mean context_length? Valid are: name, path, revision, ")
+    assert what["corpus.context_lenght"].startswith("unknown key. Did you mean context_length? Valid are: name, path, splits, ")
     assert what["corpus.seed"] == "'x' should be a valid integer"
     assert what["corpus.part_bytes"] == "10 should be greater than or equal to 1024"
     assert what["sources.0.model"] == "3 should be a valid string"
@@ -389,7 +389,7 @@ def test_line_of_what_is_not_there_is_the_line_of_its_section():
     [
         (b"[corpus\npath = 1", r"is not valid TOML: .*line 1"),
         (b"[corpus]\npath = 1\npath = 2\n", r"is not valid TOML: .*line 3"),
-        (b"[corpus]\npath = \"\xff\"\n", r"is not valid TOML: .*utf-8"),
+        (b"[corpus]\npath = \"\xff\"\n", r"line 2: is not valid UTF-8"),
     ],
 )  # fmt: skip
 def test_what_is_not_toml_is_told(tmp_path, raw, message):

@@ -1,0 +1,78 @@
+"""Corpora that were read before files had one explicit list: kept, with their fingerprints, where they were read right.
+
+Then `datasets` chose the files of a folder, their splits by their names, and what in them stood for null; a README.md beside them counted
+as content. Such a corpus is read once more and compared document by document, whatever else its identity says of how it was read.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import polars as pl
+
+from ..store import durable
+from ..store.corpus_plan import read_plan
+from ..store.dataset import Dataset
+from ..store.errors import DataError
+from ..store.fingerprint import fingerprint, sealed
+from .choose import choose_documents
+from .corpus import READER, CorpusStage
+
+_LATER_KEYS = ("splits", "configuration")
+_CONTENT = ("split", "domain", "sha256")
+_PLACE = ("source_split", "row", "part", "doc_id")
+
+
+def kept_identity(stored: Dataset, *, asked: Mapping[str, Any]) -> dict[str, Any]:
+    """The identity to ask a stored corpus for: of one that was read before, without what then was no part of it."""
+    kept = dict(asked)
+    if not _is_earlier(stored):
+        return kept
+    for key in _LATER_KEYS:
+        if key not in stored.identity:
+            kept.pop(key, None)
+    readme = stored.identity.get("files", {}).get("README.md")
+    if readme and "files" in kept:
+        kept["files"] = {"README.md": readme} | kept["files"]
+    return kept
+
+
+def require_read_right(stage: CorpusStage, *, asked: Mapping[str, Any]) -> None:
+    """Compare a corpus that was read before with its files, once.
+
+    Raises:
+        DataError: its documents are not those of the files.
+    """
+    dataset, verified_as = stage.dataset, fingerprint(asked)
+    summary = read_plan(dataset.folder)
+    if summary is None or not _is_earlier(dataset) or summary.get("verified_as") == verified_as:
+        return
+    stored, read = stage.plan.documents, choose_documents(stage.config, source=stage.source, chat=stage.chat).documents
+    if "None" not in read["domain"]:  # what a missing domain was called
+        read = read.with_columns(pl.col("domain").replace("", "None"))
+    all_made = not dataset.missing(stage.parts())
+    if not (_same(stored, read, *_CONTENT, *_PLACE) or (all_made and _same(stored, read, *_CONTENT))):
+        raise _misread(dataset, stored=stored, read=read)
+    durable.write_json(dataset.folder / "plan.json", sealed(summary | {"verified_as": verified_as}))
+
+
+def _is_earlier(dataset: Dataset) -> bool:
+    summary = read_plan(dataset.folder)
+    return summary is not None and summary.get("reader", 1) < READER
+
+
+def _same(stored: pl.DataFrame, read: pl.DataFrame, *columns: str) -> bool:
+    left, right = (table.select(columns).sort(columns) for table in (stored, read))
+    return left.equals(right)
+
+
+def _misread(dataset: Dataset, *, stored: pl.DataFrame, read: pl.DataFrame) -> DataError:
+    missing, extra = (left.join(right, on=_CONTENT, how="anti") for left, right in ((read, stored), (stored, read)))
+    if len(missing) or len(extra):
+        what = f"{len(missing)} documents of the files are not in it as they are there, and {len(extra)} of it are not in the files"
+    else:
+        what = "its files are now read in another order, and parts of it are missing"
+    return DataError(
+        f"corpus/{dataset.name} was read by an earlier version, and not as its files say: {what}. What was made of it has the wrong text. "
+        f"Use another --workspace, or remove {dataset.folder.parent.parent}. If names of files or folders say the splits, write that in "
+        "[corpus.splits] first."
+    )

@@ -1,0 +1,114 @@
+"""Rows of JSON files: objects on lines of their own, in one array, or one after another.
+
+A number that is a label keeps its spelling, and a text that looks like a date stays one: readers that guess types do neither.
+"""
+
+import io
+import json
+from collections.abc import Iterator
+from itertools import chain, islice
+from typing import Any, NamedTuple
+
+from ..store.errors import DataError
+from .files import CorpusFile
+from .opened_file import decoded
+from .rows import BATCH_ROWS, Columns, Rows, Spelled, require_columns
+
+_SNIFFED_ROWS = 1000  # whose keys are a file's columns
+
+
+def json_names(data: io.BufferedReader, *, file: CorpusFile) -> list[str]:
+    """The columns of a file's first rows."""
+    return list(dict.fromkeys(name for row in islice(_json_rows(data, file=file), _SNIFFED_ROWS) for name in row.fields))
+
+
+class _JsonRow(NamedTuple):
+    line: int
+    source: str
+    fields: dict[str, Any]
+
+
+def json_batches(data: io.BufferedReader, file: CorpusFile, columns: Columns) -> Iterator[Rows]:
+    """The rows of a file; numbered by the line on which each begins, from 1."""
+    rows, seen, n_rows = _json_rows(data, file=file), dict[str, None](), 0
+    while batch := list(islice(rows, BATCH_ROWS)):
+        n_rows += len(batch)
+        for row in batch:
+            seen.update(dict.fromkeys(row.fields))
+        values = {name: [_json_value(row, name, is_label=name in columns.labels) for row in batch] for name in columns.all}
+        numbers = [row.line for row in batch]
+        yield Rows.of(values, where=str(file.path), unit="line", numbers=numbers, columns=columns)
+    if n_rows:  # a row may leave out what it has no value for, but not all of them
+        require_columns(columns.required, names=list(seen), where=str(file.path))
+
+
+def _json_value(row: _JsonRow, name: str, *, is_label: bool) -> Any:
+    value = row.fields.get(name)
+    return Spelled.of(row.source, name) if is_label and isinstance(value, bool | int | float) else value
+
+
+def _json_rows(data: io.BufferedReader, *, file: CorpusFile) -> Iterator[_JsonRow]:
+    """Objects on lines of their own, in one array, or one after another."""
+    number, first = next(((number, line) for number, line in enumerate(data, start=1) if line.strip()), (1, b""))
+    if first.lstrip()[:1] == b"[" or (first and not _is_json(first)):
+        yield from _json_values(decoded(first + data.read(), file=file, line=number), file=file, line=number)
+        return
+    for line, content in enumerate(chain([first], data), start=number):
+        if content.strip():
+            yield _json_row(decoded(content, file=file, line=line), file=file, line=line)
+
+
+def _is_json(line: bytes) -> bool:
+    try:
+        json.loads(line)
+    except (ValueError, RecursionError):
+        return False
+    return True
+
+
+def _json_values(text: str, *, file: CorpusFile, line: int) -> Iterator[_JsonRow]:
+    """The objects of an array, or objects that follow each other over several lines."""
+    decoder, counted = json.JSONDecoder(), 0
+    in_array = text.lstrip().startswith("[")
+    place = _after_space(text, text.index("[") + 1) if in_array else _after_space(text, 0)
+    while place < len(text) and not (in_array and text[place] == "]"):
+        line, counted = line + text.count("\n", counted, place), place
+        try:
+            value, end = decoder.raw_decode(text, place)
+        except (ValueError, RecursionError) as error:
+            raise _invalid(file, line=line, error=error) from error
+        yield _object(value, source=text[place:end], file=file, line=line)
+        place = _after_space(text, end)
+        if in_array and text[place : place + 1] == ",":
+            place = _after_space(text, place + 1)
+        elif in_array and text[place : place + 1] != "]":
+            raise DataError(
+                f"{file.path}, line {line}: is not valid JSON (the array goes on without a comma, or does not end). Correct it."
+            )
+    if in_array and (place >= len(text) or _after_space(text, place + 1) < len(text)):
+        raise DataError(f"{file.path} is not valid JSON (its array does not end, or something follows it). Restore or correct it.")
+
+
+def _after_space(text: str, place: int) -> int:
+    while text[place : place + 1] in {" ", "\t", "\n", "\r"}:
+        place += 1
+    return place
+
+
+def _json_row(source: str, *, file: CorpusFile, line: int) -> _JsonRow:
+    try:
+        value = json.loads(source)
+    except (ValueError, RecursionError) as error:
+        raise _invalid(file, line=line, error=error) from error
+    return _object(value, source=source, file=file, line=line)
+
+
+def _object(value: Any, *, source: str, file: CorpusFile, line: int) -> _JsonRow:
+    if not isinstance(value, dict):
+        raise DataError(f"{file.path}, line {line}: must be an object with the columns as keys, and is of type {type(value).__name__}.")
+    return _JsonRow(line, source, value)
+
+
+def _invalid(file: CorpusFile, *, line: int, error: Exception) -> DataError:
+    reason = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else str(error)
+    return DataError(f"{file.path}, line {line}: is not valid JSON ({reason}). Correct or remove it.")

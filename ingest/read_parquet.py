@@ -1,0 +1,53 @@
+"""Rows of Parquet files."""
+
+import io
+from collections.abc import Iterator
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet
+
+from ..store.errors import DataError
+from .files import CorpusFile
+from .rows import BATCH_ROWS, Columns, Rows, require_columns
+
+
+def parquet_names(data: io.BufferedReader) -> list[str]:
+    """The columns of a file."""
+    return pyarrow.parquet.ParquetFile(data).schema_arrow.names
+
+
+def parquet_batches(data: io.BufferedReader, file: CorpusFile, columns: Columns) -> Iterator[Rows]:
+    """The rows of a file; numbered from 0."""
+    opened = pyarrow.parquet.ParquetFile(data)
+    names = opened.schema_arrow.names
+    require_columns(columns.required, names=names, where=str(file.path))
+    wanted, row = [name for name in columns.all if name in names], 0
+    for batch in opened.iter_batches(batch_size=BATCH_ROWS, columns=wanted):
+        numbers = range(row, row + len(batch))
+        values = {name: _values(batch.column(name), file=file, first_row=row) for name in wanted}
+        yield Rows.of(values, where=str(file.path), unit="row", numbers=numbers, columns=columns)
+        row += len(batch)
+
+
+def _values(column: Any, *, file: CorpusFile, first_row: int) -> list[Any]:
+    """Python's values of a column; text is decoded row by row, so that a message can name the row."""
+    if pa.types.is_dictionary(column.type):
+        column = column.dictionary_decode()
+    if not (pa.types.is_string(column.type) or pa.types.is_large_string(column.type) or pa.types.is_string_view(column.type)):
+        return _nested_values(column, file=file, first_row=first_row)
+    values: list[Any] = []
+    for row, encoded in enumerate(column.cast(pa.large_binary()).to_pylist(), start=first_row):
+        try:
+            values.append(None if encoded is None else encoded.decode())
+        except UnicodeDecodeError as error:
+            raise DataError(f"{file.path}, row {row}: the text is not valid UTF-8 ({error}). Correct or remove this row.") from error
+    return values
+
+
+def _nested_values(column: Any, *, file: CorpusFile, first_row: int) -> list[Any]:
+    try:
+        return column.to_pylist()
+    except UnicodeDecodeError as error:
+        rows = f"rows {first_row} to {first_row + len(column) - 1}"
+        raise DataError(f"{file.path}, {rows}: a text is not valid UTF-8 ({error}). Correct or remove this row.") from error

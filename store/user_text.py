@@ -1,0 +1,35 @@
+"""Text files that users write with editors of all kinds: recipes, merge files, chat templates."""
+
+from pathlib import Path
+
+from .errors import UsageError
+
+_UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")
+
+
+def read_user_text(path: Path, *, what: str) -> str:
+    """The text of a file in UTF-8; a byte order mark at its beginning is no part of it.
+
+    Args:
+        path: of the file.
+        what: names it in messages, as in "The recipe x.toml".
+
+    Raises:
+        UsageError: it cannot be read, or is in another encoding.
+    """
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise UsageError(f"{what} cannot be read: {error.strerror}.") from error
+    if data.startswith(_UTF16_MARKS):
+        raise UsageError(f"{what} is in UTF-16, not UTF-8. Save it as UTF-8.")
+    return decode_user_text(data, what=what)
+
+
+def decode_user_text(data: bytes, *, what: str) -> str:
+    """The text of a file's bytes; see `read_user_text`."""
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise UsageError(f"{what}, line {line}: is not valid UTF-8 ({error.reason}). Save it as UTF-8.") from error
