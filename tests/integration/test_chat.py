@@ -118,7 +118,7 @@ def test_the_corpus_holds_whole_conversations_and_says_what_it_refused(project):
     plan = read_plan(project / "workspace/corpus/corpus")
     assert plan is not None
     assert (plan["documents"], plan["refused"]) == (40, 1)
-    assert plan["why_refused"] == ["train row 40: it has no message of the assistant"]
+    assert plan["why_refused"] == [f"{project / 'chat.jsonl'}, line 41: it has no message of the assistant"]
     corpus = dataset(project, "corpus", "corpus")
     tables = pl.concat([corpus.table(part) for part in corpus.parts()])
     said = {(message["content"]) for row in conversations()[:40] for message in row["messages"] if message["role"] == "assistant"}
@@ -233,7 +233,7 @@ def test_a_row_that_is_no_conversation_is_named(project, tmp_path):
     recipe = project / "bad.toml"
     recipe.write_text(RECIPE.replace("chat.jsonl", "bad.jsonl"))
     output = refused("ingest", "corpus", recipe, "-w", tmp_path / "workspace")
-    assert "split train, row 3, messages: message 1: the role ('wizard') must be one of" in output
+    assert "bad.jsonl, line 4, messages: message 1: the role ('wizard') must be one of" in output
 
 
 def texts_of(project: Path, rows: list[dict], *, name: str, workspace: Path) -> list[str]:
@@ -259,7 +259,9 @@ def test_rows_that_differ_in_their_keys_and_types_are_read_as_what_they_are(proj
     (project / "number.jsonl").write_text("\n".join(map(json.dumps, rows)))
     recipe = project / "number.toml"
     recipe.write_text(RECIPE.replace("chat.jsonl", "number.jsonl"))
-    assert "row 4, messages: message 1: the text is of type int" in refused("ingest", "corpus", recipe, "-w", tmp_path / "number")
+    assert "number.jsonl, line 5, messages: message 1: the text is of type int" in refused(
+        "ingest", "corpus", recipe, "-w", tmp_path / "number"
+    )
 
 
 def test_a_person_can_talk_with_a_model(project):
