@@ -1,12 +1,13 @@
 """Where a corpus comes from: a file or folder here, or a dataset of the Hugging Face hub."""
 
+import errno
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeGuard
 
 from ..store.errors import DataError, UsageError
 from .files import CorpusFile, FileList, list_files
@@ -178,7 +179,7 @@ class HubSource:
 
     def _explained(self, error: Exception) -> DataError:
         cause = error.__cause__ or error
-        if isinstance(cause, PermissionError) or (isinstance(cause, OSError) and cause.errno in _UNWRITABLE):
+        if is_cache_unwritable(cause):
             return cache_unwritable(cause)
         if isinstance(error, ValueError) and ("Config name is missing" in str(error) or "BuilderConfig" in str(error)):
             import datasets
@@ -188,13 +189,20 @@ class HubSource:
         return DataError(f"The corpus {self.folder} cannot be read: {type(cause).__name__}: {cause}")
 
 
-_UNWRITABLE = {13, 30}  # EACCES, EROFS
+def is_cache_unwritable(error: BaseException) -> TypeGuard[OSError]:
+    """Whether an error of the hub's libraries is that their cache cannot be written."""
+    if not isinstance(error, OSError):
+        return False
+    return error.errno in {errno.EACCES, errno.EROFS} or Path(str(error.filename)).is_relative_to(_cache_folder())
+
+
+def _cache_folder() -> Path:
+    return Path(os.environ.get("HF_HOME") or expanded("~/.cache/huggingface"))
 
 
 def cache_unwritable(error: OSError) -> DataError:
     """What to say where the cache of the hub's libraries cannot be written."""
-    folder = os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface"
-    where = error.filename or folder
+    where = error.filename or _cache_folder()
     return DataError(
         f"The cache of the Hugging Face hub cannot be written ({error.strerror}: {where}). Set HF_HOME to a folder that can be written."
     )
@@ -263,9 +271,9 @@ def _snapshot(path: str, *, local: Path, revision: str | None, download: bool) -
                 path, repo_type="dataset", revision=revision, allow_patterns=_HUB_FILES, local_files_only=not download
             )
         )
-    except PermissionError as error:
-        raise cache_unwritable(error) from error
     except Exception as error:  # a dozen kinds, from bad ids to no network
+        if is_cache_unwritable(error):
+            raise cache_unwritable(error) from error
         raise DataError(
             f"corpus.path ({path}): there is no file or folder {local.absolute()}, and the Hugging Face hub did not give a dataset of this "
             f"id ({type(error).__name__}: {str(error).splitlines()[0]}). Correct the path, or download the dataset and name its folder."

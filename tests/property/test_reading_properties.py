@@ -78,6 +78,7 @@ def is_data(name: str) -> bool:
 )
 @example(files=[([], "travel-by-train", ".jsonl", "", ["a"]), ([], "test", ".jsonl", "", ["b"])], root="snapshots")
 @example(files=[(["test"], "a[1]", ".jsonl", "", ["a"]), (["test"], "a1", ".jsonl", "", ["b"])], root="x::y")
+@example(files=[(["a"], "x", ".jsonl", "", ["in the folder"]), ([], "a", ".jsonl", "", ["beside it"])], root="order")
 def test_any_folder_is_read_as_a_plain_reading_has_it(files, root):
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / root
