@@ -4,14 +4,12 @@ Only the coordinator writes it, and only for the moment of a fold: DuckDB lets o
 read-only, with patience.
 """
 
-import atexit
 import json
 import shutil
 import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -45,15 +43,16 @@ def reading(workspace: Workspace, *, external_access: bool = False) -> Iterator[
     """
     if not workspace.catalog_path.exists():
         raise DataError(f"{workspace.root} has no catalog yet. It appears when the first stage has run: fuseline run RECIPE.")
-    connection = _connect(workspace.catalog_path, read_only=True, config=_READING | {"enable_external_access": external_access})
-    try:
-        with suppress(duckdb.InvalidInputException):  # this process has it open already, and has locked it
-            connection.execute("SET enable_progress_bar = false")
-            connection.execute("SET lock_configuration = true")
-        require_current(connection, path=workspace.catalog_path)
-        yield connection
-    finally:
-        connection.close()
+    with _plain(workspace.catalog_path) as file:
+        connection = _connect(file, read_only=True, config=_READING | {"enable_external_access": external_access})
+        try:
+            with suppress(duckdb.InvalidInputException):  # this process has it open already, and has locked it
+                connection.execute("SET enable_progress_bar = false")
+                connection.execute("SET lock_configuration = true")
+            require_current(connection, path=workspace.catalog_path)
+            yield connection
+        finally:
+            connection.close()
 
 
 def known_parts(workspace: Workspace) -> set[tuple[str, str, int]]:
@@ -91,14 +90,11 @@ def _told(workspace: Workspace) -> Iterator[None]:
 
 def forget(workspace: Workspace, *, kind: str, name: str) -> None:
     """Forget a dataset, so that the next fold reads it anew. Only the coordinator may."""
-    connection = _connect(workspace.catalog_path, read_only=False, config=_STORAGE)
-    try:
+    with _writing(workspace.catalog_path) as connection:
         migrate(connection)
         connection.begin()
         _forget(connection, kind, name)
         connection.commit()
-    finally:
-        connection.close()
 
 
 def fold(workspace: Workspace) -> None:
@@ -121,50 +117,68 @@ def rebuild(workspace: Workspace) -> None:
 
 
 def _fold_into(path: Path, workspace: Workspace) -> None:
-    connection = _connect(path, read_only=False, config=_STORAGE)
     try:
-        migrate(connection)
-        connection.begin()
-        present = {(dataset.kind, dataset.name): dataset for dataset in workspace.datasets()}
-        for kind, name, fingerprint in connection.execute("SELECT kind, name, fingerprint FROM datasets").fetchall():
-            dataset = present.get((kind, name))
-            gone = dataset is None or dataset.fingerprint != fingerprint or _known_parts(connection, kind, name) - set(dataset.parts())
-            if gone:
-                _forget(connection, kind, name)
-        for dataset in present.values():
-            _fold_dataset(connection, dataset)
-        _fold_tokenizers(connection, workspace, needed={digest for dataset in present.values() for digest in tokenizer_digests(dataset)})
-        _fold_runs(connection, workspace)
-        connection.commit()
+        with _writing(path) as connection:
+            migrate(connection)
+            connection.begin()
+            _fold_all(connection, workspace)
+            connection.commit()
     except duckdb.Error as error:
         raise DataError(
             f"{workspace.catalog_path} cannot be brought up to date: {error}\nIt is only an index, nothing is lost. "
             "Make room if the disk is full, and run the same command again; else make it again with `fuseline store rebuild`."
         ) from error
-    finally:
-        connection.close()
 
 
-def _openable(path: Path) -> Path:
-    """The path by which DuckDB opens a file: what follows a `?` in a path it takes for the options of an address."""
-    return _link_to(path.parent.absolute()) / path.name if "?" in str(path.absolute()) else path.absolute()
+def _fold_all(connection: duckdb.DuckDBPyConnection, workspace: Workspace) -> None:
+    present = {(dataset.kind, dataset.name): dataset for dataset in workspace.datasets()}
+    for kind, name, fingerprint in connection.execute("SELECT kind, name, fingerprint FROM datasets").fetchall():
+        dataset = present.get((kind, name))
+        gone = dataset is None or dataset.fingerprint != fingerprint or _known_parts(connection, kind, name) - set(dataset.parts())
+        if gone:
+            _forget(connection, kind, name)
+    for dataset in present.values():
+        _fold_dataset(connection, dataset)
+    _fold_tokenizers(connection, workspace, needed={digest for dataset in present.values() for digest in tokenizer_digests(dataset)})
+    _fold_runs(connection, workspace)
 
 
-@cache
-def _link_to(folder: Path) -> Path:
-    """A link to a folder, with a plain name, for as long as this process lives."""
-    place = Path(tempfile.mkdtemp(prefix="fuseline-"))
-    atexit.register(shutil.rmtree, place, ignore_errors=True)
-    link = place / "workspace"
-    link.symlink_to(folder, target_is_directory=True)
-    return link
+@contextmanager
+def _writing(path: Path) -> Iterator[duckdb.DuckDBPyConnection]:
+    """The catalog, or one that is begun, opened to be written; only the coordinator may."""
+    with _plain(path, replace=True) as file:
+        connection = _connect(file, read_only=False, config=_STORAGE)
+        try:
+            yield connection
+        finally:
+            connection.close()
+
+
+@contextmanager
+def _plain(path: Path, *, replace: bool = False) -> Iterator[Path]:
+    """The file itself, or a copy of it under a name that DuckDB takes for a path; with `replace`, the copy takes the file's place.
+
+    What follows a `?` in a path DuckDB takes for the options of an address, and looks for its log elsewhere.
+    """
+    if "?" not in str(path.absolute()):
+        yield path.absolute()
+        return
+    with tempfile.TemporaryDirectory(prefix="fuseline-") as folder:
+        copy = Path(folder, "catalog.duckdb")
+        if path.exists():
+            shutil.copyfile(path, copy)
+        yield copy
+        if replace:
+            with durable.temporary(path) as changed:
+                shutil.copyfile(copy, changed)
+                durable.publish(changed, to=path)
 
 
 def _connect(path: Path, *, read_only: bool, config: _Config) -> duckdb.DuckDBPyConnection:
     deadline = time.monotonic() + _PATIENCE_SECONDS
     while True:
         try:
-            return duckdb.connect(str(_openable(path)), read_only=read_only, config=config)
+            return duckdb.connect(str(path.absolute()), read_only=read_only, config=config)
         except duckdb.ConnectionException as error:
             raise WorkspaceBusy(f"{path} is open in this process already, for another purpose. Close that first.") from error
         except duckdb.IOException as error:
