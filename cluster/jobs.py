@@ -33,7 +33,7 @@ class Jobs:
         return TrainJob(
             run_folder=self.workspace.folder("runs", config.name).absolute(),
             model_folder=start.folder.absolute(),
-            model_fingerprint=start.weights_digest,
+            model_fingerprint=start.start_digest,
             targets_folder=self.workspace.folder("targets", training.fusion.name).absolute(),
             targets_fingerprint=targets_fingerprint,
             tokens_fingerprint=stages.distributions[self.recipe.target.name].fingerprint,

@@ -83,7 +83,7 @@ def _loading_info(model: ModelFolder) -> Mapping[str, Any]:
     with for_transformers(model.folder) as folder, _quiet():
         try:
             config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
-            kind = transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+            kind: Any = transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
             _, info = kind.from_pretrained(
                 None,
                 config=config,

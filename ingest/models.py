@@ -164,6 +164,11 @@ class ModelFolder:
         return bool(getattr(config, "tie_word_embeddings", False))
 
     @property
+    def start_digest(self) -> str:
+        """Digest of the weights that a training starts from; another for trainings that took the embeddings for the output layer."""
+        return f"{self.weights_digest} with its own output layer" if self.overrides_tying else self.weights_digest
+
+    @property
     def remarks(self) -> Iterator[str]:
         """What a user should know of how the folder is read."""
         yield from self.notes
