@@ -76,7 +76,8 @@ class Trainer:
         self.model = self._load_model()
         self.optimizer = make_optimizer(self.model, config=job.config, runtime=runtime)
         self.scheduler = make_scheduler(self.optimizer, config=job.config, steps=self.data.steps)
-        self.checkpoints = Checkpoints(job.run_folder, identity=job.identity, model=self.model, optimizer=self.optimizer, runtime=runtime)
+        identity = job.identity | self.data.identity
+        self.checkpoints = Checkpoints(job.run_folder, identity=identity, model=self.model, optimizer=self.optimizer, runtime=runtime)
         self.held_out = HeldOutText(job, runtime=runtime)
         self._parameters = cost.parameters
         self._watches: dict[str, Watch] = {}  # on the leading rank
@@ -260,6 +261,7 @@ class Trainer:
         export(self.model.module, job=self.job, architecture=self.architecture, runtime=self.runtime, facts=facts)
         if self.runtime.leads:
             done = facts | {"seconds": seconds, "export": str(self.job.export_folder), "identity": self.job.identity}
+            done["segments_without_labels"] = self.data.reading.without_labels
             durable.write_json(self.job.run_folder / "done.json", done)
             print(f"model written to {self.job.export_folder}", flush=True)
         dist.barrier()

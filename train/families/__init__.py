@@ -85,6 +85,6 @@ def _require_known_tensors(architecture: Architecture, *, model_folder: Path) ->
     unknown = sorted(name for name in stored if re.sub(r"(?<=\.)\d+(?=\.)|^\d+(?=\.)", "{}", name) not in known)
     if unknown:
         raise DataError(
-            f"{model_folder} has {len(unknown)} tensors that a {architecture.model_type} model does not have, and that training would drop: "
-            f"{', '.join(unknown[:5])}. Use it as a source, or save the model again without them."
+            f"{model_folder} has {len(unknown)} tensors that a {architecture.model_type} model does not have, and that training would "
+            f"drop: {', '.join(unknown[:5])}. Use it as a source, or save the model again without them."
         )
