@@ -28,7 +28,7 @@ from . import durable
 from .arrays import id_dtype
 from .equivalence import WORD_START, places_in_text
 from .errors import DataError
-from .roles import ROLES, asks_for_bos, leading_ids, role_tokens
+from .roles import ROLES, read_roles
 
 BYTE_LEVEL_WORD_START = "Ġ"  # how byte-level BPE does
 NOT_LOSSLESS = "the tokens' bytes are not the text's: the tokenizer cannot represent this text"
@@ -143,23 +143,18 @@ class Tokenizer:
             raise DataError(f"{folder} has no tokenizer.json. Save the model's fast tokenizer into it (tokenizer.save_pretrained).")
         try:
             tokenizer = cls(path.read_text(encoding="utf-8-sig"), roles=dict.fromkeys(ROLES), prepends_bos=False)
-            tokens = role_tokens(folder, is_byte_level=tokenizer.is_byte_level)
-            asks_for_bos_itself = asks_for_bos(folder, is_byte_level=tokenizer.is_byte_level)
+            roles, starts_with_bos = read_roles(
+                folder, backend=tokenizer.backend, is_byte_level=tokenizer.is_byte_level, prepends_bos=prepends_bos
+            )
         except (DataError, ValueError) as error:
             raise DataError(f"{folder}: {error}") from error
-        tokenizer.roles = {role: tokenizer.backend.token_to_id(token) if token else None for role, token in tokens.items()}
-        leading = leading_ids(tokenizer.backend)
-        if len(leading) == 1 and (prepends_bos is None or tokenizer.roles["bos"] is None):
-            tokenizer.roles["bos"] = leading[0]
-        if prepends_bos is None:
-            prepends_bos = asks_for_bos_itself or bool(leading and leading[0] == tokenizer.roles["bos"])
+        tokenizer.roles, tokenizer.prepends_bos = roles, starts_with_bos
         tokenizer._encode_control_tokens_as_text()
-        if prepends_bos and tokenizer.roles["bos"] is None:
+        if starts_with_bos and roles["bos"] is None:
             raise DataError(
                 f"{folder}: texts must start with bos, but the tokenizer names no bos_token. Name it in tokenizer_config.json, or set "
                 "prepends_bos = false in the recipe."
             )
-        tokenizer.prepends_bos = prepends_bos
         return tokenizer
 
     @cached_property
