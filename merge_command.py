@@ -60,13 +60,14 @@ def merge_command(file: Path, output: Path, models_dir: Path, as_json: bool) -> 
 
 def _found(request: "MergeRequest", *, folder_of_file: Path, models_dir: Path) -> "tuple[ModelFolder | None, dict[str, ModelFolder]]":
     """The models' folders, checked."""
-    from .ingest.models import find_model
+    from .ingest.models import find_model, require_different_folders
 
     def find(config: Any) -> "ModelFolder":
         return find_model(config, models_dir=models_dir, base=folder_of_file)
 
     base = find(request.base) if request.base else None
     models = {config.name: find(config) for config in request.models}
+    require_different_folders(([base] if base else []) + list(models.values()))
     for name, model in models.items():
         layers = model.hf_config.get("num_hidden_layers")
         if request.n_layers is not None and layers != request.n_layers:

@@ -17,7 +17,8 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
-from ..store.tokenizer import ROLES, Tokenizer
+from ..store.roles import ROLES
+from ..store.tokenizer import Tokenizer
 from .edit_distance import distances, nearest
 
 UNMAPPED = -1

@@ -22,7 +22,8 @@ from fuseline.align.edit_distance import nearest
 from fuseline.align.positions import Ends, span_positions
 from fuseline.align.reference import published_map
 from fuseline.align.vocabulary import vocabulary_map
-from fuseline.store.tokenizer import ROLES, Tokenizer
+from fuseline.store.roles import ROLES
+from fuseline.store.tokenizer import Tokenizer
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "support"))
 

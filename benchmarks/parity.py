@@ -17,7 +17,8 @@ from pathlib import Path
 import numpy as np
 from fuseline.align.dtw import Spellings
 from fuseline.align.reference import nearest_pieces
-from fuseline.store.tokenizer import ROLES, Tokenizer
+from fuseline.store.roles import ROLES
+from fuseline.store.tokenizer import Tokenizer
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "support"))
 

@@ -28,15 +28,16 @@ class Jobs:
     def job(self, training: Training) -> TrainJob:
         """Everything that the ranks of a training need to know."""
         stages, config = self.stages, training.config
-        start = stages.models[self.recipe.target.name]
+        start, distributions = stages.models[self.recipe.target.name], stages.distributions[self.recipe.target.name]
         targets_fingerprint = fingerprint(stages.fusion_identity(training.fusion))
         return TrainJob(
             run_folder=self.workspace.folder("runs", config.name).absolute(),
             model_folder=start.folder.absolute(),
-            model_fingerprint=start.weights_digest,
+            model_fingerprint=start.start_digest,
             targets_folder=self.workspace.folder("targets", training.fusion.name).absolute(),
             targets_fingerprint=targets_fingerprint,
-            tokens_fingerprint=stages.distributions[self.recipe.target.name].fingerprint,
+            tokens_fingerprint=distributions.fingerprint,
+            start_folder=distributions.folder.absolute(),
             parts=stages.parts_of("train"),
             corpus_folder=stages.corpus.dataset.folder.absolute(),
             held_out=self._held_out(),

@@ -36,7 +36,7 @@ class Pipeline:
         `executor` is called when parts are to be made: what makes none needs no cluster.
         """
         self.recipe, self.workspace, self.progress = recipe, workspace, progress
-        self.stages = Stages(recipe, base=base, workspace=workspace, models_dir=models_dir)
+        self.stages = Stages(recipe, base=base, workspace=workspace, models_dir=models_dir, say=progress.say)
         self.jobs = Jobs(self.stages)
         name = recipe.merged_name
         self.merging = None if recipe.merge is None or name is None else Merging(self.jobs, config=recipe.merge, name=name)

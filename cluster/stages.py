@@ -1,6 +1,6 @@
 """The stages of a recipe: which datasets it needs, of which identities, made how. Nothing is run here."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -11,11 +11,12 @@ from ..align.fusion import FusionStage, fusion_identity
 from ..align.maps import VocabularyMapStage, end_of_turn, vocabulary_map_identity
 from ..align.matches import TokenMatchesStage, matches_identity
 from ..align.sources import FusionSource
+from ..ingest.agreement import disagreements
 from ..ingest.chat.readings import ChatReading, CorpusTemplate
 from ..ingest.corpus import CorpusStage, corpus_identity, corpus_source
 from ..ingest.distributions import DistributionsStage, distributions_identity
 from ..ingest.earlier_corpus import kept_identity, require_read_right
-from ..ingest.models import ModelConfig, ModelFolder, find_model
+from ..ingest.models import ModelConfig, ModelFolder, find_model, require_different_folders
 from ..ingest.sources import Source
 from ..recipe import Fusion, Recipe
 from ..store.corpus_plan import require_domains
@@ -29,9 +30,12 @@ from .work import Stage
 class Stages:
     """The stages of a recipe in a workspace. To ask for one opens its dataset, or begins it, and those that it is made from."""
 
-    def __init__(self, recipe: Recipe, *, base: Path, workspace: Workspace, models_dir: Path) -> None:
-        """`base` is the recipe's folder, to which its paths are relative; `models_dir` holds models by the last part of their hub id."""
-        self.recipe, self.base, self.workspace, self.models_dir = recipe, base, workspace, models_dir
+    def __init__(self, recipe: Recipe, *, base: Path, workspace: Workspace, models_dir: Path, say: Callable[[str], None]) -> None:
+        """`base` is the recipe's folder, to which its paths are relative; `models_dir` holds models by their hub id.
+
+        What a user should know of the models' folders is told to `say` when they are opened.
+        """
+        self.recipe, self.base, self.workspace, self.models_dir, self._say = recipe, base, workspace, models_dir, say
 
     # ---- corpus ------------------------------------------------------------------------------------------------------------------------
 
@@ -40,7 +44,7 @@ class Stages:
         """The target's start and the sources, by name, found and checked.
 
         Raises:
-            DataError: one is not to be had, or cannot be used.
+            DataError: one is not there, or cannot be used.
             UsageError: the corpus's segments would not fit one's context.
         """
         found = {config.name: find_model(config, models_dir=self.models_dir, base=self.base) for config in self.recipe.models}
@@ -51,6 +55,10 @@ class Stages:
                     f"corpus.context_length ({context_length}) must be at most the context of {name} ({model.context_length}, by its "
                     "config.json)."
                 )
+        require_different_folders(found.values())
+        for name, model in found.items():
+            for remark in (*model.remarks, *disagreements(model, cache=self.workspace.root / "models")):
+                self._say(f"Beware: model {name}: {remark}.")
         return found
 
     @cached_property

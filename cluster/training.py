@@ -14,18 +14,20 @@ FOLD_SECONDS = 60.0
 
 
 def describe(job: TrainJob) -> str:
-    """What a training takes, after the checks that it can go well.
+    """What a training takes, and how it reads its data, after the checks that it can go well.
 
     Raises:
         FuselineError: it cannot; see `train.preflight`.
     """
-    from ..train.preflight import preflight  # loads transformers
+    from ..train.preflight import planned_reading, preflight  # loads transformers
 
-    cost, config = preflight(job), job.config
-    return (
+    cost, reading, config = preflight(job), planned_reading(job), job.config
+    lines = [
         f"training {config.name}: {cost.parameters / 1e6:,.1f}M parameters, TP {config.tensor_parallel} × DP {config.data_parallel}, "
-        f"about {size(cost.rank_bytes)} a rank, checkpoints of {size(cost.checkpoint_bytes)}"
-    )
+        f"about {size(cost.rank_bytes)} a rank, checkpoints of {size(cost.checkpoint_bytes)}",
+        *(f"training {config.name}: {remark}." for remark in reading.remarks()),
+    ]
+    return "\n".join(lines)
 
 
 def train(job: TrainJob, *, workspace: Workspace, progress: Progress, fold: Callable[[], None]) -> None:

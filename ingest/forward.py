@@ -17,6 +17,8 @@ import torch
 from numpy.typing import NDArray
 
 from ..store.errors import DataError
+from ..store.model_json import for_transformers
+from ..store.weights import refuse_adapter
 
 _HEAD_BYTES = 256 << 20  # logits of one matrix product with the output embedding
 _REDUCE_BYTES = 8 << 20  # float32 logits reduced at a time: about a CPU's cache (on a GPU the head's block is taken whole)
@@ -47,15 +49,17 @@ class CausalModel:
 
         transformers.utils.logging.disable_progress_bar()
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        refuse_adapter(folder)  # transformers loads it too where peft is installed
         try:
-            found: Any = transformers.AutoModelForCausalLM.from_pretrained(
-                folder,
-                dtype=getattr(torch, dtype),
-                trust_remote_code=trust_remote_code,
-                use_safetensors=True,
-                local_files_only=True,
-                output_loading_info=True,
-            )
+            with for_transformers(folder) as readable:
+                found: Any = transformers.AutoModelForCausalLM.from_pretrained(
+                    readable,
+                    dtype=getattr(torch, dtype),
+                    trust_remote_code=trust_remote_code,
+                    use_safetensors=True,
+                    local_files_only=True,
+                    output_loading_info=True,
+                )
         except Exception as error:  # transformers and the model's own code raise anything
             raise DataError(f"The model {folder} cannot be loaded: {type(error).__name__}: {error}") from error
         model, loaded = found

@@ -1,7 +1,8 @@
-"""The models of a recipe: where their files are, and what identifies them."""
+"""The models of a recipe: what their folders hold, and what identifies them."""
 
 import hashlib
 import json
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -10,12 +11,13 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from ..store.errors import DataError
+from ..store.model_json import for_transformers, read_json
+from ..store.tied import has_own_head
 from ..store.tokenizer import Tokenizer
-from ..store.weights import EMBEDDINGS, tensors_of, weight_files
+from ..store.weights import EMBEDDINGS, refuse_adapter, tensors_of, unread_shards, weight_files
 from .digests import file_digest
-from .sources import HUB_ID
+from .places import find_place
 
-_HUB_FILES = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "*.py"]
 _NOTES_IN_CONFIG = {"_name_or_path", "transformers_version"}  # they say where a model came from, not what it is
 
 
@@ -26,7 +28,7 @@ class ModelConfig(BaseModel):
 
     name: str = Field(pattern=r"^[A-Za-z0-9]+([._-][A-Za-z0-9]+)*$", description="name of the model in the workspace")
     model: str = Field(description="model id on the Hugging Face hub, or a folder in its format (safetensors)")
-    revision: str | None = Field(None, description="commit, tag or branch of a hub model; a local folder is taken as it is")
+    revision: str | None = Field(None, description="commit, tag or branch of a hub model; of a local folder, the commit that it must be of")
     dtype: Literal["bfloat16", "float16", "float32"] = Field("bfloat16", description="number format of the forward passes")
     prepends_bos: bool | None = Field(None, description="start each segment with bos; by default as the model's tokenizer does")
     chat_template: Literal["shared", "own"] = Field(
@@ -44,12 +46,14 @@ class ModelFolder:
 
     config: ModelConfig
     folder: Path
+    found_by_name: bool = False  # in the models folder, by the last part of its id: it may be another owner's
+    notes: tuple[str, ...] = ()  # what a user should know of how it was found
 
     @cached_property
     def hf_config(self) -> dict[str, Any]:
         """The model's `config.json`; of a multimodal model, the part about text."""
         try:
-            config = json.loads((self.folder / "config.json").read_text(encoding="utf-8"))
+            config = read_json(self.folder / "config.json")
             return config.get("text_config", config)
         except (OSError, ValueError, AttributeError) as error:
             raise DataError(f"{self.folder} is not a model folder: config.json cannot be read ({error}).") from error
@@ -69,7 +73,7 @@ class ModelFolder:
         """SHA-256 (hex) of the weights and of the config that says how to use them; the folder's name and place do not matter."""
         code = sorted(self.folder.glob("*.py")) if self.config.trust_remote_code else []
         digests = [file_digest(path) for path in (*self.weight_files, *code)]
-        config = json.loads((self.folder / "config.json").read_text(encoding="utf-8"))
+        config = read_json(self.folder / "config.json")
         settings = {name: value for name, value in config.items() if name not in _NOTES_IN_CONFIG}
         return hashlib.sha256(json.dumps([digests, settings], sort_keys=True).encode()).hexdigest()
 
@@ -98,6 +102,12 @@ class ModelFolder:
         }
 
     @property
+    def _said(self) -> str:
+        """Name, id and revision as the recipe has them, for messages."""
+        revision = f", revision {self.config.revision}" if self.config.revision else ""
+        return f"{self.config.name} ({self.config.model}{revision})"
+
+    @property
     def context_length(self) -> int | None:
         """Most tokens that the model reads, as `config.json` says; None where it does not."""
         return self.hf_config.get("max_position_embeddings") or self.hf_config.get("max_seq_len")
@@ -114,7 +124,9 @@ class ModelFolder:
         return total
 
     def check(self) -> "ModelFolder":
-        """Raise DataError where config, weights and tokenizer disagree, or the weights are not all there."""
+        """Raise DataError where config, weights and tokenizer disagree, the weights are not all there, or they are of a kind not read."""
+        refuse_adapter(self.folder)
+        self._refuse_quantized()
         if not isinstance(self.hf_config.get("vocab_size"), int):
             raise DataError(f"{self.folder}/config.json says no vocab_size.")
         for name, tensor in self.tensors.items():
@@ -130,34 +142,70 @@ class ModelFolder:
             )
         return self
 
+    def _refuse_quantized(self) -> None:
+        settings = self.hf_config.get("quantization_config") or read_json(self.folder / "config.json").get("quantization_config")
+        if settings:
+            method = settings.get("quant_method") if isinstance(settings, dict) else None
+            raise DataError(
+                f"{self.folder}/config.json says that the weights are quantized (quantization_config, quant_method = {method!r}), and such "
+                "weights are not read. Name the model in full precision, or save it so with transformers: model.dequantize(), then "
+                "model.save_pretrained(…). If its weights are not quantized, remove quantization_config from config.json."
+            )
+
+    @cached_property
+    def overrides_tying(self) -> bool:
+        """Whether config.json says that the output layer is the embeddings, and another one is stored, which then counts (`store.tied`)."""
+        if self.hf_config.get("tie_word_embeddings") is False or not has_own_head(self.folder):
+            return False
+        from transformers import AutoConfig  # only here: few folders store both
+
+        with for_transformers(self.folder) as folder:
+            config = AutoConfig.from_pretrained(folder, trust_remote_code=self.config.trust_remote_code)
+        return bool(getattr(config, "tie_word_embeddings", False))
+
+    @property
+    def start_digest(self) -> str:
+        """Digest of the weights that a training starts from; another for trainings that took the embeddings for the output layer."""
+        return f"{self.weights_digest} with its own output layer" if self.overrides_tying else self.weights_digest
+
+    @property
+    def remarks(self) -> Iterator[str]:
+        """What a user should know of how the folder is read."""
+        yield from self.notes
+        if unread_shards(self.folder):
+            yield "its folder holds model.safetensors and shards with an index; model.safetensors is used, as transformers does"
+        if self.overrides_tying:
+            yield (
+                "config.json says tie_word_embeddings = true, but an output layer is stored that differs from the embeddings; the stored "
+                "one is used, as transformers does. If that is right, set tie_word_embeddings = false in config.json"
+            )
+
 
 def find_model(config: ModelConfig, *, models_dir: Path, base: Path, download: bool = True) -> ModelFolder:
-    """The folder of a model, checked: a path, else `models_dir/<last part of the id>`, else a snapshot of the hub's.
+    """The folder of a model, checked; `places` says where it is looked for.
 
     Args:
         config: the recipe's entry.
-        models_dir: folder with models by the last part of their hub id (`--models`).
+        models_dir: folder with models (`--models`).
         base: the recipe's folder, to which paths in it are relative.
         download: whether the hub may be asked for what its local cache lacks.
 
     Raises:
-        DataError: the model is neither here nor on a hub that can be reached, or it cannot be used.
+        DataError: the model is neither here nor on a hub that can be reached, it cannot be used, or it is of another revision.
+        UsageError: `revision` is given for a folder whose revision is not known.
     """
-    for candidate in (base / Path(config.model).expanduser(), models_dir / config.model.rsplit("/", 1)[-1]):
-        if candidate.is_dir():
-            return ModelFolder(config, candidate).check()
-    if not HUB_ID.fullmatch(config.model):
-        raise DataError(f"The model {config.name}: there is no folder {(base / config.model).absolute()}. Correct the path.")
-    import huggingface_hub
+    place = find_place(config, models_dir=models_dir, base=base, download=download)
+    return ModelFolder(config, place.folder, found_by_name=place.by_name, notes=place.notes).check()
 
-    try:
-        snapshot = huggingface_hub.snapshot_download(
-            config.model, revision=config.revision, allow_patterns=_HUB_FILES, local_files_only=not download
-        )
-    except Exception as error:  # a dozen kinds, from bad ids to no network
-        raise DataError(
-            f"The model {config.name} ({config.model}) is not a folder here, not in the models folder {models_dir}, and the Hugging Face "
-            f"hub did not give it ({type(error).__name__}: {str(error).splitlines()[0]}). Download it and name its folder in the recipe, "
-            f"or put it into a folder as {config.model.rsplit('/', 1)[-1]} and name that with --models."
-        ) from error
-    return ModelFolder(config, Path(snapshot)).check()
+
+def require_different_folders(models: Iterable[ModelFolder]) -> None:
+    """Raise DataError where models of different ids or revisions are one folder, which has the last part of their ids as its name."""
+    first: dict[Path, ModelFolder] = {}
+    for model in models:
+        other = first.setdefault(model.folder.resolve(), model)
+        are_same = (other.config.model, other.config.revision) == (model.config.model, model.config.revision)
+        if not are_same and other.found_by_name and model.found_by_name:
+            raise DataError(
+                f"The models {other._said} and {model._said} are different ones, and both are found in the same folder, {model.folder}. "
+                f"Rename it to {model.folder.parent}/<owner>--{model.folder.name}, and give each model a folder of its own."
+            )

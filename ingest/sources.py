@@ -1,22 +1,19 @@
 """Where a corpus comes from: a file or folder here, or a dataset of the Hugging Face hub."""
 
-import errno
-import os
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol, TypeGuard
+from typing import Any, Protocol
 
 from ..store.errors import DataError, UsageError
+from .digests import snapshot_commit
 from .files import CorpusFile, FileList, list_files
 from .formats import column_names, read_rows
+from .hub import HUB_ID, cache_unwritable, expanded, is_cache_unwritable
 from .rows import BATCH_ROWS, Columns, Rows, require_columns
 
-HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")  # of a model or a dataset
 _HUB_FILES = ["*.parquet", "*.jsonl", "*.jsonl.*", "*.json", "*.csv", "*.txt", "README.md"]
-_COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
 class Table(Protocol):
@@ -189,25 +186,6 @@ class HubSource:
         return DataError(f"The corpus {self.folder} cannot be read: {type(cause).__name__}: {cause}")
 
 
-def is_cache_unwritable(error: BaseException) -> TypeGuard[OSError]:
-    """Whether an error of the hub's libraries is that their cache cannot be written."""
-    if not isinstance(error, OSError):
-        return False
-    return error.errno in {errno.EACCES, errno.EROFS} or Path(str(error.filename)).is_relative_to(_cache_folder())
-
-
-def _cache_folder() -> Path:
-    return Path(os.environ.get("HF_HOME") or expanded("~/.cache/huggingface"))
-
-
-def cache_unwritable(error: OSError) -> DataError:
-    """What to say where the cache of the hub's libraries cannot be written."""
-    where = error.filename or _cache_folder()
-    return DataError(
-        f"The cache of the Hugging Face hub cannot be written ({error.strerror}: {where}). Set HF_HOME to a folder that can be written."
-    )
-
-
 def open_source(
     path: str,
     *,
@@ -232,7 +210,7 @@ def open_source(
         UsageError: a key is for a corpus of the other kind.
     """
     local = base / expanded(path)
-    if local.exists() and not is_hub_snapshot(local):
+    if local.exists() and not snapshot_commit(local):
         for key, value in (("revision", revision), ("configuration", configuration)):
             if value is not None:
                 raise UsageError(f"corpus.{key} ({value!r}) is for datasets of the hub, and corpus.path is {local}. Remove corpus.{key}.")
@@ -242,22 +220,6 @@ def open_source(
         raise UsageError(f"corpus.splits is for files here, and corpus.path ({path}) is a dataset of the hub, which has splits. Remove it.")
     folder = local if local.exists() else _snapshot(path, local=local, revision=revision, download=download)
     return HubSource(folder, path, configuration)
-
-
-def expanded(path: str) -> Path:
-    """A path with `~` for the home folder; every other character stands for itself."""
-    try:
-        return Path(path).expanduser()
-    except RuntimeError:  # no such user: the folder is called so
-        return Path(path)
-
-
-def is_hub_snapshot(folder: Path) -> bool:
-    """Whether a folder is a dataset's snapshot in a cache of the hub's: `datasets--…/snapshots/<commit>`, with `blobs` beside."""
-    snapshots = folder.absolute().parent
-    repository = snapshots.parent
-    is_named = snapshots.name == "snapshots" and repository.name.startswith("datasets--")
-    return is_named and bool(_COMMIT.fullmatch(folder.name)) and (repository / "blobs").is_dir()
 
 
 def _snapshot(path: str, *, local: Path, revision: str | None, download: bool) -> Path:

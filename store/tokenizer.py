@@ -28,8 +28,8 @@ from . import durable
 from .arrays import id_dtype
 from .equivalence import WORD_START, places_in_text
 from .errors import DataError
+from .roles import ROLES, read_roles
 
-ROLES = ("bos", "eos", "pad", "unk")
 BYTE_LEVEL_WORD_START = "Ġ"  # how byte-level BPE does
 NOT_LOSSLESS = "the tokens' bytes are not the text's: the tokenizer cannot represent this text"
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
@@ -141,23 +141,20 @@ class Tokenizer:
         path = folder / "tokenizer.json"
         if not path.exists():
             raise DataError(f"{folder} has no tokenizer.json. Save the model's fast tokenizer into it (tokenizer.save_pretrained).")
-        config_path = folder / "tokenizer_config.json"
         try:
-            config = json.loads(config_path.read_text(encoding="utf-8")) if config_path.exists() else {}
-            if not isinstance(config, dict):
-                raise DataError("tokenizer_config.json is not an object.")
-            tokenizer = cls(path.read_text(encoding="utf-8"), roles=dict.fromkeys(ROLES), prepends_bos=False)
+            tokenizer = cls(path.read_text(encoding="utf-8-sig"), roles=dict.fromkeys(ROLES), prepends_bos=False)
+            roles, starts_with_bos = read_roles(
+                folder, backend=tokenizer.backend, is_byte_level=tokenizer.is_byte_level, prepends_bos=prepends_bos
+            )
         except (DataError, ValueError) as error:
             raise DataError(f"{folder}: {error}") from error
-        tokenizer.roles = {role: _role_id(tokenizer.backend, config.get(f"{role}_token")) for role in ROLES}
+        tokenizer.roles, tokenizer.prepends_bos = roles, starts_with_bos
         tokenizer._encode_control_tokens_as_text()
-        bos = tokenizer.roles["bos"]
-        if prepends_bos is None:
-            starts_with_bos = tokenizer.backend.encode("a", add_special_tokens=True).ids[:1] == [bos]
-            prepends_bos = bool(config.get("add_bos_token", starts_with_bos))
-        if prepends_bos and bos is None:
-            raise DataError(f"{folder}: sequences must start with bos, but tokenizer_config.json names no bos_token.")
-        tokenizer.prepends_bos = prepends_bos
+        if starts_with_bos and roles["bos"] is None:
+            raise DataError(
+                f"{folder}: texts must start with bos, but the tokenizer names no bos_token. Name it in tokenizer_config.json, or set "
+                "prepends_bos = false in the recipe."
+            )
         return tokenizer
 
     @cached_property
@@ -361,7 +358,7 @@ def _require_unicode(texts: Sequence[str]) -> None:
         try:
             text.encode()
         except UnicodeEncodeError as error:
-            raise DataError(f"Text {index} of {len(texts)} is not valid Unicode ({error}). Mend or remove it.") from error
+            raise DataError(f"Text {index} of {len(texts)} is not valid Unicode ({error}). Correct or remove it.") from error
 
 
 def _backend(definition: str) -> tokenizers.Tokenizer:
@@ -372,11 +369,6 @@ def _backend(definition: str) -> tokenizers.Tokenizer:
     backend.no_truncation()
     backend.no_padding()
     return backend
-
-
-def _role_id(backend: tokenizers.Tokenizer, token: str | dict[str, Any] | None) -> int | None:
-    content = token.get("content") if isinstance(token, dict) else token
-    return backend.token_to_id(content) if content else None
 
 
 def _byte_level_alphabet() -> dict[str, int]:

@@ -7,6 +7,7 @@
   token_matches/<source>--<target>--<positions>/  vocab_maps/<source>--<target>--<rule>/     tables, in the same form as the others
   runs/<run>/                                         one execution of a stage: run.json; of training also checkpoints, metrics, logs
   exports/<name>/                                     models in the Hugging Face format
+  models/<digest>.json                                what transformers reads differently in a model's folder; found again if removed
 """
 
 import fcntl
@@ -142,7 +143,7 @@ class Workspace:
     def swept_folders(self) -> Iterator[Path]:
         """The folders into which stages publish, and in which a dead one leaves temporaries. Trainers sweep theirs themselves."""
         yield self.root
-        for folder in ("tokenizers", *DATASET_KINDS):
+        for folder in ("tokenizers", "models", *DATASET_KINDS):
             yield self.root / folder
         for kind in DATASET_KINDS:
             yield from sorted((self.root / kind).glob("[!.]*/"))

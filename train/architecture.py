@@ -50,7 +50,7 @@ class Architecture(Sizes):
     activation: str  # as transformers names it
     gated: bool  # the activation of one half of fc1's output scales the other half
     attention_scale: float
-    tied_embeddings: bool
+    tied_embeddings: bool  # the output layer is the embeddings
     rules: Mapping[str, Rule]  # by the Megatron-core module
     biases: Biases = Biases()
     qk_norm: bool = False
@@ -69,3 +69,13 @@ class Architecture(Sizes):
         layers = re.findall(r"(?<=\.layers\.)\d+", module)
         rule = self.rules[re.sub(r"(?<=\.layers\.)\d+", "{}", module)]
         return rule.layout_of(kind), [f"{hf.format(*layers)}.{kind}" for hf in rule.hf]
+
+    @property
+    def embeddings(self) -> str:
+        """The Hugging Face tensor of the embeddings."""
+        return self.rule_of("embedding.word_embeddings.weight")[1][0]
+
+    @property
+    def head(self) -> str:
+        """The Hugging Face tensor of the output layer; where it is the embeddings, a copy of them that some folders hold."""
+        return self.rule_of("output_layer.weight")[1][0]

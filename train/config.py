@@ -160,6 +160,7 @@ class TrainJob(BaseModel):
     tokens_fingerprint: str = Field(description="of the dataset that its token ids are from")
     parts: list[int] = Field(min_length=1, description="indices of the parts to train on")
     corpus_folder: Path | None = Field(None, description="dataset of the texts, whose plan says the documents' domains")
+    start_folder: Path | None = Field(None, description="dataset of the start's own distributions, which it must reproduce")
     held_out: HeldOut | None = Field(None, description="what to evaluate on while training")
     export_folder: Path = Field(description="where the trained model is written as a Hugging Face folder")
     chat_template: str | None = Field(

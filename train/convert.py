@@ -15,7 +15,7 @@ from ..store.errors import DataError
 from .architecture import Architecture
 from .layouts import VOCABULARY
 from .runtime import Runtime
-from .weight_files import BUFFERS, WeightFiles
+from .weight_files import BUFFERS, WeightFiles, stored_as
 
 
 def load_weights(model: nn.Module, *, model_folder: Path, architecture: Architecture, ranks: int, rank: int) -> None:
@@ -26,10 +26,12 @@ def load_weights(model: nn.Module, *, model_folder: Path, architecture: Architec
     """
     with ExitStack() as stack, torch.no_grad():
         files = WeightFiles(model_folder, stack=stack)
-        used = set(architecture.rule_of("output_layer.weight")[1]) if architecture.tied_embeddings else set()
+        used = {stored_as(architecture.head, names=files.names)} if architecture.tied_embeddings else set()
         for name, parameter in model.named_parameters():
             layout, hf_names = architecture.rule_of(name)
-            used.update(hf_names)
+            if architecture.tied_embeddings and hf_names == [architecture.embeddings]:
+                hf_names = [_stored_embeddings(files, architecture=architecture)]
+            used.update(stored_as(hf_name, names=files.names) for hf_name in hf_names)
             sources = [files[hf_name] for hf_name in hf_names]
             if layout is VOCABULARY and sources[0].shape[0] != architecture.vocab_size:
                 raise DataError(
@@ -40,9 +42,15 @@ def load_weights(model: nn.Module, *, model_folder: Path, architecture: Architec
             if shard.shape != parameter.shape:
                 raise DataError(f"{model_folder}: {' + '.join(hf_names)} gives {tuple(shard.shape)}, config.json {tuple(parameter.shape)}.")
             parameter.copy_(shard)
-        unknown = [name for name in files if name not in used and not name.endswith(BUFFERS)]
+        unknown = [name for name in files.names if name not in used and not name.endswith(BUFFERS)]
         if unknown:
             raise DataError(f"{model_folder} has tensors that its config.json does not account for: {', '.join(sorted(unknown)[:5])}.")
+
+
+def _stored_embeddings(files: WeightFiles, *, architecture: Architecture) -> str:
+    """The tensor that holds embeddings which are the output layer too: a folder may store either."""
+    stored = [name for name in (architecture.embeddings, architecture.head) if stored_as(name, names=files.names) is not None]
+    return stored[0] if stored else architecture.embeddings
 
 
 def full_shapes(model: nn.Module, *, architecture: Architecture, ranks: int) -> dict[str, torch.Size]:

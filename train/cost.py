@@ -10,7 +10,7 @@ from pathlib import Path
 from ..store.weights import tensors_of, weight_files
 from .architecture import Architecture
 from .config import TrainingConfig
-from .weight_files import BUFFERS
+from .weight_files import BUFFERS, stored_as
 
 _MOMENTS, _MASTER = 8, 4  # bytes per parameter, of AdamW; weights that are float32 are their own masters, but are stored twice
 _ITEM = {"float32": 4, "bfloat16": 2}
@@ -19,9 +19,10 @@ _GRADIENT = 4  # gradients are summed in float32
 
 def count_parameters(model_folder: Path, *, architecture: Architecture) -> int:
     """Numbers in the tensors of a model's safetensors that are weights of its own."""
-    copies = set(architecture.rule_of("output_layer.weight")[1]) if architecture.tied_embeddings else set()
-    tensors = [tensor for path in weight_files(model_folder) for tensor in tensors_of(path).items()]
-    return sum(math.prod(tensor["shape"]) for name, tensor in tensors if name not in copies and not name.endswith(BUFFERS))
+    tensors = {name: tensor for path in weight_files(model_folder) for name, tensor in tensors_of(path).items()}
+    if architecture.tied_embeddings and stored_as(architecture.embeddings, names=tensors) is not None:
+        tensors.pop(stored_as(architecture.head, names=tensors) or "", None)  # a copy of the embeddings
+    return sum(math.prod(tensor["shape"]) for name, tensor in tensors.items() if not name.endswith(BUFFERS))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

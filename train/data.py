@@ -6,11 +6,11 @@ Position j of a segment predicts token j + 1 of the same segment, and the distri
 position of a segment nothing is known to follow: it has no target, and no label either, but for one case: in `concatenated` packs its label
 is the first token of the segment that was laid after it, as in any training that joins texts and cuts them, the published one too. The
 last position of a pack keeps label and target if its segment goes on. Where the targets have an array `label_mask_T`, a position where it
-is 0 has neither.
+is 0 has neither, and what has no label at all is left out (`packing`): every pack, and so every step, has one.
 """
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
@@ -25,10 +25,12 @@ from ..store.dataset import Dataset, as_ranges
 from ..store.errors import DataError, FingerprintMismatch, UsageError
 from .batch import MicroBatch
 from .blocks import Blocks
-from .config import DEFAULT_EPOCHS, TrainingConfig, TrainJob
+from .config import TrainingConfig, TrainJob
+from .labels import LabelRuns
 from .loss import IGNORED, SoftTargets
 from .order import PackOrder, SegmentIndex
 from .packing import Packs
+from .reading import Reading
 
 PREFETCHED_STEPS = 3  # batches that are ready or being read while one is trained on: 148 bytes a token each, with ten entries
 _MASK = "label_mask_T"
@@ -62,7 +64,7 @@ class TargetsData:
         domains: Domains | None = None,
         pin_memory: bool = False,
     ) -> None:
-        """Index the segments: reads only the segment offsets of each part (and the documents' ids for weights by domain).
+        """Index the segments: reads only the segment offsets of each part, and label masks, and for weights by domain documents' ids.
 
         Args:
             dataset: fused targets.
@@ -73,7 +75,7 @@ class TargetsData:
             pin_memory: put batches where a GPU can copy them from while it computes.
 
         Raises:
-            DataError: parts are missing, or they hold no segment of two tokens or more.
+            DataError: parts are missing, or they hold no segment of two tokens or more, or none with a label.
             UsageError: a weight is for a domain that the corpus has not.
         """
         missing = dataset.missing(parts)
@@ -87,12 +89,14 @@ class TargetsData:
         self.index = SegmentIndex.of(offsets)
         if int(self.index.length_S.max(initial=0)) < 2:
             raise DataError(f"{dataset.folder} has no segment of two tokens or more in its {len(parts)} parts: nothing to train on.")
-        self._weight_S = self._weights(dataset, parts=parts, domains=domains) if config.domain_weights else None
         self._has_mask = _MASK in dataset.arrays(parts[0]).names
+        labels = self._labels_of(dataset, offsets=offsets) if self._has_mask else None
+        self._weight_S = self._weights(dataset, parts=parts, domains=domains) if config.domain_weights else None
         names = ("token_ids_T", *((_MASK,) if self._has_mask else ()), *(_TARGET_ARRAYS if config.uses_targets else ()))
         self._blocks = Blocks(dataset, index=self.index, names=names)
-        self._order = PackOrder(self.index, packing=config.packing, sequence_length=config.sequence_length, seed=config.seed)
-        self.steps = config.steps or self._steps_of_epochs(config.epochs or DEFAULT_EPOCHS)
+        self._order = PackOrder(self.index, packing=config.packing, sequence_length=config.sequence_length, seed=config.seed, labels=labels)
+        self.reading = Reading.of(self._order, config=config, labels=labels)
+        self.steps = self.reading.steps
 
     @classmethod
     def of(cls, job: TrainJob, *, vocab_size: int, pin_memory: bool = False) -> "TargetsData":
@@ -105,6 +109,11 @@ class TargetsData:
             )
         domains = Domains.of(job.corpus_folder) if job.config.domain_weights and job.corpus_folder else None
         return cls(dataset, parts=job.parts, vocab_size=vocab_size, config=job.config, domains=domains, pin_memory=pin_memory)
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What determines the batches besides the job: that segments without labels are left out, where there are some."""
+        return {"segments_without_labels": self.reading.without_labels} if self._has_mask and self.reading.without_labels else {}
 
     def packs(self, step: int) -> list[list[Piece]]:
         """What the packs of a global batch are made of; steps count from 0."""
@@ -204,8 +213,16 @@ class TargetsData:
         weights = np.array([self.config.domain_weights.get(name, 1.0) for name in domains.names], np.float32)
         return np.concatenate([weights[domains.codes(dataset.read(part, "doc_id_S")[0])] for part in sorted(parts)])
 
-    def _steps_of_epochs(self, epochs: int) -> int:
-        return -(-sum(self._order.n_packs(epoch) for epoch in range(epochs)) // self.config.global_batch_size)
+    @staticmethod
+    def _labels_of(dataset: Dataset, *, offsets: Mapping[int, NDArray[np.int64]]) -> LabelRuns:
+        found = [LabelRuns.of_mask(dataset.read(part, _MASK)[0], segment_offsets=starts) for part, starts in sorted(offsets.items())]
+        labels = LabelRuns.joined(found)
+        if not labels.has_some_S.any():
+            raise DataError(
+                f"{dataset.folder}: none of its {len(labels.has_some_S)} segments has a token to learn, so there is nothing to train on. "
+                "In conversations, tokens of the assistant are learned: is corpus.context_length too short for the messages before them?"
+            )
+        return labels
 
 
 def prefetched(read: Callable[[int], Any], steps: range, *, begin: Callable[[], None] = lambda: None) -> Iterator[Any]:

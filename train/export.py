@@ -43,7 +43,7 @@ def export(model: nn.Module, *, job: TrainJob, architecture: Architecture, runti
             for _ in tensors:
                 pass  # takes part in gathering
     if runtime.leads:
-        copy_config(job.model_folder, to=temporary, dtype=job.config.dtype)
+        copy_config(job.model_folder, to=temporary, dtype=job.config.dtype, is_tied=architecture.tied_embeddings)
         copy_tokenizer(job.model_folder, to=temporary, chat_template=job.chat_template)
         _write_card(job, facts=facts, folder=temporary)
         durable.publish(temporary, to=folder)

@@ -2,12 +2,12 @@
 
 import hashlib
 import json
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from ..store import durable
+from ..store.model_json import for_transformers, read_json, without_mark
 
 _TOKENIZER_FILES = (
     "tokenizer.json",
@@ -38,14 +38,26 @@ def tokenizer_files_digest(model_folder: Path) -> str:
     return digest.hexdigest()
 
 
-def copy_config(model_folder: Path, *, to: Path, dtype: str) -> None:
-    """Copy config.json, which then says the dtype of the weights, what the model says of generation, and code that comes with it."""
-    config = json.loads((model_folder / "config.json").read_text(encoding="utf-8"))
+def copy_config(model_folder: Path, *, to: Path, dtype: str, is_tied: bool | None = None) -> None:
+    """Copy config.json, which then says the dtype of the weights, what the model says of generation, and code that comes with it.
+
+    Where config.json says something else than `is_tied` of the output layer, that is corrected.
+    """
+    config = read_json(model_folder / "config.json")
+    if is_tied is not None and is_tied != _says_tied(model_folder):
+        config["tie_word_embeddings"] = is_tied
     for key in ("_name_or_path", "torch_dtype"):  # the second is the old name of dtype
         config.pop(key, None)
     durable.write_json(to / "config.json", config | {"dtype": dtype})
     code = sorted(path.name for path in model_folder.glob("*.py")) if "auto_map" in config else []
     _copy(("generation_config.json", *code), model_folder, to=to)
+
+
+def _says_tied(model_folder: Path) -> bool:
+    from transformers import AutoConfig  # completes config.json with the defaults of the model's class
+
+    with for_transformers(model_folder) as folder:
+        return bool(AutoConfig.from_pretrained(folder).tie_word_embeddings)
 
 
 def write_model_card(folder: Path, *, name: str, text: str, tags: str, sections: Mapping[str, Any]) -> None:
@@ -59,4 +71,4 @@ def write_model_card(folder: Path, *, name: str, text: str, tags: str, sections:
 def _copy(names: tuple[str, ...], folder: Path, *, to: Path) -> None:
     for name in names:
         if (folder / name).exists():
-            shutil.copyfile(folder / name, to / name)
+            (to / name).write_bytes(without_mark(folder / name))

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..store.arrays import CHUNK_ROWS
+from .labels import LabelRuns
 from .packing import Packing, Packs, Segments, count_packs, pack
 
 BLOCK_ROWS = 8 * CHUNK_ROWS
@@ -71,9 +72,9 @@ class SegmentIndex:
 class PackOrder:
     """The packs of all epochs, one after another, without end."""
 
-    def __init__(self, index: SegmentIndex, *, packing: Packing, sequence_length: int, seed: int) -> None:
+    def __init__(self, index: SegmentIndex, *, packing: Packing, sequence_length: int, seed: int, labels: LabelRuns | None = None) -> None:
         """Nothing is packed yet; the first question about an epoch counts its packs, at about 10M segments a second."""
-        self.index, self._packing, self._sequence_length, self._seed = index, packing, sequence_length, seed
+        self.index, self._packing, self._sequence_length, self._seed, self._labels = index, packing, sequence_length, seed, labels
         self._first_of_buffer: dict[int, NDArray[np.int64]] = {}  # of each epoch: the first pack of each buffer, and the number of packs
         self._last_packed: tuple[tuple[int, int], Packs] | None = None
 
@@ -103,19 +104,26 @@ class PackOrder:
 
     def _counted(self, epoch: int) -> NDArray[np.int64]:
         if epoch not in self._first_of_buffer:
-            lengths = (self.index.segments(blocks).length_S for blocks in self._blocks(epoch))
-            counts = [count_packs(length_S, packing=self._packing, sequence_length=self._sequence_length) for length_S in lengths]
+            counts = [self._count(epoch, buffer, blocks) for buffer, blocks in enumerate(self._blocks(epoch))]
             self._first_of_buffer[epoch] = np.cumsum([0, *counts])
         return self._first_of_buffer[epoch]
+
+    def _count(self, epoch: int, buffer: int, blocks: NDArray[np.int64]) -> int:
+        if self._labels is not None:  # where packs without a label are depends on the order
+            return len(self._packed(epoch, buffer))
+        return count_packs(self.index.segments(blocks).length_S, packing=self._packing, sequence_length=self._sequence_length)
 
     def _buffer(self, epoch: int, buffer: int) -> Packs:
         last = self._last_packed  # read once: the error report of another thread may ask too
         if last is None or last[0] != (epoch, buffer):
-            packed = pack(
-                self.index.segments(self._blocks(epoch)[buffer]),
-                packing=self._packing,
-                sequence_length=self._sequence_length,
-                random=np.random.default_rng((self._seed, epoch, buffer)),
-            )
-            last = self._last_packed = (epoch, buffer), packed
+            last = self._last_packed = (epoch, buffer), self._packed(epoch, buffer)
         return last[1]
+
+    def _packed(self, epoch: int, buffer: int) -> Packs:
+        return pack(
+            self.index.segments(self._blocks(epoch)[buffer]),
+            packing=self._packing,
+            sequence_length=self._sequence_length,
+            random=np.random.default_rng((self._seed, epoch, buffer)),
+            labels=self._labels,
+        )

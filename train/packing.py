@@ -17,6 +17,8 @@ import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
+from .labels import LabelRuns
+
 Packing = Literal["isolated", "concatenated"]
 
 
@@ -65,13 +67,23 @@ class Packs:
 _COLUMNS = ("block_P", "segment_P", "start_P", "length_P", "ends_segment_P")
 
 
-def pack(segments: Segments, *, packing: Packing, sequence_length: int, random: np.random.Generator) -> Packs:
+def pack(
+    segments: Segments, *, packing: Packing, sequence_length: int, random: np.random.Generator, labels: LabelRuns | None = None
+) -> Packs:
     """Pack segments in a random order; the packs come in a random order too.
 
-    Isolated, a last token that would be a piece by itself is left out: it predicts nothing, and is the label of the piece before.
+    What has no label is left out. Isolated, that is a piece without one, which a last token by itself is too: it predicts nothing, and is
+    the label of the piece before. Concatenated, it is a segment without one, and a pack.
+
+    Args:
+        segments: to be packed.
+        packing: see above.
+        sequence_length: tokens of a pack.
+        random: decides the order.
+        labels: of all segments; None: every position that another of its segment follows has one.
     """
     segments = segments[random.permutation(len(segments.length_S))]
-    place_P, offset_P, length_P, pack_P = _PLACERS[packing](segments.length_S, sequence_length)
+    place_P, offset_P, length_P, pack_P = _placed(segments, packing=packing, sequence_length=sequence_length, labels=labels)
     number_N = random.permutation(int(pack_P.max(initial=-1)) + 1)
     order_P = np.argsort(number_N[pack_P], kind="stable")
     place_P, offset_P, length_P = place_P[order_P], offset_P[order_P], length_P[order_P]
@@ -87,15 +99,33 @@ def pack(segments: Segments, *, packing: Packing, sequence_length: int, random: 
 
 
 def count_packs(length_S: NDArray[np.int32], *, packing: Packing, sequence_length: int) -> int:
-    """How many packs `pack` makes of segments of these lengths, in whatever order they are."""
+    """How many packs `pack` makes of segments of these lengths, in whatever order they are, where every position has a label."""
     if packing == "concatenated":
         return -(-int(length_S.sum(dtype=np.int64)) // sequence_length)
-    return int(_isolated(length_S, sequence_length)[3].max(initial=-1)) + 1
+    return int(_best_fit(_pieces(length_S, sequence_length)[2], sequence_length).max(initial=-1)) + 1
+
+
+def _placed(segments: Segments, *, packing: Packing, sequence_length: int, labels: LabelRuns | None) -> tuple[NDArray[np.int64], ...]:
+    """Pieces (place in S, offset in the segment, length) and the pack that each is in."""
+    length_S = segments.length_S
+    if packing == "isolated":
+        place_P, offset_P, length_P = _pieces(length_S, sequence_length)
+        if labels is not None:
+            kept_P = labels.has_some(segments.segment_S[place_P], start_P=offset_P, length_P=length_P)
+            place_P, offset_P, length_P = place_P[kept_P], offset_P[kept_P], length_P[kept_P]
+        return place_P, offset_P, length_P, _best_fit(length_P, sequence_length)
+    if labels is None:
+        return _concatenated(length_S, sequence_length)
+    place_P, offset_P, length_P, pack_P = _concatenated(np.where(labels.has_some_S[segments.segment_S], length_S, 0), sequence_length)
+    has_label_P = labels.has_some(segments.segment_S[place_P], start_P=offset_P, length_P=length_P)
+    has_label_N = np.bincount(pack_P, weights=has_label_P) > 0
+    kept_P, number_N = has_label_N[pack_P], np.cumsum(has_label_N) - 1
+    return place_P[kept_P], offset_P[kept_P], length_P[kept_P], number_N[pack_P[kept_P]]
 
 
 @njit(cache=True, nogil=True)
-def _isolated(length_S: Any, sequence_length: int) -> Any:
-    """Pieces of segments (place in S, offset in the segment, length) and the pack that each is in."""
+def _pieces(length_S: Any, sequence_length: int) -> Any:
+    """Segments, cut where they are longer than a pack: place in S, offset in the segment, length."""
     n_pieces = 0
     for length in length_S:
         n_pieces += length // sequence_length + (length % sequence_length > 1)
@@ -107,12 +137,12 @@ def _isolated(length_S: Any, sequence_length: int) -> Any:
             if left > 1:
                 place_P[p], offset_P[p], length_P[p] = s, offset, min(left, sequence_length)
                 p += 1
-    return place_P, offset_P, length_P, _best_fit(length_P, sequence_length)
+    return place_P, offset_P, length_P
 
 
 @njit(cache=True, nogil=True)
 def _concatenated(length_S: Any, sequence_length: int) -> Any:
-    """The same for segments that lie end to end and are cut."""
+    """Segments that lie end to end and are cut: place in S, offset in the segment, length, and the pack that each piece is in."""
     n_pieces, end = 0, 0
     for length in length_S:
         if length:
@@ -128,9 +158,6 @@ def _concatenated(length_S: Any, sequence_length: int) -> Any:
             place_P[p], offset_P[p], length_P[p], pack_P[p] = s, offset, length, at // sequence_length
             p, at, offset = p + 1, at + length, offset + length
     return place_P, offset_P, length_P, pack_P
-
-
-_PLACERS = {"isolated": _isolated, "concatenated": _concatenated}
 
 
 @njit(cache=True, nogil=True)

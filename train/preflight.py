@@ -10,7 +10,9 @@ from ..store.tokenizer import Tokenizer
 from . import records
 from .config import TrainingConfig, TrainJob
 from .cost import Cost
+from .data import TargetsData
 from .families import read_architecture
+from .reading import Reading
 
 _ID_ARRAYS = ("token_ids_T", "topk_ids_TK")
 
@@ -33,6 +35,16 @@ def preflight(job: TrainJob) -> Cost:
     cost = Cost.of(job.model_folder, architecture=architecture, config=job.config)
     _require_disk(job, cost=cost)
     return cost
+
+
+def planned_reading(job: TrainJob) -> Reading:
+    """How much of its data a training will read, and how often.
+
+    Raises:
+        DataError: targets are missing, or there is nothing to learn in them.
+    """
+    vocab_size = read_architecture(job.model_folder, training=job.config).vocab_size
+    return TargetsData.of(job, vocab_size=vocab_size).reading
 
 
 def _require_vocabulary(model_folder: Path, *, vocab_size: int) -> None:

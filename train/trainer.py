@@ -8,7 +8,7 @@ import math
 import signal
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from enum import IntEnum
 from typing import Any
 
@@ -36,6 +36,7 @@ from .objective import Objective
 from .optimizer import make_optimizer, make_scheduler
 from .preflight import require_memory
 from .runtime import Runtime
+from .start import check_start
 from .watch import SPIKES, WINDOW, Watch
 
 _TELL_SECONDS = 10.0
@@ -76,10 +77,12 @@ class Trainer:
         self.model = self._load_model()
         self.optimizer = make_optimizer(self.model, config=job.config, runtime=runtime)
         self.scheduler = make_scheduler(self.optimizer, config=job.config, steps=self.data.steps)
-        self.checkpoints = Checkpoints(job.run_folder, identity=job.identity, model=self.model, optimizer=self.optimizer, runtime=runtime)
+        identity = job.identity | self.data.identity
+        self.checkpoints = Checkpoints(job.run_folder, identity=identity, model=self.model, optimizer=self.optimizer, runtime=runtime)
         self.held_out = HeldOutText(job, runtime=runtime)
         self._parameters = cost.parameters
         self._watches: dict[str, Watch] = {}  # on the leading rank
+        self._start_warning: str | None = None  # likewise
         self._stop_asked = False
 
     def run(self) -> None:
@@ -98,6 +101,7 @@ class Trainer:
                 before = read_metrics(self.job.run_folder)[-WINDOW:]
                 self._watches = {name: Watch(spike, before=[record[name] for record in before]) for name, spike in SPIKES.items()}
             if step == 0:
+                self._check_start()
                 self._evaluate(step, metrics=metrics)
             batches = prefetched(
                 lambda t: self.data.micro_batches(t, data_rank=self.runtime.data_rank),
@@ -119,6 +123,13 @@ class Trainer:
                 if asked is Asked.TO_STOP and step < self.data.steps:
                     raise FuselineError(f"The training was stopped; a checkpoint of step {step} is saved. Run the same command to go on.")
         self._finish(seconds=time.monotonic() - started)
+
+    def _check_start(self) -> None:
+        """Keep what is odd about the start for the first step's record. Every rank must call it."""
+        found = check_start(self.model.module, job=self.job, runtime=self.runtime, n_layers=self.architecture.n_layers)
+        if found is not None and self.runtime.leads:
+            durable.write_json(self.job.run_folder / "start.json", asdict(found))
+            self._start_warning = found.warning
 
     def _tell(self, record: records.Record) -> None:
         """A line now and then, for who started the ranks by hand; else it goes to the log."""
@@ -205,7 +216,8 @@ class Trainer:
             for name, watch in self._watches.items()
             if (ratio := watch.ratio(values[name])) is not None
         ]
-        return f"step {step + 1}: {', '.join(found)}; the batch has {self.data.named(self.data.packs(step))}" if found else None
+        odd = [f"step {step + 1}: {', '.join(found)}; the batch has {self.data.named(self.data.packs(step))}"] if found else []
+        return ". ".join(([self._start_warning] if self._start_warning and step == 0 else []) + odd) or None
 
     def _backward(self, batch: Sequence[MicroBatch], *, step: int) -> tuple[_Losses, list[Tensor]]:
         """Gradients of this rank's micro-batches and losses of the global batch; also whether each micro-batch's loss is finite."""
@@ -260,6 +272,7 @@ class Trainer:
         export(self.model.module, job=self.job, architecture=self.architecture, runtime=self.runtime, facts=facts)
         if self.runtime.leads:
             done = facts | {"seconds": seconds, "export": str(self.job.export_folder), "identity": self.job.identity}
+            done["segments_without_labels"] = self.data.reading.without_labels
             durable.write_json(self.job.run_folder / "done.json", done)
             print(f"model written to {self.job.export_folder}", flush=True)
         dist.barrier()

@@ -7,7 +7,7 @@ shapes are known before the first tensor is, so the header can be written first.
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Container, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +22,7 @@ from ..store.errors import DataError
 from ..store.weights import tensors_of, weight_files
 
 FILE_BYTES = 5_000_000_000  # a larger model is split into files of at most this size
-# Ends of names of tensors in published folders that are no weights: transformers computes them anew.
+# Ends of names of tensors in published folders that are no weights: transformers computes them itself.
 BUFFERS = (".rotary_emb.inv_freq", ".attention.bias", ".attention.masked_bias")
 _HEADER_ALIGNMENT = 8
 _DTYPES = {
@@ -69,14 +69,28 @@ class WeightFiles:
                 raise DataError(f"{path} cannot be read: {error}") from error
             self._file_of |= dict.fromkeys(file.keys(), file)
 
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._file_of)
+    @property
+    def names(self) -> Collection[str]:
+        """Of all tensors that are stored."""
+        return self._file_of.keys()
 
     def __getitem__(self, name: str) -> StoredTensor:
-        if name not in self._file_of:
-            raise DataError(f"{self.folder} has no tensor {name}, which its config.json calls for.")
-        stored = self._file_of[name].get_slice(name)
+        stored_name = stored_as(name, names=self.names)
+        if stored_name is None:
+            raise DataError(f"{self.folder} has no tensor {name}, which its config.json describes. Download the model again.")
+        stored = self._file_of[stored_name].get_slice(stored_name)
         return StoredTensor(tuple(stored.get_shape()), stored)
+
+
+def stored_as(name: str, *, names: Container[str]) -> str | None:
+    """The name under which a folder stores a tensor, None if it does not."""
+    return next((spelling for spelling in spellings(name) if spelling in names), None)
+
+
+def spellings(name: str) -> tuple[str, ...]:
+    """The names under which transformers finds a tensor: that of the base model before it may be missing (`layers.0…` for
+    `model.layers.0…`), and GPT-NeoX's output layer may be called as in other models."""
+    return (name, name.partition(".")[2], name.replace("embed_out.", "lm_head."))
 
 
 @dataclass(frozen=True, slots=True)

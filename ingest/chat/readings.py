@@ -6,8 +6,8 @@ from pathlib import Path
 from ...store.errors import DataError, UsageError
 from ...store.tokenizer import Tokenizer
 from ...store.user_text import read_user_text
+from ..hub import expanded
 from ..models import ModelFolder
-from ..sources import expanded
 from .config import ChatConfig
 from .reader import ConversationsReader, Rendering
 from .template import ChatTemplate

@@ -16,7 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from ...store.errors import DataError
-from ...store.tokenizer import ROLES, Tokenizer
+from ...store.model_json import read_json
+from ...store.roles import ROLES
+from ...store.tokenizer import Tokenizer
 from .conversations import Conversation, Message, Role
 from .marked_text import MarkedText, MessageSpan, Span
 
@@ -62,12 +64,15 @@ class ChatTemplate:
             DataError: it cannot be read, or does not run.
         """
         path = folder / "tokenizer_config.json"
-        config = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        config = read_json(path) if path.exists() else {}
         program = source or _stored_template(folder, config=config)
         if program is None:
             return None
-        names = {name: config.get(name) for name in (f"{role}_token" for role in ROLES)}
-        variables = {name: token["content"] if isinstance(token, dict) else token for name, token in names.items() if token}
+        tokens = {
+            f"{role}_token": tokenizer.backend.id_to_token(token_id) for role, token_id in tokenizer.roles.items() if token_id is not None
+        }
+        names = tokens | {name: config.get(name) for name in (f"{role}_token" for role in ROLES) if config.get(name)}
+        variables = {name: token["content"] if isinstance(token, dict) else token for name, token in names.items()}
         added = tokenizer.backend.get_added_tokens_decoder().values()
         template = cls(
             source=program,
@@ -242,7 +247,7 @@ def _stored_template(folder: Path, *, config: Mapping[str, Any]) -> str | None:
     path = folder / "chat_template.jinja"
     if path.exists():
         try:
-            return path.read_text(encoding="utf-8")
+            return path.read_text(encoding="utf-8-sig")
         except (OSError, UnicodeDecodeError) as error:
             raise DataError(f"{path} cannot be read: {error}.") from error
     stored = config.get("chat_template")

@@ -64,6 +64,13 @@ def test_the_evaluations_of_a_training_are_those_of_the_start_and_of_the_exporte
             assert figures == pytest.approx(measured["target" if step == 0 else training, domain], rel=1e-5)
 
 
+def test_trainings_start_from_the_model_of_the_distributions(uninterrupted):
+    for name in ("fused", "clm"):
+        check = json.loads((uninterrupted / "runs" / name / "start.json").read_text())
+        assert check["tokens"] >= 100
+        assert check["difference"] <= check["tolerance"] < 0.01  # float32
+
+
 # Kind and name of a dataset, or of a training; each is interrupted when it has something but not all.
 STAGES = [
     ("corpus", "corpus"),

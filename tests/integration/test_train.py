@@ -108,6 +108,15 @@ def make_job(inputs: Path, run_folder: Path, *, targets: str = "targets", **sett
     )
 
 
+def write_other_start(folder: Path, *, like: Dataset) -> Dataset:
+    """Distributions of another model than the start: every token has the same log-probability, which no model says."""
+    dataset = Dataset.create(folder, identity={"dtype": "float32"})
+    token_ids_T, offsets = like.read(0, "token_ids_T", "segment_offsets")
+    arrays = {"token_ids_T": token_ids_T, "segment_offsets": offsets, "gold_logprob_T": np.full(len(token_ids_T), -1.0, np.float16)}
+    dataset.commit(0, content=PartContent(data=arrays, counts={"tokens": len(token_ids_T)}), seconds=0.0)
+    return dataset
+
+
 def train(job: TrainJob) -> list[dict]:
     found = []
     launch(job, on_metrics=found.append)
@@ -135,6 +144,8 @@ def tensor_parallel(inputs, tmp_path_factory):
 @pytest.fixture(scope="module")
 def data_parallel(inputs, tmp_path_factory):
     job = make_job(inputs, tmp_path_factory.mktemp("runs") / "dp2", data_parallel=2)
+    start = write_other_start(inputs / "start", like=Dataset.open(inputs / "targets"))
+    job = job.model_copy(update={"start_folder": start.folder, "tokens_fingerprint": start.fingerprint})
     return job, train(job)
 
 
@@ -152,6 +163,15 @@ def test_the_run_folder_is_complete(alone):
     for record in found:
         assert record["loss"] == pytest.approx(weight * record["clm_loss"] + (1 - weight) * record["fusion_loss"])
     assert found[-1]["learning_rate"] < found[0]["learning_rate"] <= 1e-3
+
+
+def test_a_start_that_is_another_model_than_that_of_the_distributions_is_told(alone, data_parallel):
+    job, found = data_parallel
+    assert [record["warning"] is not None for record in found] == [True] + [False] * (len(found) - 1)
+    assert "The start of the training is not the model that the target's distributions were computed with" in found[0]["warning"]
+    check = json.loads((job.run_folder / "start.json").read_text())
+    assert check["difference"] > check["tolerance"]
+    assert not (alone[0].run_folder / "start.json").exists()  # no distributions were named
 
 
 def test_tensor_and_data_parallel_give_the_same_losses(alone, tensor_parallel, data_parallel):

@@ -1,6 +1,7 @@
 """Packs hold every token once, are never too long, and are found one by one as in a row, for any lengths of segments."""
 
 import numpy as np
+from fuseline.train.labels import LabelRuns
 from fuseline.train.order import PackOrder, SegmentIndex
 from fuseline.train.packing import count_packs, pack
 from hypothesis import given, settings
@@ -77,3 +78,73 @@ def test_packs_are_found_one_by_one_as_in_a_row(parts, packing, seed, begin, siz
             assert np.array_equal(packs.segment_P, expected.segment_P)
             assert np.array_equal(packs.start_P, expected.start_P)
             assert np.array_equal(packs.length_P, expected.length_P)
+
+
+@st.composite
+def labelled_parts(draw) -> tuple[list[list[int]], list[np.ndarray]]:
+    """Lengths of segments of parts, and which of their positions have a label: few runs, as conversations have."""
+    parts = draw(PARTS)
+    masks = []
+    for lengths in parts:
+        edges = draw(st.lists(st.integers(0, sum(lengths)), max_size=8))
+        masks.append((np.searchsorted(np.sort(edges), np.arange(sum(lengths)), side="right") % 2).astype(np.uint8))
+    return parts, masks
+
+
+def places_of(packs, *, first, stop, index, ends):
+    """Segment, first token among all, and length of the pieces of a pack."""
+    for p in range(first, stop):
+        block, segment = packs.block_P[p], packs.segment_P[p]
+        begin_of_block = ends[index.first_B1[block]]
+        yield segment, begin_of_block + packs.start_P[p], packs.length_P[p]
+
+
+def runs_of(parts, masks) -> LabelRuns:
+    return LabelRuns.joined(
+        [LabelRuns.of_mask(mask, segment_offsets=np.cumsum([0, *lengths])) for lengths, mask in zip(parts, masks, strict=True)]
+    )
+
+
+@given(labelled=labelled_parts(), packing=PACKINGS, seed=st.integers(0, 99), begin=st.integers(0, 50), size=st.integers(1, 20))
+@settings(max_examples=150, deadline=None)
+def test_every_label_is_packed_once_and_every_pack_has_one(labelled, packing, seed, begin, size):
+    parts, masks = labelled
+
+    def order():
+        return PackOrder(index_of(parts), packing=packing, sequence_length=16, seed=seed, labels=runs_of(parts, masks))
+
+    ends = np.cumsum([0, *(length for lengths in parts for length in lengths)])
+    has_label = np.concatenate(masks).astype(int)
+    has_label[ends[1:][np.diff(ends) > 0] - 1] = 0  # nothing follows
+    if not order().n_packs(0):
+        assert not has_label.any()
+        return
+    packs, seen = order().packs(0, order().n_packs(0)), np.zeros(len(has_label), int)
+    for first, stop in zip(packs.offsets_N1, packs.offsets_N1[1:], strict=False):
+        labels = 0
+        for _, start, length in places_of(packs, first=first, stop=stop, index=index_of(parts), ends=ends):
+            seen[start : start + length] += 1
+            labels += has_label[start : start + length].sum()
+        assert labels
+    assert (seen[has_label == 1] == 1).all()
+    assert seen.max() == 1
+    whole, again = order().packs(0, begin + size), order().packs(begin, begin + size)
+    assert np.array_equal(whole[begin : begin + size].start_P, again.start_P)
+
+
+@given(parts=PARTS, seed=st.integers(0, 99))
+@settings(max_examples=60, deadline=None)
+def test_where_every_position_has_a_label_nothing_changes(parts, seed):
+    """Packs are those of text without a mask, but for segments of one token, which have no label."""
+    parts = [[length for length in lengths if length != 1] for lengths in parts]
+    if sum(map(sum, parts)) < 2:
+        return
+    masks = [np.ones(sum(lengths), np.uint8) for lengths in parts]
+    plain, masked = (
+        PackOrder(index_of(parts), packing="isolated", sequence_length=16, seed=seed, labels=labels)
+        for labels in (None, runs_of(parts, masks))
+    )
+    assert plain.n_packs(0) == masked.n_packs(0)
+    one, other = (each.packs(0, 2 * plain.n_packs(0)) for each in (plain, masked))
+    assert np.array_equal(one.start_P, other.start_P)
+    assert np.array_equal(one.offsets_N1, other.offsets_N1)

@@ -76,6 +76,9 @@ MODELS = {
     # Its heads are no power of two, so that the slopes of ALiBi are out of order.
     "mpt": MptConfig(**COMMON, d_model=96, n_heads=6, n_layers=2, max_seq_len=256),
 }
+# Two that are stored otherwise than config.json says: transformers then goes by the tensors (`store.tied`).
+OWN_HEAD, HEAD_ALONE = "llama-own-head", "gemma-head-alone"
+MODELS |= {OWN_HEAD: LlamaConfig(**SHAPE | {"tie_word_embeddings": True}), HEAD_ALONE: GemmaConfig(**GEMMA)}
 PACKED = ("llama", "mistral-window", "gemma3", "gpt-neox", "mpt")  # one of each kind of attention
 LENGTHS = [70, 3, 40]  # odd together: padded where two ranks share the tokens
 TRAINING = TrainingConfig(sequence_length=128, global_batch_size=2)
@@ -107,9 +110,30 @@ def folder(tmp_path_factory):
             if "norm" in parameter_name or parameter_name.endswith("bias"):
                 torch.nn.init.normal_(parameter, mean=parameter.mean().item(), std=0.3)
         model.save_pretrained(folder / name)
+        store_otherwise(name, folder / name / "model.safetensors")
     for world_size in (2, 1):  # in this order: one rank loads the checkpoints of two
         assert [process.wait(timeout=240) for process in start_ranks(folder, world_size=world_size)] == [0] * world_size
     return folder
+
+
+def store_otherwise(name: str, path: Path) -> None:
+    """Give one model an output layer of its own; of the other store the output layer in place of the embeddings, and no prefixes."""
+    tensors = load_file(path)
+    if name == OWN_HEAD:
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"] + 0.1 * torch.randn_like(tensors["model.embed_tokens.weight"])
+    if name == HEAD_ALONE:
+        tensors["lm_head.weight"] = tensors.pop("model.embed_tokens.weight")
+        tensors = {key.removeprefix("model."): tensor for key, tensor in tensors.items()}
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
+def as_transformers_writes(name: str, path: Path) -> dict[str, torch.Tensor]:
+    """A model's tensors under the names that an export has."""
+    tensors = load_file(path)
+    if name == HEAD_ALONE:
+        tensors["embed_tokens.weight"] = tensors.pop("lm_head.weight")
+        tensors = {f"model.{key}": tensor for key, tensor in tensors.items()}
+    return tensors
 
 
 def start_ranks(folder: Path, *, world_size: int) -> list[subprocess.Popen]:
@@ -161,18 +185,18 @@ def test_logits_and_gradients_match_transformers(folder, expected, variant):
 @pytest.mark.parametrize("name", MODELS)
 def test_the_export_is_the_start_bit_for_bit(folder, name, world_size):
     original, exported = folder / name, folder / f"{name}-{world_size}-export"
-    tensors, found = (load_file(each / "model.safetensors") for each in (original, exported))
+    tensors, found = as_transformers_writes(name, original / "model.safetensors"), load_file(exported / "model.safetensors")
     assert found.keys() == tensors.keys()
     assert all(torch.equal(found[key], tensors[key]) for key in tensors)
     config, written = (json.loads((each / "config.json").read_text()) for each in (original, exported))
     assert written.pop("dtype") == "float32"
     config.pop("dtype")
-    assert written == config
+    assert written == config | ({"tie_word_embeddings": False} if name == OWN_HEAD else {})
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_a_checkpoint_of_two_ranks_is_the_start_on_one(folder, name):
-    tensors, found = load_file(folder / name / "model.safetensors"), torch.load(folder / f"{name}-reshaped.pt")
+    tensors, found = as_transformers_writes(name, folder / name / "model.safetensors"), torch.load(folder / f"{name}-reshaped.pt")
     assert found.keys() == tensors.keys()
     assert all(torch.equal(found[key], tensors[key]) for key in tensors)
 

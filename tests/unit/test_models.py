@@ -14,6 +14,7 @@ from fuseline.store.errors import DataError
 from safetensors.torch import load_file, save_file
 
 WEIGHTS = "model.safetensors"
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
 
 
 @pytest.fixture
@@ -122,7 +123,7 @@ def file(name: str, text: str) -> Callable[[Path], None]:
         (cut(300), r"model\.safetensors is cut short"),
         (cut(-1), r"model\.safetensors must have \d+ bytes, and has \d+: it was cut short"),
         (cut(-40_000), r"model\.safetensors must have \d+ bytes, and has \d+: it was cut short"),
-        (weights(b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"), r"model\.safetensors is cut short, or not"),
+        (weights(POINTER), r"model\.safetensors is a pointer of git-lfs.*Run `git lfs pull`"),
         (weights(struct.pack("<Q", 2) + b"[]"), r"model\.safetensors is cut short, or not a safetensors file"),
         (weights(struct.pack("<Q", 9) + b'{"a": {}}'), r"model\.safetensors is cut short, or not a safetensors file"),
         (without_a_file_of_two, r"lacks weights: .*names model-00002-of-00002\.safetensors\. Download"),

@@ -1,5 +1,7 @@
 """Batches carry the right tokens, labels, targets and weights, whoever reads them and wherever reading begins."""
 
+import re
+
 import numpy as np
 import pytest
 import torch
@@ -209,9 +211,15 @@ def test_concatenated_packs_are_one_text_whose_joins_have_a_label_and_no_target(
     assert torch.equal(masses_TK.sum(-1) == 0, ends_T)
 
 
+def third_of_positions(ends: np.ndarray) -> np.ndarray:
+    """A label mask with a label at the first position of every piece, so that none is left out."""
+    places_T = np.arange(ends[-1]) - np.repeat(ends[:-1], np.diff(ends))
+    return ((np.arange(ends[-1]) % 3 == 0) | (places_T % LENGTH == 0)).astype(np.uint8)
+
+
 def test_masked_positions_have_neither_label_nor_target(tmp_path):
-    offsets = make_offsets(parts=2)
-    masked = write(tmp_path / "masked", offsets, label_mask_T=lambda ends: (np.arange(ends[-1]) % 3 == 0).astype(np.uint8))
+    offsets = {part: np.cumsum([0, *np.maximum(2, np.diff(ends))]) for part, ends in make_offsets(parts=2).items()}
+    masked = write(tmp_path / "masked", offsets, label_mask_T=third_of_positions)
     plain = write(tmp_path / "plain", offsets)
     for packing in ("isolated", "concatenated"):
         batches = make_data(masked, packing=packing).micro_batches(0, data_rank=0)
@@ -220,9 +228,58 @@ def test_masked_positions_have_neither_label_nor_target(tmp_path):
         labels_T, other_T = joined(batches, "labels_T"), joined(others, "labels_T")
         assert torch.equal(joined(batches, "token_ids_T"), joined(others, "token_ids_T"))
         assert ((labels_T == other_T) | (labels_T == IGNORED)).all()
-        assert 0.25 < (labels_T != IGNORED).float().mean() < 0.4
+        assert 0.25 < (labels_T != IGNORED).float().mean() < 0.5
         has_target_T, had_target_T = (torch.cat([batch.soft.is_known_N() for batch in each]) for each in (batches, others))
         assert torch.equal(has_target_T, (labels_T != IGNORED) & had_target_T)
+
+
+def only_some_segments(ends: np.ndarray) -> np.ndarray:
+    """A label mask of which seven segments in eight have no label."""
+    return np.repeat(np.arange(len(ends) - 1) % 8 == 0, np.diff(ends)).astype(np.uint8)
+
+
+@pytest.mark.parametrize("packing", ["isolated", "concatenated"])
+def test_segments_without_labels_are_left_out_and_every_step_has_labels(tmp_path, packing):
+    offsets = make_offsets(parts=2)
+    dataset = write(tmp_path / "targets", offsets, label_mask_T=only_some_segments)
+    data = make_data(dataset, packing=packing, global_batch_size=1)
+    n_segments = sum(len(ends) - 1 for ends in offsets.values())
+    with_labels = {(part, s) for part, ends in offsets.items() for s in range(0, len(ends) - 1, 8) if ends[s + 1] - ends[s] > 1}
+    assert data.reading.without_labels == n_segments - len(with_labels)
+    seen = set()
+    for step in range(data.steps):
+        assert (joined(data.micro_batches(step, data_rank=0), "labels_T") != IGNORED).any()
+        seen |= {(piece.part, piece.segment) for pack in data.packs(step) for piece in pack}
+    assert seen == with_labels
+    remark = f"{n_segments - len(with_labels):,} of {n_segments:,} segments have no token to learn and are left out"
+    assert remark in list(data.reading.remarks())
+    assert data.identity == {"segments_without_labels": n_segments - len(with_labels)}
+
+
+def test_data_without_any_label_is_refused(tmp_path):
+    dataset = write(tmp_path / "targets", make_offsets(parts=2), label_mask_T=lambda ends: np.zeros(ends[-1], np.uint8))
+    with pytest.raises(DataError, match=r"none of its \d+ segments has a token to learn.* is corpus\.context_length too short"):
+        make_data(dataset)
+
+
+@pytest.mark.parametrize(
+    ("settings", "remark"),
+    [
+        ({"global_batch_size": 5}, None),
+        ({"global_batch_size": 40}, r"has 10 sequences and a step takes 40: each step reads every document 4\.0 times\. Lower "),
+        ({"global_batch_size": 2, "steps": 50}, r"50 steps of 2 sequences read the corpus, which has 10 sequences, 10\.0 times"),
+        ({"global_batch_size": 2, "steps": 5}, None),
+        (
+            {"global_batch_size": 8, "epochs": 1},
+            r"epochs have 10 sequences, and 2 steps of 8 read 16: 6 are read once more than training\.epochs",
+        ),
+        ({"global_batch_size": 8, "epochs": 4}, None),
+    ],
+)
+def test_how_often_a_training_reads_its_corpus_is_told(tmp_path, settings, remark):
+    dataset = write(tmp_path / "targets", {0: np.arange(11) * LENGTH})
+    remarks = list(make_data(dataset, **settings).reading.remarks())
+    assert [bool(re.search(remark or "never", said)) for said in remarks] == [True] * (remark is not None)
 
 
 def test_positions_weigh_what_the_domain_of_their_document_does(tmp_path):

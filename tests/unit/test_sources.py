@@ -7,8 +7,10 @@ from pathlib import Path
 import polars as pl
 import pytest
 from fuseline.ingest.corpus import CorpusConfig, corpus_source
+from fuseline.ingest.digests import snapshot_commit
+from fuseline.ingest.hub import cache_unwritable
 from fuseline.ingest.rows import Columns
-from fuseline.ingest.sources import HubSource, LocalSource, Source, cache_unwritable, is_hub_snapshot
+from fuseline.ingest.sources import HubSource, LocalSource, Source
 from fuseline.store.errors import DataError, UsageError
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -66,7 +68,7 @@ def test_a_configuration_that_is_missing_is_asked_for_by_the_names_there_are(sna
 def test_folders_that_only_look_like_the_hubs_cache_are_local(tmp_path, folder):
     path = tmp_path / folder
     jsonl(path / "a.jsonl", "one")
-    assert not is_hub_snapshot(path)
+    assert snapshot_commit(path) is None
     first = source_of(path)
     assert isinstance(first, LocalSource)
     before = first.identity()

@@ -4,16 +4,21 @@ To add one, write a module with a `read` that gives the `Architecture` of a conf
 wrong, list it in `FAMILIES`, and add tiny configurations to `tests/unit/test_convert.py`, which compares it with transformers.
 """
 
-import json
+import re
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, PretrainedConfig
 
 from ...store.errors import DataError, UsageError
+from ...store.model_json import for_transformers, read_json
+from ...store.tied import is_tied
+from ...store.weights import tensors_of, weight_files
 from ..architecture import Architecture
 from ..config import TrainingConfig
+from ..weight_files import BUFFERS, spellings
 from . import gemma, gemma3, gpt_neox, llama, mistral, mpt, qwen2, qwen3
 
 FAMILIES: Mapping[str, Callable[[PretrainedConfig], Architecture]] = {
@@ -31,26 +36,30 @@ FAMILIES: Mapping[str, Callable[[PretrainedConfig], Architecture]] = {
 def read_architecture(model_folder: Path, *, training: TrainingConfig) -> Architecture:
     """Read `config.json` and check that this trainer can train such a model, cut over `training.tensor_parallel` ranks.
 
+    Whether the output layer is the embeddings depends on the stored tensors too (`store.tied`).
+
     Raises:
         DataError: the folder has no readable config.json, or the model has a part that is not supported.
         UsageError: tensor_parallel or sequence_length does not fit the model.
     """
     path = model_folder / "config.json"
     try:
-        model_type = json.loads(path.read_text(encoding="utf-8")).get("model_type")
+        model_type = read_json(path).get("model_type")
     except (OSError, ValueError, AttributeError) as error:
         raise DataError(f"{path} cannot be read as the configuration of a model: {error}") from error
     if model_type not in FAMILIES:
         raise DataError(f"{path}: model_type {model_type!r} cannot be trained. Supported: {', '.join(FAMILIES)}.")
     try:
-        config = AutoConfig.from_pretrained(model_folder)
+        with for_transformers(model_folder) as folder:
+            config = AutoConfig.from_pretrained(folder)
         architecture = FAMILIES[model_type](config)
     except (KeyError, AttributeError) as error:
         raise DataError(f"{path} lacks a field that {model_type} models need: {error}") from error
     except (ValueError, TypeError, StrictDataclassError) as error:
         raise DataError(f"{path}: {error}") from error
     _require_fit(architecture, model_folder=model_folder, training=training)
-    return architecture
+    _require_known_tensors(architecture, model_folder=model_folder)
+    return replace(architecture, tied_embeddings=is_tied(model_folder, says_tied=architecture.tied_embeddings))
 
 
 def _require_fit(architecture: Architecture, *, model_folder: Path, training: TrainingConfig) -> None:
@@ -65,4 +74,17 @@ def _require_fit(architecture: Architecture, *, model_folder: Path, training: Tr
         raise UsageError(
             f"sequence_length ({training.sequence_length}) must not exceed the positions that {model_folder} was made for "
             f"({architecture.max_length})"
+        )
+
+
+def _require_known_tensors(architecture: Architecture, *, model_folder: Path) -> None:
+    """Raise DataError for tensors that no such model has: the trainer would drop them."""
+    patterns = [f"{hf}.{kind}" for rule in architecture.rules.values() for hf in rule.hf for kind in ("weight", "bias")]
+    known = {spelling for pattern in patterns for spelling in spellings(pattern)}
+    stored = [name for path in weight_files(model_folder) for name in tensors_of(path) if not name.endswith(BUFFERS)]
+    unknown = sorted(name for name in stored if re.sub(r"(?<=\.)\d+(?=\.)|^\d+(?=\.)", "{}", name) not in known)
+    if unknown:
+        raise DataError(
+            f"{model_folder} has {len(unknown)} tensors that a {architecture.model_type} model does not have, and that training would "
+            f"drop: {', '.join(unknown[:5])}. Use it as a source, or save the model again without them."
         )

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ...store.errors import DataError
+from ...store.model_json import for_transformers, read_json, without_mark
 
 # Ends of keys that say nothing of what a weight means: where a model is from, how it is trained or sampled.
 _NOTES = (
@@ -30,6 +31,7 @@ class ModelSettings:
     label: str  # for messages
     folder: Path
     flat: Mapping[str, Any]  # by dotted key, as transformers completes them
+    is_complete: bool  # transformers knows the model
 
     @property
     def vocab_size(self) -> int | None:
@@ -50,7 +52,7 @@ def read_settings(folder: Path, *, label: str) -> ModelSettings:
     """
     path = folder / "config.json"
     try:
-        settings = json.loads(path.read_text(encoding="utf-8"))
+        settings = read_json(path)
         model_type = settings["model_type"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(f"{label}: {path} cannot be read as the configuration of a model ({error!r}).") from error
@@ -58,10 +60,11 @@ def read_settings(folder: Path, *, label: str) -> ModelSettings:
 
     if model_type in CONFIG_MAPPING:
         try:
-            settings = AutoConfig.from_pretrained(folder).to_dict()
+            with for_transformers(folder) as readable:
+                settings = AutoConfig.from_pretrained(readable).to_dict()
         except Exception as error:  # whatever its checks raise
             raise DataError(f"{label}: {path} is not a valid configuration of {model_type}: {error}") from error
-    return ModelSettings(label=label, folder=folder, flat=dict(_flat(settings)))
+    return ModelSettings(label=label, folder=folder, flat=dict(_flat(settings)), is_complete=model_type in CONFIG_MAPPING)
 
 
 def require_one_architecture(reference: ModelSettings, other: ModelSettings) -> None:
@@ -87,7 +90,7 @@ def compare_tokenizers(reference: ModelSettings, other: ModelSettings) -> list[s
     lacking = [settings.label for settings, path in zip((reference, other), paths, strict=True) if not path.exists()]
     if lacking:
         return [f"{' and '.join(lacking)} has no tokenizer.json: whether the tokenizers agree is not known"]
-    contents = [path.read_bytes() for path in paths]
+    contents = [without_mark(path) for path in paths]
     if contents[0] == contents[1]:
         return []
     (tokens, added), (other_tokens, other_added) = (

@@ -8,13 +8,13 @@ from pathlib import Path
 import torch
 
 from ...store.errors import DataError, UsageError
+from ...store.tied import HEADS
 from ...store.weights import EMBEDDINGS
 from ..weight_files import BUFFERS, FlatTensor, flat_tensors
 from .config import MergeConfig
 from .configs import ModelSettings, compare_tokenizers, read_settings, require_one_architecture
 
 BLOCK = 1 << 18  # positions of a tensor that are in memory at a time; even, as draws for DARE serve two
-_HEADS = ("lm_head.weight", "embed_out.weight")
 _NAMED = 3  # tensors that a message names
 
 
@@ -111,7 +111,12 @@ def _require_fit(config: MergeConfig, *, has_base: bool, names: list[str]) -> No
 def _read(folder: Path, *, label: str, stack: ExitStack) -> _Model:
     settings = read_settings(folder, label=label)
     tensors = flat_tensors(folder, stack=stack)
-    heads = [name for name in tensors if name.endswith(_HEADS)]
+    heads = [name for name in tensors if name.endswith(HEADS)]
+    if settings.is_complete and not settings.is_tied and not heads and any(name.endswith(EMBEDDINGS) for name in tensors):
+        raise DataError(
+            f"{label} has no output layer, and its config.json does not say that it is the embeddings. Download its weights again, or set "
+            "tie_word_embeddings = true in config.json."
+        )
     if settings.is_tied and heads:
         embeddings = next((name for name in tensors if name.endswith(EMBEDDINGS)), heads[0])
         for head in heads:

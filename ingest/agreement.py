@@ -1,0 +1,153 @@
+"""Whether transformers reads a model folder as fuseline does, found when the model is opened and not when its first part fails.
+
+transformers loads the model with stand-ins of the stored tensors that take no memory, so that its own rules decide which weights are
+missing (tenths of a second after its import, for a model of any size). Its tokenizer reads a probe text.
+"""
+
+import hashlib
+import importlib.metadata
+import json
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from ..store import durable
+from ..store.errors import DataError
+from ..store.model_json import for_transformers
+from ..store.roles import ROLES
+from .models import ModelFolder
+
+PROBE = "The 3 cats sat on a mat, didn't they?\nYes: they did."
+_STAGE = "agreement/1"
+_SHOWN = 20  # ids or names in a message
+
+
+def disagreements(model: ModelFolder, *, cache: Path) -> list[str]:
+    """What transformers reads in a model folder differently from fuseline, as sentences; found once, and kept in the folder `cache`.
+
+    Raises:
+        DataError: transformers cannot load the model, or would fill weights with random numbers.
+    """
+    path = cache / f"{_digest(model)}.json"
+    if path.exists():
+        return list(json.loads(path.read_text(encoding="utf-8"))["disagreements"])
+    found = [*_of_weights(model), *_of_tokenizer(model)]
+    cache.mkdir(parents=True, exist_ok=True)
+    durable.write_json(path, {"model": model.config.name, "disagreements": found})
+    return found
+
+
+def _digest(model: ModelFolder) -> str:
+    """Of all that is compared: the headers of the weights stand for them."""
+    tensors = {name: [tensor["dtype"], tensor["shape"]] for name, tensor in model.tensors.items()}
+    versions = [_STAGE, importlib.metadata.version("transformers")]
+    digest = hashlib.sha256(json.dumps([versions, tensors, model.config.prepends_bos, model.tokenizer.digest], sort_keys=True).encode())
+    for name in ("config.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"):
+        digest.update(f"\n{name}\n".encode())
+        if (model.folder / name).exists():
+            digest.update((model.folder / name).read_bytes())
+    return digest.hexdigest()
+
+
+def _of_weights(model: ModelFolder) -> Iterator[str]:
+    if model.config.trust_remote_code:  # its own code may do with its weights what it likes
+        return
+    info = _loading_info(model)
+    missing, unexpected = sorted(info["missing_keys"]), sorted(info["unexpected_keys"])
+    mismatched = sorted(info["mismatched_keys"])
+    if mismatched:
+        name, stored, wanted = mismatched[0]
+        raise DataError(
+            f"{model.folder}: the shape of {name} in the weights {list(stored)} must be the one that config.json describes {list(wanted)}. "
+            "Correct config.json, or download the model again."
+        )
+    if missing:
+        raise DataError(f"The model {model.folder} lacks weights: {_shown(missing)}. {_what_to_do(model, missing)}")
+    if unexpected:
+        yield f"{len(unexpected)} tensors in its weights are not used, because config.json has no place for them: {_shown(unexpected)}"
+
+
+def _what_to_do(model: ModelFolder, missing: list[str]) -> str:
+    if all("lm_head" in name or "embed_out" in name for name in missing) and model.hf_config.get("tie_word_embeddings") is not True:
+        return "If its output layer is its embeddings, set tie_word_embeddings = true in config.json; otherwise download the weights again."
+    return "Download them again."
+
+
+def _loading_info(model: ModelFolder) -> Mapping[str, Any]:
+    import torch
+    import transformers
+
+    stand_ins = {name: torch.zeros(1).expand(tensor["shape"]) for name, tensor in model.tensors.items()}
+    with for_transformers(model.folder) as folder, _quiet():
+        try:
+            config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
+            kind: Any = transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+            _, info = kind.from_pretrained(
+                None,
+                config=config,
+                state_dict=stand_ins,
+                dtype=torch.float32,
+                ignore_mismatched_sizes=True,
+                output_loading_info=True,
+            )
+        except KeyError:
+            raise DataError(f"{model.folder}/config.json: model_type {config.model_type!r} is not a causal language model.") from None
+        except Exception as error:  # transformers raises anything
+            raise DataError(f"The model {model.folder} cannot be loaded: {type(error).__name__}: {error}") from error
+    return info
+
+
+def _of_tokenizer(model: ModelFolder) -> Iterator[str]:
+    import transformers
+
+    ours, options = model.tokenizer, {"trust_remote_code": True} if model.config.trust_remote_code else {}
+    with for_transformers(model.folder) as folder, _quiet():
+        try:
+            theirs = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True, **options)
+            ids = list(theirs(PROBE)["input_ids"])
+        except Exception as error:  # transformers raises anything
+            yield f"its tokenizer could not be compared with transformers, which does not load it ({type(error).__name__}: {error})"
+            return
+    (text_ids,) = ours.encode([PROBE])
+    while ids and ids[-1] in theirs.all_special_ids:  # an eos at the end: a segment does not end the document
+        ids.pop()
+    before = ids[: -len(text_ids)]
+    own_before = [ours.roles["bos"]] if ours.prepends_bos else []
+    if ids[len(before) :] != text_ids:
+        yield (
+            f"its tokenizer.json reads {PROBE!r} as {_shown(text_ids)}, and AutoTokenizer of transformers, which builds some tokenizers by "
+            f"its own rules, as {_shown(ids)}. The ids of tokenizer.json are used"
+        )
+    elif model.config.prepends_bos is None and before != own_before:
+        yield (
+            f"its texts start with {own_before or 'no token'}, and those of AutoTokenizer of transformers with {before or 'no token'}: "
+            f"{PROBE[:5]!r}… is {_shown([*own_before, *text_ids])} against {_shown(ids)}. If transformers is right, set prepends_bos = "
+            f"{str(not ours.prepends_bos).lower()} for {model.config.name} in the recipe"
+        )
+    known = {role: getattr(theirs, f"{role}_token_id") for role in ROLES}
+    for role, token_id in known.items():
+        is_added = (
+            token_id is not None and token_id >= ours.vocab_size
+        )  # transformers adds it to the vocabulary, the model has no row of it
+        if not is_added and token_id != ours.roles[role] and not (role == "bos" and before == own_before):
+            yield f"its {role} token is {ours.roles[role]}, and that of AutoTokenizer of transformers {token_id}"
+
+
+def _shown(items: list[Any]) -> str:
+    return ", ".join(map(str, items[:_SHOWN])) + (f" … ({len(items)} in all)" if len(items) > _SHOWN else "")
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the progress bars and warnings of transformers: what they say is said here."""
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    before = transformers.utils.logging.get_verbosity()
+    transformers.utils.logging.set_verbosity(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        transformers.utils.logging.set_verbosity(before)

@@ -1,0 +1,38 @@
+"""What models and datasets of the Hugging Face hub have in common: their ids, and the cache that they are downloaded into."""
+
+import errno
+import os
+import re
+from pathlib import Path
+from typing import TypeGuard
+
+from ..store.errors import DataError
+
+HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")  # of a model or a dataset
+
+
+def expanded(path: str) -> Path:
+    """A path with `~` for the home folder; every other character stands for itself."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:  # no such user: the folder is called so
+        return Path(path)
+
+
+def is_cache_unwritable(error: BaseException) -> TypeGuard[OSError]:
+    """Whether an error of the hub's libraries is that their cache cannot be written."""
+    if not isinstance(error, OSError):
+        return False
+    return error.errno in {errno.EACCES, errno.EROFS} or Path(str(error.filename)).is_relative_to(_cache_folder())
+
+
+def _cache_folder() -> Path:
+    return Path(os.environ.get("HF_HOME") or expanded("~/.cache/huggingface"))
+
+
+def cache_unwritable(error: OSError) -> DataError:
+    """What to say where the cache of the hub's libraries cannot be written."""
+    where = error.filename or _cache_folder()
+    return DataError(
+        f"The cache of the Hugging Face hub cannot be written ({error.strerror}: {where}). Set HF_HOME to a folder that can be written."
+    )

@@ -1,0 +1,120 @@
+"""Where a recipe's models lie: in a folder that it names, in the models folder, or in the cache of the Hugging Face hub."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..store.errors import DataError, UsageError
+from .digests import snapshot_commit
+from .hub import HUB_ID, cache_unwritable, expanded, is_cache_unwritable
+
+if TYPE_CHECKING:
+    from .models import ModelConfig
+
+_HUB_FILES = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "*.py"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Place:
+    """Where a model was found."""
+
+    folder: Path
+    by_name: bool = False  # in the models folder, by the last part of its id: it may be another owner's
+    notes: tuple[str, ...] = ()  # what a user should know of it
+
+
+def find_place(config: "ModelConfig", *, models_dir: Path, base: Path, download: bool) -> Place:
+    """The folder of a model: a path, else one in the models folder, else a snapshot of the hub's.
+
+    In the models folder `<owner>/<name>` and `<owner>--<name>` come before `<name>`, which may be of any owner.
+
+    Raises:
+        DataError: the model is neither here nor on a hub that can be reached, or it is of another revision.
+        UsageError: `revision` is given for a folder that is named, and whose revision is not known.
+    """
+    named = base / expanded(config.model)
+    if named.is_dir():
+        if config.revision is not None and not _is_of_revision(named, config=config):
+            raise UsageError(
+                f"revision ({config.revision!r}) of the model {config.name}: {named} is a local folder, and nothing in it says which "
+                "revision it is. Remove revision from the recipe."
+            )
+        return Place(folder=named)
+    by_name = models_dir / config.model.rsplit("/", 1)[-1]
+    for candidate in (*_of_owner(config.model, models_dir=models_dir), by_name):
+        if candidate.is_dir():
+            return Place(folder=candidate, by_name=candidate == by_name, notes=_notes_of_revision(candidate, config=config))
+    if not HUB_ID.fullmatch(config.model):
+        raise DataError(f"The model {config.name}: there is no folder {(base / config.model).absolute()}. Correct the path.")
+    return Place(folder=_snapshot(config, models_dir=models_dir, download=download))
+
+
+def _of_owner(model: str, *, models_dir: Path) -> Iterator[Path]:
+    if HUB_ID.fullmatch(model) and "/" in model and not model.startswith("."):
+        yield models_dir / model
+        yield models_dir / model.replace("/", "--")
+
+
+def _snapshot(config: "ModelConfig", *, models_dir: Path, download: bool) -> Path:
+    import huggingface_hub
+
+    try:
+        snapshot = huggingface_hub.snapshot_download(
+            config.model, revision=config.revision, allow_patterns=_HUB_FILES, local_files_only=not download
+        )
+    except Exception as error:  # a dozen kinds, from bad ids to no network
+        if is_cache_unwritable(error):
+            raise cache_unwritable(error) from error
+        raise DataError(
+            f"The model {config.name} ({config.model}) is not a folder here, not in the models folder {models_dir}, and the Hugging Face "
+            f"hub did not give it ({type(error).__name__}: {str(error).splitlines()[0]}). Download it and name its folder in the recipe, "
+            f"or put it into a folder as {config.model.rsplit('/', 1)[-1]} and name that with --models."
+        ) from error
+    return Path(snapshot)
+
+
+def _notes_of_revision(folder: Path, *, config: "ModelConfig") -> tuple[str, ...]:
+    if config.revision is None or _is_of_revision(folder, config=config):
+        return ()
+    return (
+        f"{folder} is used as it is: nothing in it says whether it is revision {config.revision!r}. Remove revision from the recipe, or "
+        "download the model with `hf download --local-dir`, which notes the revision.",
+    )
+
+
+def _is_of_revision(folder: Path, *, config: "ModelConfig") -> bool:
+    """Whether a local folder is known to be of the revision that the recipe asks for; False if its revision is not known.
+
+    Raises:
+        DataError: it is of another.
+    """
+    commits, revision = _commits(folder), config.revision or ""
+    wanted = _commit_of_branch(folder, revision=revision) or revision
+    is_commit = len(wanted) >= 7 and all(character in "0123456789abcdef" for character in wanted)
+    if not commits or not is_commit:
+        return False
+    others = sorted(commit for commit in commits if not commit.startswith(wanted))
+    if others:
+        raise DataError(
+            f"revision ({revision!r}) of the model {config.name} must be that of its folder {folder} ({others[0]}). Set it to that, or "
+            "download the revision that you want."
+        )
+    return True
+
+
+def _commits(folder: Path) -> set[str]:
+    """The commits that the files of a folder are of, as `hf download` notes them."""
+    commit = snapshot_commit(folder)
+    if commit is not None:
+        return {commit}
+    notes = (folder / ".cache" / "huggingface" / "download").rglob("*.metadata")
+    return {lines[0].strip() for lines in (note.read_text(encoding="utf-8").splitlines() for note in notes) if lines}
+
+
+def _commit_of_branch(folder: Path, *, revision: str) -> str | None:
+    """The commit of a branch or tag, where the folder lies in the cache of the hub."""
+    if snapshot_commit(folder) is None:
+        return None
+    reference = folder.absolute().parent.parent / "refs" / revision
+    return reference.read_text(encoding="utf-8").strip() if reference.is_file() else None

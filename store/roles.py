@@ -1,0 +1,101 @@
+"""Which tokens of a tokenizer have a role, and whether texts start with bos: as `AutoTokenizer` of transformers 5 reads a model folder.
+
+    roles   tokenizer_config.json, special_tokens_map.json too where that has no added_tokens_decoder; defaults of the tokenizer's class
+    bos     what the post-processor of tokenizer.json puts before a text, or what the class does; add_bos_token plays no part
+
+One thing is read as in transformers 4, with which these files were written: a LlamaTokenizer with `add_bos_token: true` over a byte-level
+tokenizer.json (DeepSeek's) puts bos before texts. transformers 5 drops that class, and bos with it; the models were trained with bos.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+
+from .model_json import read_json
+
+ROLES = ("bos", "eos", "pad", "unk")
+_GPT = {"bos": "<|endoftext|>", "eos": "<|endoftext|>", "unk": "<|endoftext|>"}
+CLASS_DEFAULTS: dict[str, dict[str, str]] = {  # where the files name no token for a role
+    "LlamaTokenizer": {"bos": "<s>", "eos": "</s>", "unk": "<unk>"},
+    "CodeLlamaTokenizer": {"bos": "<s>", "eos": "</s>", "unk": "<unk>"},
+    "GemmaTokenizer": {"bos": "<bos>", "eos": "<eos>", "pad": "<pad>", "unk": "<unk>"},
+    "GPT2Tokenizer": _GPT,
+    "GPTNeoXTokenizer": _GPT | {"pad": "<|padding|>"},
+    "Qwen2Tokenizer": {"eos": "<|endoftext|>", "pad": "<|endoftext|>", "unk": "<|endoftext|>"},
+    "CohereTokenizer": {"bos": "<BOS_TOKEN>", "eos": "<|END_OF_TURN_TOKEN|>", "pad": "<PAD>", "unk": "<UNK>"},
+}
+CLASS_PREPENDS = {"CodeLlamaTokenizer": True, "GPTNeoXTokenizer": False}  # whatever the post-processor does
+CLASS_OF_MODEL_TYPE = {  # where the files name no class
+    **dict.fromkeys(("gemma", "gemma2", "gemma3", "gemma3_text"), "GemmaTokenizer"),
+    **dict.fromkeys(("gpt2", "gpt_neo", "gptj", "opt", "phi", "starcoder2"), "GPT2Tokenizer"),
+    **dict.fromkeys(("gpt_neox", "mpt", "olmo", "olmoe", "mamba"), "GPTNeoXTokenizer"),
+    **dict.fromkeys(("qwen2", "qwen2_moe", "qwen3", "qwen3_moe"), "Qwen2Tokenizer"),
+    **dict.fromkeys(("cohere", "cohere2"), "CohereTokenizer"),
+}
+
+
+def read_roles(
+    folder: Path, *, backend: tokenizers.Tokenizer, is_byte_level: bool, prepends_bos: bool | None
+) -> tuple[dict[str, int | None], bool]:
+    """The id of each role's token, None where it has none, and whether texts start with bos.
+
+    Args:
+        folder: of the model.
+        backend: its tokenizer.json.
+        is_byte_level: whether that is.
+        prepends_bos: what the recipe says of bos.
+
+    Raises:
+        ValueError: a file is not a JSON object.
+    """
+    config, model = _settings(folder / "tokenizer_config.json"), _settings(folder / "config.json")
+    named = config
+    if "added_tokens_decoder" not in config:
+        named = config | _settings(folder / "special_tokens_map.json")
+    kind = _class_of(config, model=model, is_byte_level=is_byte_level) or ""
+    defaults = CLASS_DEFAULTS.get(kind, {})
+    tokens = {role: _content(named.get(f"{role}_token", defaults.get(role))) for role in ROLES}
+    roles = {role: backend.token_to_id(token) if token else None for role, token in tokens.items()}
+    leading = _leading_ids(backend)
+    if len(leading) == 1 and (roles["bos"] is None or (prepends_bos is None and kind not in CLASS_PREPENDS)):
+        roles["bos"] = leading[0]
+    if prepends_bos is None:
+        asks = is_byte_level and config.get("add_bos_token") is True and _named_class(config) == "LlamaTokenizer"
+        starts = CLASS_PREPENDS.get(kind, bool(leading) and leading[0] == roles["bos"])
+        prepends_bos = asks or (starts and (roles["bos"] is not None))
+    return roles, prepends_bos
+
+
+def _leading_ids(backend: tokenizers.Tokenizer) -> list[int]:
+    """What the post-processor of tokenizer.json puts before a text."""
+    alone, whole = (backend.encode("a", add_special_tokens=added).ids for added in (False, True))
+    starts = range(len(whole) - len(alone) + 1)
+    return next((whole[:start] for start in starts if whole[start : start + len(alone)] == alone), [])
+
+
+def _class_of(config: dict[str, Any], *, model: dict[str, Any], is_byte_level: bool) -> str | None:
+    name = _named_class(config) or _named_class(model) or CLASS_OF_MODEL_TYPE.get(model.get("model_type", ""))
+    return None if name == "LlamaTokenizer" and is_byte_level else name
+
+
+def _named_class(settings: dict[str, Any]) -> str | None:
+    name = settings.get("tokenizer_class")
+    return name.removesuffix("Fast") if isinstance(name, str) else None
+
+
+def _settings(path: Path) -> dict[str, Any]:
+    if not path.exists():
+        return {}
+    try:
+        settings = read_json(path)
+    except ValueError as error:
+        raise ValueError(f"{path.name} cannot be read: {error}") from error
+    if not isinstance(settings, dict):
+        raise ValueError(f"{path.name} is not an object.")
+    return settings
+
+
+def _content(token: str | dict[str, Any] | None) -> str | None:
+    content = token.get("content") if isinstance(token, dict) else token
+    return content if isinstance(content, str) and content else None

@@ -1,0 +1,69 @@
+"""How much of its data a training reads, and how often: counted before it starts, and said in plain words."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from .config import DEFAULT_EPOCHS, TrainingConfig
+from .labels import LabelRuns
+from .order import PackOrder
+
+_WORTH_SAYING = 0.1  # share of the sequences that are read once more than asked for: batches are rounded up
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reading:
+    """Of one training; a sequence is a pack."""
+
+    segments: int
+    without_labels: int  # segments; they are left out
+    sequences: int  # of the first epoch
+    wanted: int | None  # sequences of all epochs; None where steps are asked for
+    batch: int  # sequences of a step
+    steps: int
+
+    @classmethod
+    def of(cls, order: PackOrder, *, config: TrainingConfig, labels: LabelRuns | None) -> "Reading":
+        """Count the packs of all epochs."""
+        length_S = order.index.length_S
+        epochs = None if config.steps else config.epochs or DEFAULT_EPOCHS
+        wanted = None if epochs is None else sum(order.n_packs(epoch) for epoch in range(epochs))
+        if labels is not None:
+            without = int(np.count_nonzero(~labels.has_some_S))
+        else:
+            without = 0 if config.packing == "concatenated" else int(np.count_nonzero(length_S < 2))
+        return cls(
+            segments=len(length_S),
+            without_labels=without,
+            sequences=order.n_packs(0),
+            wanted=wanted,
+            batch=config.global_batch_size,
+            steps=config.steps or -(-(wanted or 0) // config.global_batch_size),
+        )
+
+    def remarks(self) -> Iterator[str]:
+        """What a user should know of it, as sentences."""
+        if self.without_labels:
+            yield f"{self.without_labels:,} of {self.segments:,} segments have no token to learn and are left out"
+        read = self.steps * self.batch
+        if self.sequences < self.batch:
+            yield (
+                f"the corpus has {_count(self.sequences, 'sequence')} and a step takes {self.batch}: each step reads every document "
+                f"{self.batch / self.sequences:.1f} times. Lower training.global_batch_size ({self.batch}) to {self.sequences} or less, or "
+                "take a larger corpus"
+            )
+        elif self.wanted is None and read > (1 + _WORTH_SAYING) * self.sequences:
+            yield (
+                f"{_count(self.steps, 'step')} of {_count(self.batch, 'sequence')} read the corpus, which has "
+                f"{_count(self.sequences, 'sequence')}, {read / self.sequences:.1f} times"
+            )
+        elif self.wanted is not None and read > (1 + _WORTH_SAYING) * self.wanted:
+            yield (
+                f"the epochs have {_count(self.wanted, 'sequence')}, and {_count(self.steps, 'step')} of {self.batch} read {read}: "
+                f"{read - self.wanted} are read once more than training.epochs says. Lower training.global_batch_size ({self.batch})"
+            )
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'s' * (number != 1)}"
