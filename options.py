@@ -58,7 +58,11 @@ class Group(click.Group):
 
     def main(self, *args: Any, **kwargs: Any) -> Any:
         prepare_streams()
-        return super().main(*args, **kwargs)
+        try:
+            return super().main(*args, **kwargs)
+        except OSError as error:  # in what click itself prints, as the help
+            print(f"Error: {error.strerror or error}.", file=sys.stderr)
+            sys.exit(1)
 
     def invoke(self, context: click.Context) -> Any:
         try:
