@@ -10,6 +10,7 @@ from typing import Any, Self, TypeVar
 
 import click
 
+from .ingest.hub import expanded
 from .store.errors import FuselineError
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -94,7 +95,7 @@ class StageGroup(click.Group):
 
 def models_default() -> Path:
     """Folder in which models are looked for."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or expanded("~/.cache"))
     return Path(os.environ.get("FUSELINE_MODELS", cache / "fuseline" / "models"))
 
 

@@ -7,12 +7,13 @@ from pathlib import Path
 import click
 from prompt_toolkit import PromptSession
 from prompt_toolkit.completion import Completer, WordCompleter
-from prompt_toolkit.history import FileHistory
+from prompt_toolkit.history import FileHistory, History, InMemoryHistory
 from prompt_toolkit.key_binding import KeyBindings
 from prompt_toolkit.key_binding.key_processor import KeyPressEvent
 from prompt_toolkit.lexers import PygmentsLexer
 from pygments.lexers.sql import SqlLexer
 
+from .ingest.hub import expanded
 from .store.database import Database
 from .store.errors import FuselineError
 
@@ -29,7 +30,7 @@ End a statement with ; and press Enter. Tab completes names, the up arrow brings
 
 def history_file() -> Path:
     """Where what was asked is kept between sessions."""
-    state = Path(os.environ.get("XDG_STATE_HOME", Path.home() / ".local" / "state"))
+    state = Path(os.environ.get("XDG_STATE_HOME") or expanded("~/.local/state"))
     return state / "fuseline" / "sql_history"
 
 
@@ -42,12 +43,10 @@ def ask_repeatedly(database: Database, *, show: Callable[[str], None], show_stat
         show_stats: shows what the last one read.
         stats: whether to, from the beginning.
     """
-    history = history_file()
-    history.parent.mkdir(parents=True, exist_ok=True)
     session: PromptSession[str] = PromptSession(
         "fuseline> ",
         completer=_completer(database),
-        history=FileHistory(str(history)),
+        history=_history(history_file()),
         key_bindings=_bindings(),
         lexer=PygmentsLexer(SqlLexer),
         multiline=True,
@@ -85,6 +84,16 @@ def ask_repeatedly(database: Database, *, show: Callable[[str], None], show_stat
                 else:
                     if stats:
                         show_stats()
+
+
+def _history(path: Path) -> History:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    except OSError as error:
+        click.echo(f"{path} cannot be written ({error.strerror}): what is asked here is not kept for the next session.", err=True)
+        return InMemoryHistory()
+    return FileHistory(str(path))
 
 
 def _completer(database: Database) -> Completer:

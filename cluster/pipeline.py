@@ -113,6 +113,7 @@ class Pipeline:
         )
         if summary.get("refused"):
             self.progress.say(f"refused: {summary['why_refused'][0]} (more in {stage.dataset.folder / 'plan.json'})")
+        self.progress.say(f"corpus {self.recipe.corpus.name}: read from {stage.source.where} ({stage.source.size})")
         if unread := stage.source.left_out:
             shown = ", ".join(unread[:_SHOWN]) + (f" and {len(unread) - _SHOWN} more" if len(unread) > _SHOWN else "")
             self.progress.say(f"corpus {self.recipe.corpus.name}: not read: {shown}")

@@ -51,6 +51,11 @@ class Source(Protocol):
         """For messages."""
         ...
 
+    @property
+    def size(self) -> str:
+        """What is read, in a few words."""
+        ...
+
     def identity(self) -> dict[str, Any]:
         """What determines its content."""
         ...
@@ -103,6 +108,12 @@ class LocalSource:
         """The path of the file or folder."""
         return str(self.listed.root)
 
+    @property
+    def size(self) -> str:
+        """Number of files, and bytes on disk."""
+        read = [file for files in self.files.values() for file in files]
+        return f"{len(read):,} file{'s' * (len(read) != 1)}, {sum(file.size for file in read):,} bytes on disk"
+
     def identity(self) -> dict[str, Any]:
         """The digest of each file that is read, by its name below the corpus's folder."""
         return {"files": {file.name: file.digest() for files in self.files.values() for file in files}}
@@ -152,6 +163,11 @@ class HubSource:
     def where(self) -> str:
         """The snapshot's folder."""
         return str(self.folder)
+
+    @property
+    def size(self) -> str:
+        """The commit."""
+        return f"commit {self.folder.name}"
 
     def identity(self) -> dict[str, Any]:
         """The commit, which names the folder."""
