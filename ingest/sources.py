@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -150,7 +149,7 @@ class HubTable:
             row = numbers.stop
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class HubSource:
     """A snapshot of a hub's dataset, whose splits and files are what `datasets` takes them for."""
 
@@ -175,13 +174,12 @@ class HubSource:
 
     def splits(self) -> Mapping[str, Sequence[Table]]:
         """See `Source.splits`."""
-        return {split: [HubTable(rows, where=f"{self.folder}, split {split}")] for split, rows in self._loaded.items()}
+        return {split: [HubTable(rows, where=f"{self.folder}, split {split}")] for split, rows in self._load().items()}
 
     def require_unchanged(self) -> None:
         """A commit does not change."""
 
-    @cached_property
-    def _loaded(self) -> dict[str, Any]:
+    def _load(self) -> dict[str, Any]:
         import datasets
 
         datasets.disable_progress_bars()

@@ -2,10 +2,12 @@
 
 import json
 import os
+import pickle
 from pathlib import Path
 
 import polars as pl
 import pytest
+from fuseline.ingest.choose import choose_documents
 from fuseline.ingest.corpus import CorpusConfig, corpus_source
 from fuseline.ingest.digests import snapshot_commit
 from fuseline.ingest.hub import cache_unwritable
@@ -137,6 +139,14 @@ def test_a_file_that_changes_while_it_is_read_is_noticed_also_with_its_old_time(
     os.utime(path, (0, 0))
     with pytest.raises(DataError, match=r"a\.jsonl was changed while the corpus was read"):
         source.identity()
+    with pytest.raises(DataError, match=r"a\.jsonl was changed while the corpus was read"):
+        choose_documents(CorpusConfig(path=str(path)), source=source)
+
+
+def test_sources_travel_to_workers(tmp_path, snapshot):
+    for source in (source_of(jsonl(tmp_path / "a.jsonl", "one")), source_of(snapshot, configuration="german")):
+        before = texts(source)
+        assert texts(pickle.loads(pickle.dumps(source))) == before
 
 
 @pytest.mark.parametrize(
