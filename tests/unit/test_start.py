@@ -38,7 +38,11 @@ def stored(folder: Path, *, dtype: str) -> tuple[Dataset, np.ndarray]:
     gold_T = -np.random.default_rng(0).gamma(2, 1.5, offsets[-1]).astype(np.float32)
     kept_T = gold_T.copy()
     kept_T[offsets[1:] - 1] = np.nan
-    arrays = {"token_ids_T": np.arange(offsets[-1], dtype=np.uint16), "segment_offsets": offsets, "gold_logprob_T": kept_T.astype(np.float16)}
+    arrays = {
+        "token_ids_T": np.arange(offsets[-1], dtype=np.uint16),
+        "segment_offsets": offsets,
+        "gold_logprob_T": kept_T.astype(np.float16),
+    }
     dataset.commit(0, content=PartContent(data=arrays, counts={"tokens": int(offsets[-1])}), seconds=0.0)
     return dataset, gold_T
 
