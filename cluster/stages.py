@@ -21,7 +21,8 @@ from ..ingest.sources import Source
 from ..recipe import Fusion, Recipe
 from ..store.corpus_plan import require_domains
 from ..store.dataset import Dataset, as_ranges
-from ..store.errors import UsageError
+from ..store.errors import FingerprintMismatch, UsageError
+from ..store.tokenizer import changed_reading
 from ..store.workspace import Workspace
 from .conflicts import Conflict, fusion_conflicts, require_free
 from .work import Stage
@@ -180,7 +181,7 @@ class Stages:
         chat = self._chat_reading(model)
         identity = distributions_identity(model, corpus=self.corpus.dataset, split=split, dtype=dtype, top_k=top_k, codec=codec, chat=chat)
         return DistributionsStage(
-            self.workspace.dataset(kind, name, identity=identity, description=description),
+            self._of_model(model, kind=kind, name=name, identity=identity, description=description),
             corpus=self.corpus.dataset,
             model_folder=model.folder,
             tokenizer_folder=self._tokenizer_folder(model),
@@ -192,6 +193,17 @@ class Stages:
             # A model's own template may write more than the one that segments were cut for.
             context_length=model.context_length if chat is not None and chat.rendering == "own" else None,
         )
+
+    def _of_model(self, model: ModelFolder, *, kind: str, name: str, identity: dict[str, Any], description: dict[str, Any]) -> Dataset:
+        """The dataset; if it is refused because the model's tokenizer was read differently, the message says how."""
+        try:
+            return self.workspace.dataset(kind, name, identity=identity, description=description)
+        except FingerprintMismatch as error:
+            stored = str(Dataset.open(self.workspace.folder(kind, name)).identity.get("tokenizer", ""))
+            reason = changed_reading(self.workspace.folder("tokenizers", stored), now=model.tokenizer)
+            if reason is None:
+                raise
+            raise FingerprintMismatch(f"{error}\n{reason}") from error
 
     # ---- alignment and fusion ----------------------------------------------------------------------------------------------------------
 

@@ -52,7 +52,8 @@ def _digest(model: ModelFolder) -> str:
 
 
 def _of_weights(model: ModelFolder) -> Iterator[str]:
-    if model.config.trust_remote_code:  # its own code may do with its weights what it likes
+    # A model's own code may do with its weights what it likes; and experts are joined when they are loaded, which would take their memory.
+    if model.config.trust_remote_code or any(".experts." in name for name in model.tensors):
         return
     info = _loading_info(model)
     missing, unexpected = sorted(info["missing_keys"]), sorted(info["unexpected_keys"])
@@ -83,7 +84,11 @@ def _loading_info(model: ModelFolder) -> Mapping[str, Any]:
     with for_transformers(model.folder) as folder, _quiet():
         try:
             config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
-            kind: Any = transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+            kind: Any = transformers.MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+            if kind is None:
+                raise ValueError(f"its model_type {config.model_type!r} is not a causal language model")
+            if kind.config_class is config.sub_configs.get("text_config"):  # as AutoModelForCausalLM does
+                config = config.get_text_config()
             _, info = kind.from_pretrained(
                 None,
                 config=config,
@@ -92,8 +97,6 @@ def _loading_info(model: ModelFolder) -> Mapping[str, Any]:
                 ignore_mismatched_sizes=True,
                 output_loading_info=True,
             )
-        except KeyError:
-            raise DataError(f"{model.folder}/config.json: model_type {config.model_type!r} is not a causal language model.") from None
         except Exception as error:  # transformers raises anything
             raise DataError(f"The model {model.folder} cannot be loaded: {type(error).__name__}: {error}") from error
     return info
@@ -128,9 +131,7 @@ def _of_tokenizer(model: ModelFolder) -> Iterator[str]:
         )
     known = {role: getattr(theirs, f"{role}_token_id") for role in ROLES}
     for role, token_id in known.items():
-        is_added = (
-            token_id is not None and token_id >= ours.vocab_size
-        )  # transformers adds it to the vocabulary, the model has no row of it
+        is_added = token_id is not None and token_id >= ours.vocab_size  # by transformers, which then extends the vocabulary
         if not is_added and token_id != ours.roles[role] and not (role == "bos" and before == own_before):
             yield f"its {role} token is {ours.roles[role]}, and that of AutoTokenizer of transformers {token_id}"
 

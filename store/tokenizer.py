@@ -328,6 +328,20 @@ class Tokenizer:
         return cls((folder / "tokenizer.json").read_text(encoding="utf-8"), **settings)
 
 
+def changed_reading(stored: Path, *, now: Tokenizer) -> str | None:
+    """How a stored tokenizer of the same tokenizer.json was read differently, as a sentence; None where it is another tokenizer."""
+    if not (stored / "settings.json").exists():
+        return None
+    before = Tokenizer.load(stored)
+    if before.definition != now.definition or before.digest == now.digest:
+        return None
+    readings = [
+        ", ".join([f"{role} {token_id}" for role, token_id in each.roles.items()] + ["bos before texts" if each.prepends_bos else "no bos"])
+        for each in (before, now)
+    ]
+    return f"The tokenizer was read as ({readings[0]}), and is read as ({readings[1]}) now, which is what AutoTokenizer or the recipe says."
+
+
 def tokenizer_digest(definition: str, *, roles: dict[str, int | None], prepends_bos: bool) -> str:
     """SHA-256 (hex) of the text of a `tokenizer.json` and its settings; it names the tokenizer's folder."""
     settings = json.dumps([roles, prepends_bos], sort_keys=True)

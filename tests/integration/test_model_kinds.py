@@ -193,3 +193,18 @@ def test_byte_order_marks_in_a_model_folder_change_nothing(project, models, corp
     code, output = run("ingest", "distributions", project, "-w", project.parent / "workspace", "--models", models)
     assert code == 0, output
     assert "distributions source: 100%" in output
+
+
+def test_what_was_made_with_another_reading_of_the_tokenizer_is_refused_with_both(project, models):
+    """As earlier versions, which did not know a bos that tokenizer.json alone names."""
+    text = project.read_text()
+    project.write_text(text.replace('model = "tiny-source"', 'model = "tiny-source"\nprepends_bos = false'))
+    arguments = (project, "-w", project.parent / "workspace", "--models", models)
+    assert run("ingest", "corpus", *arguments)[0] == 0
+    assert run("ingest", "distributions", *arguments)[0] == 0
+    project.write_text(text)
+    code, output = run("ingest", "distributions", *arguments)
+    assert code == 1
+    assert "distributions/source was made from other inputs" in output
+    assert "The tokenizer was read as (bos 1, eos 2, pad None, unk 0, no bos), and is read as (bos 1, " in output
+    assert "unk 0, bos before texts) now, which is what AutoTokenizer or the recipe says" in output
