@@ -19,6 +19,7 @@ from .merge_command import merge_command
 from .opening import open_pipeline, open_workspace, workspace_of
 from .options import Group, StageGroup, executor_options, models_default, recipe_options, workspace_option
 from .store.errors import UsageError
+from .store.machine import wait_asleep
 from .store_commands import store
 
 
@@ -32,6 +33,7 @@ def main() -> None:
 
     Begin with:  fuseline demo
     """
+    wait_asleep()
 
 
 @main.command()

@@ -22,7 +22,7 @@ if TYPE_CHECKING:  # what a command needs is imported when it runs, so that --he
     from .cluster.wanted import Wanted
     from .recipe import Recipe
     from .store.database import QueryStats
-    from .store.status import TrainingStatus
+    from .store.status import DatasetStatus, TrainingStatus
     from .store.upkeep import Leftover, Usage
     from .store.verify import Finding, Verification
     from .store.workspace import Workspace
@@ -119,9 +119,17 @@ def _status(workspace: "Workspace") -> "rich.console.Group":
         left = duration(item.seconds_left) if item.seconds_left else ""
         tokens = f"{item.tokens:,}" if item.tokens else ""
         parts = [f"{item.parts}/{total}", str(len(item.running_parts) or ""), str(len(item.failed_parts) or "")]
-        rows.append([f"{item.kind}/{item.name}", *parts, tokens, size(item.stored_bytes), rate, left, str(item.left_out or "")])
-    columns = ["dataset", "parts", "running", "failed", "tokens", "on disk", "tokens/s", "time left", "left out"]
+        rows.append(
+            [f"{item.kind}/{item.name}", *parts, tokens, size(item.stored_bytes), rate, left, str(item.left_out or ""), _computed(item)]
+        )
+    columns = ["dataset", "parts", "running", "failed", "tokens", "on disk", "tokens/s", "time left", "left out", "computed in"]
     return rich.console.Group(_table(columns, rows), *map(_training_line, training_statuses(workspace)))
+
+
+def _computed(item: "DatasetStatus | TrainingStatus") -> str:
+    """The number format of the arithmetic, and the threads of a process, as far as they are known: `float32, 2 threads`."""
+    threads = "" if item.threads is None else f"{item.threads} thread{'s' * (item.threads != 1)}"
+    return ", ".join(filter(None, [item.arithmetic, threads]))
 
 
 def _status_lines(workspace: "Workspace") -> list[str]:
@@ -154,7 +162,8 @@ def _training_line(training: "TrainingStatus") -> str:
     else:
         saved = "no checkpoint" if training.last_checkpoint is None else f"the last checkpoint is of step {training.last_checkpoint}"
         state = f"not running, {saved}"
-    return f"training {training.name}: step {training.step}/{training.steps or '?'}{loss}, {state}"
+    computed = f", computed in {_computed(training)}" if training.arithmetic else ""
+    return f"training {training.name}: step {training.step}/{training.steps or '?'}{loss}, {state}{computed}"
 
 
 def show_document(document: "ShownDocument", *, html_file: Path | None, details: bool) -> None:

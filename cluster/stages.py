@@ -13,13 +13,14 @@ from ..align.matches import TokenMatchesStage, matches_identity
 from ..align.sources import FusionSource
 from ..ingest.chat.readings import ChatReading, CorpusTemplate
 from ..ingest.corpus import CorpusStage, corpus_identity
-from ..ingest.distributions import DistributionsStage, distributions_identity
+from ..ingest.distributions import DistributionsStage, arithmetic_of_parts, distributions_identity
 from ..ingest.models import ModelConfig, ModelFolder, find_model
 from ..ingest.sources import find_source
 from ..recipe import Fusion, Recipe
 from ..store.corpus_plan import require_domains
 from ..store.dataset import Dataset, as_ranges
 from ..store.errors import UsageError
+from ..store.machine import arithmetic_for
 from ..store.workspace import Workspace
 from .conflicts import Conflict, fusion_conflicts, require_free
 from .work import Stage
@@ -161,6 +162,9 @@ class Stages:
         codec = "f16" if is_evaluation else recipe.distributions.codec  # no distribution is stored of an evaluation
         chat = self._chat_reading(model)
         identity = distributions_identity(model, corpus=self.corpus.dataset, split=split, dtype=dtype, top_k=top_k, codec=codec, chat=chat)
+        begun = Dataset(self.workspace.folder(kind, name), identity, description)
+        if not (begun.folder / "dataset.json").exists():
+            description["arithmetic"] = self._arithmetic(begun, dtype=dtype)
         return DistributionsStage(
             self.workspace.dataset(kind, name, identity=identity, description=description),
             corpus=self.corpus.dataset,
@@ -174,6 +178,15 @@ class Stages:
             # A model's own template may write more than the one that segments were cut for.
             context_length=model.context_length if chat is not None and chat.rendering == "own" else None,
         )
+
+    def _arithmetic(self, dataset: Dataset, *, dtype: str) -> str:
+        """The number format of the forward passes of a dataset that is begun here: that of its parts, if it lost nothing but its record.
+
+        Workers on a cluster that are given GPUs compute in `dtype`; others are taken to have processors like this machine's.
+        """
+        executor = self.recipe.executor
+        on_gpus = executor.kind != "local" and executor.resources.of(dataset.kind).gpus > 0
+        return arithmetic_of_parts(dataset, dtype=dtype) or (dtype if on_gpus else arithmetic_for(dtype))
 
     # ---- alignment and fusion ----------------------------------------------------------------------------------------------------------
 

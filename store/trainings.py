@@ -10,6 +10,7 @@ from .workspace import Workspace
 
 METRICS = "metrics.jsonl"
 EVALUATIONS = "evaluations.jsonl"
+MACHINE = "machine.json"
 
 
 def training_folders(workspace: Workspace) -> list[Path]:
@@ -30,6 +31,12 @@ def read_metrics(run_folder: Path) -> list[dict[str, Any]]:
 def read_evaluations(run_folder: Path) -> list[dict[str, Any]]:
     """The records of `evaluations.jsonl`, one per evaluation and domain; step 0 is the start."""
     return read_records(run_folder / EVALUATIONS)
+
+
+def read_machine(run_folder: Path) -> dict[str, Any] | None:
+    """What a run computes in: `arithmetic` (a number format) and `threads` (of a rank); None of runs from before it was written."""
+    path = run_folder / MACHINE
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
 
 
 def seal_checkpoint(folder: Path, *, share: int = 0, shares: int = 1) -> None:

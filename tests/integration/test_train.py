@@ -18,7 +18,7 @@ import torch
 from fuseline.store.corpus_plan import write_plan
 from fuseline.store.dataset import Dataset, PartContent
 from fuseline.store.errors import FingerprintMismatch, FuselineError
-from fuseline.store.trainings import checkpoint_damage, checkpoint_folder, read_metrics
+from fuseline.store.trainings import checkpoint_damage, checkpoint_folder, read_machine, read_metrics
 from fuseline.train import records
 from fuseline.train.config import TrainingConfig, TrainJob
 from fuseline.train.cost import Cost
@@ -359,13 +359,34 @@ def test_a_model_of_many_buckets_goes_on_from_its_own_state_on_another_number_of
         assert done.returncode == 0, done.stderr[-3000:]
 
 
-def test_bfloat16_trains_saves_by_the_clock_resumes_and_exports(inputs, tmp_path):
+def write_arithmetic(job: TrainJob, arithmetic: str) -> TrainJob:
+    """Begin the run as on a machine that computes fastest in a number format."""
+    job.save()
+    records.write_machine(job.run_folder, arithmetic=arithmetic)
+    return job
+
+
+@pytest.fixture(scope="module")
+def from_rounded_weights(inputs, tmp_path_factory) -> list[dict]:
+    """The first steps of a float32 training that starts from weights rounded to bfloat16."""
+    model = AutoModelForCausalLM.from_pretrained(inputs / "model", dtype=torch.bfloat16)
+    model.float().save_pretrained(inputs / "rounded")
+    job = make_job(inputs, tmp_path_factory.mktemp("runs") / "rounded", tail="ghost", recompute=True, steps=4)
+    return train(job.model_copy(update={"model_folder": inputs / "rounded"}))
+
+
+@pytest.mark.parametrize("arithmetic", ["bfloat16", "float32"])
+def test_bfloat16_trains_saves_by_the_clock_resumes_and_exports(inputs, from_rounded_weights, tmp_path, arithmetic):
     by_the_clock = {"checkpoint_every": 1000, "checkpoint_minutes": 1e-6, "keep_checkpoints": 3}
     job = make_job(inputs, tmp_path / "bf16", dtype="bfloat16", tail="ghost", recompute=True, steps=4, **by_the_clock)
-    first = train(job)
+    first = train(write_arithmetic(job, arithmetic))
+    is_same = [first[step]["loss"] == from_rounded_weights[step]["loss"] for step in range(4)]
+    assert is_same == [arithmetic == "float32", False, False, False], "after each step the weights are rounded again"
+    assert [record["loss"] for record in first] == pytest.approx([record["loss"] for record in from_rounded_weights], rel=1e-2)
     assert records.checkpoint_steps(job.run_folder) == [2, 3, 4]
     (job.run_folder / "done.json").unlink()
     shutil.rmtree(checkpoint_folder(job.run_folder, step=4))
     assert np.array_equal(numbers(train(job)), numbers(first)[3:])
+    assert read_machine(job.run_folder)["arithmetic"] == arithmetic
     assert AutoModelForCausalLM.from_pretrained(job.export_folder).dtype == torch.bfloat16
     assert json.loads((job.export_folder / "config.json").read_text())["dtype"] == "bfloat16"
