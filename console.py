@@ -20,6 +20,7 @@ if TYPE_CHECKING:  # what a command needs is imported when it runs, so that --he
     from .align.show import ShownDocument
     from .cluster.repair import Repair
     from .cluster.wanted import Wanted
+    from .eval.comparison import Difference
     from .recipe import Recipe
     from .store.database import QueryStats
     from .store.status import DatasetStatus, TrainingStatus
@@ -219,11 +220,16 @@ def show_plan(recipe: "Recipe", *, path: Path, workspace: Path | None, models_di
 
 def show_report(workspace: "Workspace") -> None:
     """The models' results side by side."""
-    from .eval.report import evaluations
+    from .eval.report import compared, evaluations
     from .store import catalog
+    from .store.trainings import text_only
 
+    exports = sorted(path.parent for path in (workspace.root / "exports").glob("*/config.json"))
+    made = [folder.name for folder in exports]
     with catalog.reading(workspace) as connection:
         found = evaluations(connection)
+        pairs = [(item, baseline) for item in found for baseline in text_only(workspace)]
+        differences = [compared(connection, evaluation=item, baseline=baseline, models=made) for item, baseline in pairs]
     if not found:
         raise UsageError("Nothing has been evaluated yet: fuseline eval RECIPE.")
     for evaluation in found:
@@ -234,8 +240,22 @@ def show_report(workspace: "Workspace") -> None:
             click.echo(f"{what} on {text}, by domain (less is better):")
             columns, rows = evaluation.table(metric)
             show_table(["model", *columns], [[name, *(f"{value:.4f}" for value in values)] for name, values in rows])
-    for folder in sorted((workspace.root / "exports").glob("*/config.json")):
-        click.echo(f"model {folder.parent.name}: {folder.parent}")
+    for (evaluation, baseline), found_here in zip(pairs, differences, strict=True):
+        _show_differences(found_here, baseline=baseline, split=evaluation.split)
+    for folder in exports:
+        click.echo(f"model {folder.name}: {folder}")
+
+
+def _show_differences(found: "list[Difference]", *, baseline: str, split: str) -> None:
+    """Whether the models are better than a baseline, or only seem so."""
+    if not found:
+        return
+    click.echo(f"Difference from {baseline} in bits per byte (below 0 is better), over {found[0].documents:,} documents of split {split}:")
+    rows = []
+    for item in found:
+        says = ("better" if item.bpb < 0 else "worse") if item.is_clear else "may be chance: the interval contains 0"
+        rows.append([item.model, f"{item.bpb:+.4f}", f"{item.low:+.4f} to {item.high:+.4f}", says])
+    show_table(["model", "difference", "95 % interval", "says"], rows, right=[False, True, True, False])
 
 
 def show_findings(found: "Verification", *, as_json: bool) -> None:

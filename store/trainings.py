@@ -18,6 +18,12 @@ def training_folders(workspace: Workspace) -> list[Path]:
     return sorted(path.parent for path in (workspace.root / "runs").glob("*/job.json"))
 
 
+def text_only(workspace: Workspace) -> list[str]:
+    """Names of the trainings that learn from the text alone, the baselines of the others."""
+    jobs = {folder.name: json.loads((folder / "job.json").read_text(encoding="utf-8"))["config"] for folder in training_folders(workspace)}
+    return [name for name, config in jobs.items() if config["clm_weight"] == 1 and config.get("clm_weight_end") in (None, 1)]
+
+
 def read_records(path: Path) -> list[dict[str, Any]]:
     """The records of a file with one on each line; one that a crash cut short is left out."""
     return [json.loads(line) for line in path.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")] if path.exists() else []

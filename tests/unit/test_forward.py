@@ -17,6 +17,7 @@ from fuseline.store.errors import DataError
 from fuseline.store.tokenizer import Tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import AutoModelForCausalLM
 
 
 def dense(logits_NV: torch.Tensor, gold_N: torch.Tensor, k: int) -> dict[str, np.ndarray]:
@@ -177,6 +178,24 @@ def test_a_model_that_caps_its_logits_is_not_shortcut(capped_folder, segments):
     assert_distributions(capped, segments, top_k=5)
     found = capped.distributions(segments, top_k=5)
     assert (found.topk_logprobs_TK > -math.log(600) + -1.0).all()  # within ±0.5 of uniform
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_in_float32_arithmetic_only_the_weights_are_rounded(models_dir, capped_folder, dtype, family):
+    """Gemma's embeddings have a factor, which is no weight."""
+    folder = {"llama": models_dir / "tiny-target", "gemma2": capped_folder}[family]
+    expected = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    with torch.no_grad():
+        for parameter in expected.parameters():
+            parameter.copy_(parameter.to(getattr(torch, dtype)))
+    found = CausalModel(folder, dtype=dtype, arithmetic="float32", trust_remote_code=False)
+    ids_BL = torch.arange(40)[None]
+    with torch.inference_mode():
+        assert torch.equal(found.model(ids_BL).logits, expected(ids_BL).logits)
+        assert not torch.equal(
+            found.model(ids_BL).logits, CausalModel(folder, dtype="float32", trust_remote_code=False).model(ids_BL).logits
+        )
 
 
 @pytest.mark.parametrize("damage", ["no_config", "pickle_only", "no_such_type"])

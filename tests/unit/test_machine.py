@@ -36,7 +36,7 @@ def groups(folder: Path, *, lines: str, **files: str) -> dict[str, Path]:
         ("0::/\n", {"cpu.max": "50000 100000\n"}, 1),
         ("0::/job/task\n", {"job/task/cpu.max": "max 100000", "job/cpu.max": "400000 100000", "cpu.max": "max 100000"}, 4),
         ("0::/job/task\n", {"job/task/cpu.max": "200000 100000", "job/cpu.max": "400000 100000"}, 2),
-        ("4:memory:/\n1:cpu,cpuacct:/job\n", {"cpu,cpuacct/job/cpu.cfs_quota_us": "500000", "cpu,cpuacct/job/cpu.cfs_period_us": "100000"}, 5),
+        ("4:memory:/\n1:cpu,x:/job\n", {"cpu,x/job/cpu.cfs_quota_us": "500000", "cpu,x/job/cpu.cfs_period_us": "100000"}, 5),
         ("1:cpu:/\n", {"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000"}, 64),
         ("1:cpuset:/\n0::/\n", {"cpu.cfs_quota_us": "1", "unified/cpu.max": "700000 100000"}, 7),
         ("0::/hidden\n", {}, 64),
