@@ -218,6 +218,20 @@ def show_plan(recipe: "Recipe", *, path: Path, workspace: Path | None, models_di
     )
 
 
+def show_estimate(recipe: Path, *, workspace: Path, models_dir: Path) -> None:
+    """How long what is missing of a recipe takes on this machine, on the error stream; nothing if nothing is."""
+    from .cluster.plan import plan, seconds_here
+    from .recipe import load_recipe
+    from .store.machine import threads
+    from .store.workspace import Workspace
+
+    seconds = seconds_here(plan(load_recipe(recipe), base=recipe.parent, models_dir=models_dir, workspace=Workspace(workspace)))
+    if seconds:
+        minutes, n = max(1, round(seconds / 60)), threads()
+        text = f"This takes about {minutes} minute{'s' * (minutes != 1)} here ({n} thread{'s' * (n != 1)})"
+        click.echo(f"{text}, downloads apart, if nothing else runs on the machine.", err=True)
+
+
 def show_report(workspace: "Workspace") -> None:
     """The models' results side by side."""
     from .eval.report import compared, evaluations

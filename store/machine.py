@@ -87,11 +87,16 @@ def arithmetic_for(dtype: str) -> str:
     """
     if dtype == "float32":
         return dtype
-    import torch
-
-    if torch.cuda.is_available():
+    if has_gpu():
         return dtype
     return "float32" if flops("float32") >= _CLEARLY * flops(dtype) else dtype
+
+
+def has_gpu() -> bool:
+    """Whether models run on a GPU here."""
+    import torch
+
+    return torch.cuda.is_available()
 
 
 def flops(dtype: str) -> float:
