@@ -59,7 +59,6 @@ def test_the_arithmetic_is_stored_and_determines_no_fingerprint(computed_in):
     assert found["float32"].fingerprint == found["bfloat16"].fingerprint
     gold = [dataset.read(0, "gold_logprob_T")[0].astype(float) for dataset in found.values()]
     assert not np.array_equal(*gold, equal_nan=True), "products in bfloat16 are rounded"
-    np.testing.assert_allclose(*gold, atol=0.2)
 
 
 def test_a_machine_that_computes_faster_otherwise_goes_on_with_the_same_bits(ingest, computed_in, in_float32):

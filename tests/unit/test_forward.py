@@ -362,7 +362,10 @@ def test_documents_whose_logits_are_not_finite_are_left_out_and_the_part_is_comp
     healthy = [row for row in rows if row[0] in {0, 3, 6}]
     alone = stage(tmp_path / "alone", corpus=corpus(tmp_path / "alone", healthy), model_folder=poisoned).compute(0)
     for name, array in alone.data.items():
-        np.testing.assert_allclose(content.data[name].astype(float), array.astype(float), rtol=1e-2, err_msg=name)
+        terms = model_terms(layers=2, hidden=32, ffn=64, head_dim=8, length=64) + 600 / LANES
+        # The tail is the logarithm of what few entries of 600 leave, which is most of it.
+        atol = 0 if array.dtype.kind in "iub" else 2 * rounding(np.nan_to_num(array), terms=terms)
+        np.testing.assert_allclose(content.data[name].astype(float), array.astype(float), rtol=0, atol=atol, err_msg=name)
 
 
 def test_a_part_of_which_nothing_is_left_is_empty_and_can_be_committed(tmp_path, poisoned):
