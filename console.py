@@ -20,9 +20,10 @@ if TYPE_CHECKING:  # what a command needs is imported when it runs, so that --he
     from .align.show import ShownDocument
     from .cluster.repair import Repair
     from .cluster.wanted import Wanted
+    from .eval.comparison import Difference
     from .recipe import Recipe
     from .store.database import QueryStats
-    from .store.status import TrainingStatus
+    from .store.status import DatasetStatus, TrainingStatus
     from .store.upkeep import Leftover, Usage
     from .store.verify import Finding, Verification
     from .store.workspace import Workspace
@@ -119,9 +120,17 @@ def _status(workspace: "Workspace") -> "rich.console.Group":
         left = duration(item.seconds_left) if item.seconds_left else ""
         tokens = f"{item.tokens:,}" if item.tokens else ""
         parts = [f"{item.parts}/{total}", str(len(item.running_parts) or ""), str(len(item.failed_parts) or "")]
-        rows.append([f"{item.kind}/{item.name}", *parts, tokens, size(item.stored_bytes), rate, left, str(item.left_out or "")])
-    columns = ["dataset", "parts", "running", "failed", "tokens", "on disk", "tokens/s", "time left", "left out"]
+        rows.append(
+            [f"{item.kind}/{item.name}", *parts, tokens, size(item.stored_bytes), rate, left, str(item.left_out or ""), _computed(item)]
+        )
+    columns = ["dataset", "parts", "running", "failed", "tokens", "on disk", "tokens/s", "time left", "left out", "computed in"]
     return rich.console.Group(_table(columns, rows), *map(_training_line, training_statuses(workspace)))
+
+
+def _computed(item: "DatasetStatus | TrainingStatus") -> str:
+    """The number format of the arithmetic, and the threads of a process, as far as they are known: `float32, 2 threads`."""
+    threads = "" if item.threads is None else f"{item.threads} thread{'s' * (item.threads != 1)}"
+    return ", ".join(filter(None, [item.arithmetic, threads]))
 
 
 def _status_lines(workspace: "Workspace") -> list[str]:
@@ -154,7 +163,8 @@ def _training_line(training: "TrainingStatus") -> str:
     else:
         saved = "no checkpoint" if training.last_checkpoint is None else f"the last checkpoint is of step {training.last_checkpoint}"
         state = f"not running, {saved}"
-    return f"training {training.name}: step {training.step}/{training.steps or '?'}{loss}, {state}"
+    computed = f", computed in {_computed(training)}" if training.arithmetic else ""
+    return f"training {training.name}: step {training.step}/{training.steps or '?'}{loss}, {state}{computed}"
 
 
 def show_document(document: "ShownDocument", *, html_file: Path | None, details: bool) -> None:
@@ -208,13 +218,32 @@ def show_plan(recipe: "Recipe", *, path: Path, workspace: Path | None, models_di
     )
 
 
+def show_estimate(recipe: Path, *, workspace: Path, models_dir: Path) -> None:
+    """How long what is missing of a recipe takes on this machine, on the error stream; nothing if nothing is."""
+    from .cluster.plan import plan, seconds_here
+    from .recipe import load_recipe
+    from .store.machine import threads
+    from .store.workspace import Workspace
+
+    seconds = seconds_here(plan(load_recipe(recipe), base=recipe.parent, models_dir=models_dir, workspace=Workspace(workspace)))
+    if seconds:
+        minutes, n = max(1, round(seconds / 60)), threads()
+        text = f"This takes about {minutes} minute{'s' * (minutes != 1)} here ({n} thread{'s' * (n != 1)})"
+        click.echo(f"{text}, downloads apart, if nothing else runs on the machine.", err=True)
+
+
 def show_report(workspace: "Workspace") -> None:
     """The models' results side by side."""
-    from .eval.report import evaluations
+    from .eval.report import compared, evaluations
     from .store import catalog
+    from .store.trainings import text_only
 
+    exports = sorted(path.parent for path in (workspace.root / "exports").glob("*/config.json"))
+    made = [folder.name for folder in exports]
     with catalog.reading(workspace) as connection:
         found = evaluations(connection)
+        pairs = [(item, baseline) for item in found for baseline in text_only(workspace)]
+        differences = [compared(connection, evaluation=item, baseline=baseline, models=made) for item, baseline in pairs]
     if not found:
         raise UsageError("Nothing has been evaluated yet: fuseline eval RECIPE.")
     for evaluation in found:
@@ -225,8 +254,22 @@ def show_report(workspace: "Workspace") -> None:
             click.echo(f"{what} on {text}, by domain (less is better):")
             columns, rows = evaluation.table(metric)
             show_table(["model", *columns], [[name, *(f"{value:.4f}" for value in values)] for name, values in rows])
-    for folder in sorted((workspace.root / "exports").glob("*/config.json")):
-        click.echo(f"model {folder.parent.name}: {folder.parent}")
+    for (evaluation, baseline), found_here in zip(pairs, differences, strict=True):
+        _show_differences(found_here, baseline=baseline, split=evaluation.split)
+    for folder in exports:
+        click.echo(f"model {folder.name}: {folder}")
+
+
+def _show_differences(found: "list[Difference]", *, baseline: str, split: str) -> None:
+    """Whether the models are better than a baseline, or only seem so."""
+    if not found:
+        return
+    click.echo(f"Difference from {baseline} in bits per byte (below 0 is better), over {found[0].documents:,} documents of split {split}:")
+    rows = []
+    for item in found:
+        says = ("better" if item.bpb < 0 else "worse") if item.is_clear else "may be chance: the interval contains 0"
+        rows.append([item.model, f"{item.bpb:+.4f}", f"{item.low:+.4f} to {item.high:+.4f}", says])
+    show_table(["model", "difference", "95 % interval", "says"], rows, right=[False, True, True, False])
 
 
 def show_findings(found: "Verification", *, as_json: bool) -> None:

@@ -17,6 +17,7 @@ from .ingest.chat.reader import ConversationsReader
 from .ingest.chat.template import ChatTemplate, RefusedConversation
 from .ingest.models import ModelConfig, ModelFolder
 from .store.errors import UsageError
+from .store.machine import arithmetic_for
 from .store.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -45,7 +46,7 @@ class ChatModel:
         self._tokenizer, self._template = files.tokenizer, template
         self._reader = ConversationsReader(files.tokenizer, template=template, rendering="shared")
         dtype = files.hf_config.get("dtype") or files.hf_config.get("torch_dtype") or "float32"
-        self._loaded = CausalModel(folder, dtype=dtype, trust_remote_code=False)
+        self._loaded = CausalModel(folder, dtype=dtype, arithmetic=arithmetic_for(dtype), trust_remote_code=False)
 
     def answer(
         self, conversation: Conversation, *, show: Callable[[str], None], max_tokens: int, temperature: float, seed: int | None = None

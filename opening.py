@@ -45,7 +45,8 @@ def open_pipeline(
 
     progress = Progress()
     chosen = {name: value for name, value in (("kind", executor), ("workers", workers)) if value is not None}
-    engine = functools.cache(lambda: open_executor(checked.executor.model_copy(update=chosen), say=progress.say))
+    checked = checked.model_copy(update={"executor": checked.executor.model_copy(update=chosen)})
+    engine = functools.cache(lambda: open_executor(checked.executor, say=progress.say))
     if makes_parts:
         engine()
     opened = Workspace.create(workspace or Path("workspaces") / recipe.stem)

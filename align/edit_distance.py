@@ -9,7 +9,6 @@ of the lengths, and at least the number of characters that only one of the two h
 Axes: N strings, C characters of all of them, one after another.
 """
 
-import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -18,6 +17,8 @@ from typing import Any, Self
 import numpy as np
 from numba import njit
 from numpy.typing import NDArray
+
+from ..store.machine import usable_cores
 
 _WORD = 64  # characters of a string that one machine word compares
 _QUERIES = 512  # searched by a thread at a time
@@ -71,8 +72,7 @@ def nearest(queries: Sequence[str], *, candidates: Sequence[str]) -> tuple[NDArr
             sorted_candidate.marks_N, order_N, starts_L, query.n_chars, first, min(first + _QUERIES, len(query)), index_N, distance_N,
         )  # fmt: skip
 
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    with ThreadPoolExecutor(cores) as threads:  # compiled code without the interpreter's lock
+    with ThreadPoolExecutor(usable_cores()) as threads:  # compiled code without the interpreter's lock
         list(threads.map(search, range(0, len(query), _QUERIES)))
     return index_N, distance_N
 

@@ -14,6 +14,7 @@ from multiprocessing.connection import Connection, Pipe, wait
 from pathlib import Path
 
 from ..store import journal
+from ..store.machine import usable_cores
 from .config import ExecutorConfig
 from .crew import Answer, Lost, share_out, work_alone
 from .ledger import Ledger, require_all
@@ -47,7 +48,7 @@ class LocalCrew:
 
     def __init__(self, assignment: Assignment, *, size: int, gpus: Sequence[str]) -> None:
         self._assignment, self._gpus = assignment, gpus
-        threads = str(max(1, _n_cores() // size))
+        threads = str(max(1, usable_cores() // size))
         self._environment = dict.fromkeys(_THREADS, threads) | os.environ | {"PYTHONUNBUFFERED": "1"}
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
         self._connections: dict[str, Connection] = {}
@@ -114,10 +115,6 @@ def visible_gpus() -> list[str]:
     import torch
 
     return [str(index) for index in range(torch.cuda.device_count())]
-
-
-def _n_cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _last_words(returncode: int) -> str:

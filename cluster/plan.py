@@ -1,14 +1,17 @@
-"""What a recipe would take: parts, tokens, bytes on disk and GPU hours of each stage, from what is at hand or expected."""
+"""What a recipe would take: parts, tokens, bytes on disk and operations of each stage, from what is at hand or expected; and how long."""
 
 import json
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from ..ingest.chat.readings import CorpusTemplate
 from ..ingest.corpus import choose_documents, corpus_source, parts_of
 from ..ingest.models import ModelConfig, find_model
 from ..recipe import Recipe
 from ..store.errors import DataError, UsageError
+from ..store.machine import arithmetic_for, flops, has_gpu, threads
 from ..store.workspace import Workspace
 from ..train.config import TrainingConfig
 
@@ -21,6 +24,9 @@ _SCALAR_BYTES, _ID_BYTES_U16, _ID_BYTES_U32 = 6.4, 1.35, 1.44
 _VALUE_BYTES = {"f16": 1.12, "q8": 0.74}
 _SMALL_VOCABULARY = 65_536
 _ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+# Of a stage that runs a model on a processor (benchmarks/README.md, the demo): to start and load it; and what is between the matrix
+# products (norms, softmax, attention), as a share of the time that these would take in float32.
+_START_SECONDS, _BETWEEN = 15.0, 0.5
 _MATCHES_BYTES = 0.3  # of a token: a part of 1M has about 60,000 different pairs
 
 
@@ -33,7 +39,13 @@ class PlannedStage:
     parts_done: int
     tokens: float
     stored_bytes: float
-    gpu_hours: float
+    flops: float = 0  # operations of the models
+    dtype: str = "float32"  # of their weights
+
+    @property
+    def gpu_hours(self) -> float:
+        """Of one GPU."""
+        return self.flops / (GPU_FLOPS * UTILISATION) / 3600
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,6 +53,7 @@ class _Model:
     name: str
     parameters: float
     vocab_size: int
+    dtype: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,17 +74,16 @@ def plan(recipe: Recipe, *, base: Path, models_dir: Path, workspace: Workspace) 
     models = [_model(config, base=base, models_dir=models_dir) for config in recipe.models]
     target, k, codec = models[0], recipe.distributions.top_k, recipe.distributions.codec
 
-    def planned(stage: str, folder: str, *, parts: int, tokens: float = tokens, stored: float, flops: float = 0) -> PlannedStage:
+    def planned(stage: str, folder: str, *, parts: int, tokens: float = tokens, stored: float, **work: Any) -> PlannedStage:
         done = len(list((workspace.root / folder).glob("part-*.json")))
-        hours = flops / (GPU_FLOPS * UTILISATION) / 3600
-        return PlannedStage(stage=stage, parts=parts, parts_done=done, tokens=tokens, stored_bytes=stored, gpu_hours=hours)
+        return PlannedStage(stage=stage, parts=parts, parts_done=done, tokens=tokens, stored_bytes=stored, **work)
 
     stored = 0.45 * (train.text_bytes + held_out.text_bytes) + 60 * (train.documents + held_out.documents)
     stages = [planned("corpus", f"corpus/{recipe.corpus.name}", parts=train.parts + held_out.parts, stored=stored)]
     for model in models:
         stored = tokens * (_SCALAR_BYTES + k * _entry_bytes(model, codec))
-        flops = 2 * model.parameters * tokens
-        stages.append(planned(f"distributions {model.name}", f"distributions/{model.name}", parts=train.parts, stored=stored, flops=flops))
+        work: dict[str, Any] = {"flops": 2 * model.parameters * tokens, "dtype": model.dtype}
+        stages.append(planned(f"distributions {model.name}", f"distributions/{model.name}", parts=train.parts, stored=stored, **work))
     for model in models[1:]:
         pair = f"{model.name}--{target.name}"
         alignment = recipe.alignment
@@ -87,15 +99,31 @@ def plan(recipe: Recipe, *, base: Path, models_dir: Path, workspace: Workspace) 
     stages += [_training(training.config, target=target, tokens=tokens, workspace=workspace) for training in recipe.trainings]
     if recipe.merged_name is not None:
         stages.append(_merge(recipe, recipe.merged_name, target=target, workspace=workspace))
-    made = [_Model(name=name, parameters=target.parameters, vocab_size=target.vocab_size) for name in recipe.made_models]
+    made = [replace(target, name=name) for name in recipe.made_models]
     held_out_tokens = held_out.text_bytes / BYTES_PER_TOKEN
     for model in (*models, *made):
-        folder, flops = f"evaluations/{model.name}--{recipe.evaluation.split}", 2 * model.parameters * held_out_tokens
-        evaluation = planned(
-            f"evaluation {model.name}", folder, parts=held_out.parts, tokens=held_out_tokens, stored=6 * held_out_tokens, flops=flops
-        )
-        stages.append(evaluation)
+        folder = f"evaluations/{model.name}--{recipe.evaluation.split}"
+        work = {"flops": 2 * model.parameters * held_out_tokens, "dtype": recipe.evaluation.dtype}
+        stored = 6 * held_out_tokens
+        stages.append(planned(f"evaluation {model.name}", folder, parts=held_out.parts, tokens=held_out_tokens, stored=stored, **work))
     return stages
+
+
+def seconds_here(stages: Iterable[PlannedStage]) -> float:
+    """How long what is missing takes on this machine, if nothing else runs on it; on a processor by the race of `store.machine`."""
+    seconds = 0.0
+    for stage in stages:
+        missing = 1 - stage.parts_done / max(stage.parts, 1)
+        if stage.flops and missing > 0:
+            seconds += _START_SECONDS + missing * stage.flops * _seconds_per_operation(stage.dtype)
+    return seconds
+
+
+def _seconds_per_operation(dtype: str) -> float:
+    """Products run at the speed of the race; what is between them takes its own time, in whatever number format."""
+    if has_gpu():
+        return 1 / (GPU_FLOPS * UTILISATION)
+    return (1 / flops(arithmetic_for(dtype)) + _BETWEEN / flops("float32")) / threads()
 
 
 def _training(training: TrainingConfig, *, target: _Model, tokens: float, workspace: Workspace) -> PlannedStage:
@@ -111,7 +139,8 @@ def _training(training: TrainingConfig, *, target: _Model, tokens: float, worksp
         tokens=trained,
         # Weights, float32 master weights and two moments in each checkpoint that is kept; and the export.
         stored_bytes=(training.keep_checkpoints * (item + 12) + item) * target.parameters,
-        gpu_hours=6 * target.parameters * trained / (GPU_FLOPS * UTILISATION) / 3600,
+        flops=6 * target.parameters * trained,
+        dtype=training.dtype,
     )
 
 
@@ -123,7 +152,6 @@ def _merge(recipe: Recipe, name: str, *, target: _Model, workspace: Workspace) -
         parts_done=int((workspace.folder("exports", name) / "config.json").exists()),
         tokens=0,
         stored_bytes=_ITEM_BYTES[recipe.merge.dtype or recipe.training.dtype] * target.parameters,
-        gpu_hours=0,  # a processor's work
     )
 
 
@@ -165,9 +193,9 @@ def _splits(recipe: Recipe, *, base: Path, workspace: Workspace, models_dir: Pat
 
 def _model(config: ModelConfig, *, base: Path, models_dir: Path) -> _Model:
     if config.expected_parameters and config.expected_vocab_size:
-        return _Model(name=config.name, parameters=config.expected_parameters, vocab_size=config.expected_vocab_size)
+        return _Model(name=config.name, parameters=config.expected_parameters, vocab_size=config.expected_vocab_size, dtype=config.dtype)
     try:
         folder = find_model(config, models_dir=models_dir, base=base, download=False)
     except DataError as error:
         raise UsageError(f"{error}\nTo plan without it, say expected_parameters and expected_vocab_size of this model.") from error
-    return _Model(name=config.name, parameters=folder.n_parameters, vocab_size=folder.vocab_size)
+    return _Model(name=config.name, parameters=folder.n_parameters, vocab_size=folder.vocab_size, dtype=config.dtype)

@@ -14,7 +14,7 @@ from ..align.sources import FusionSource
 from ..ingest.agreement import disagreements
 from ..ingest.chat.readings import ChatReading, CorpusTemplate
 from ..ingest.corpus import CorpusStage, corpus_identity, corpus_source
-from ..ingest.distributions import DistributionsStage, distributions_identity
+from ..ingest.distributions import DistributionsStage, arithmetic_of_parts, distributions_identity
 from ..ingest.earlier_corpus import kept_identity, require_read_right
 from ..ingest.models import ModelConfig, ModelFolder, find_model, require_different_folders
 from ..ingest.sources import Source
@@ -22,6 +22,7 @@ from ..recipe import Fusion, Recipe
 from ..store.corpus_plan import require_domains
 from ..store.dataset import Dataset, as_ranges
 from ..store.errors import FingerprintMismatch, UsageError
+from ..store.machine import arithmetic_for
 from ..store.tokenizer import changed_reading
 from ..store.workspace import Workspace
 from .conflicts import Conflict, fusion_conflicts, require_free
@@ -180,6 +181,9 @@ class Stages:
         codec = "f16" if is_evaluation else recipe.distributions.codec  # no distribution is stored of an evaluation
         chat = self._chat_reading(model)
         identity = distributions_identity(model, corpus=self.corpus.dataset, split=split, dtype=dtype, top_k=top_k, codec=codec, chat=chat)
+        begun = Dataset(self.workspace.folder(kind, name), identity, description)
+        if not (begun.folder / "dataset.json").exists():
+            description["arithmetic"] = self._arithmetic(begun, dtype=dtype)
         return DistributionsStage(
             self._of_model(model, kind=kind, name=name, identity=identity, description=description),
             corpus=self.corpus.dataset,
@@ -204,6 +208,15 @@ class Stages:
             if reason is None:
                 raise
             raise FingerprintMismatch(f"{error}\n{reason}") from error
+
+    def _arithmetic(self, dataset: Dataset, *, dtype: str) -> str:
+        """The number format of the forward passes of a dataset that is begun here: that of its parts, if it lost nothing but its record.
+
+        Workers on a cluster that are given GPUs compute in `dtype`; others are taken to have processors like this machine's.
+        """
+        executor = self.recipe.executor
+        on_gpus = executor.kind != "local" and executor.resources.of(dataset.kind).gpus > 0
+        return arithmetic_of_parts(dataset, dtype=dtype) or (dtype if on_gpus else arithmetic_for(dtype))
 
     # ---- alignment and fusion ----------------------------------------------------------------------------------------------------------
 

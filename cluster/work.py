@@ -11,6 +11,7 @@ from typing import Literal, Protocol, Self
 from ..store.dataset import Dataset, Manifest, PartContent
 from ..store.errors import FuselineError
 from ..store.journal import Journal, reason_of
+from ..store.machine import wait_asleep
 
 
 class Stage(Protocol):
@@ -65,6 +66,7 @@ class Worker:
 
     def __init__(self, assignment: Assignment, *, name: str) -> None:
         os.chdir(assignment.directory)
+        wait_asleep()
         self.stage = assignment.stage
         self._journal = Journal(assignment.run_folder, worker=name)
         self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="commit")

@@ -1,20 +1,33 @@
 """The report: bits per byte and perplexity of every model on the same held-out documents, by domain."""
 
 import math
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import duckdb
+import numpy as np
+
+from .comparison import Difference, differences
 
 # Only documents that every model could read: the others' difficulty would count for some models alone.
-_SUMS = """
+_HELD_OUT = """
     WITH held_out AS (
         SELECT segments.model, corpus, doc_id, documents.split, domain, nll, n_scored, scored_bytes,
             (corpus, doc_id) IN (SELECT (corpus, doc_id) FROM quarantine WHERE kind = 'evaluations') AS is_left_out
         FROM segments JOIN documents USING (corpus, doc_id) WHERE kind = 'evaluations')
+"""
+_SUMS = f"""{_HELD_OUT}
     SELECT corpus, split, domain, model, sum(nll) AS nll, sum(n_scored) AS n_scored, sum(scored_bytes) AS scored_bytes,
         count(DISTINCT doc_id) AS documents
     FROM held_out WHERE NOT is_left_out GROUP BY ALL ORDER BY ALL
+"""
+# A document counts where the baseline and all models that are compared with it have it.
+_BY_DOCUMENT = f"""{_HELD_OUT}
+    SELECT list(model ORDER BY model), list(nll ORDER BY model), list(scored_bytes ORDER BY model) FROM (
+        SELECT doc_id, model, sum(nll) AS nll, sum(scored_bytes) AS scored_bytes FROM held_out
+        WHERE NOT is_left_out AND corpus = $corpus AND split = $split AND list_contains($models, model) GROUP BY ALL)
+    GROUP BY doc_id HAVING len(list(model)) = len($models) ORDER BY doc_id
 """
 _LEFT_OUT = """
     SELECT corpus, split, count(DISTINCT doc_id) FROM quarantine JOIN documents USING (corpus, doc_id)
@@ -43,6 +56,7 @@ class Sums(NamedTuple):
 class Evaluation:
     """What all models made of one split of one corpus."""
 
+    corpus: str
     split: str
     documents: int
     left_out: int
@@ -69,6 +83,19 @@ def evaluations(connection: duckdb.DuckDBPyConnection) -> list[Evaluation]:
         found.setdefault((corpus, split), {}).setdefault(model, {})[domain] = Sums(nll, int(n_scored), int(scored_bytes))
         documents.setdefault((corpus, split), {})[domain] = n_documents
     return [
-        Evaluation(split=key[1], documents=sum(documents[key].values()), left_out=left_out.get(key, 0), sums=sums)
+        Evaluation(corpus=key[0], split=key[1], documents=sum(documents[key].values()), left_out=left_out.get(key, 0), sums=sums)
         for key, sums in found.items()
     ]
+
+
+def compared(connection: duckdb.DuckDBPyConnection, *, evaluation: Evaluation, baseline: str, models: Collection[str]) -> list[Difference]:
+    """Each of these models that was evaluated, compared with the baseline over the documents; nothing without the baseline."""
+    names = sorted(name for name in {baseline, *models} if name in evaluation.sums)
+    if baseline not in names or len(names) == 1:
+        return []
+    asked = {"corpus": evaluation.corpus, "split": evaluation.split, "models": names}
+    rows = connection.execute(_BY_DOCUMENT, asked).fetchall()
+    if not rows:
+        return []
+    nll_DM, bytes_DM = (np.array([row[column] for row in rows], np.float64) for column in (1, 2))
+    return differences(names, baseline=baseline, nll_DM=nll_DM, bytes_DM=bytes_DM)

@@ -15,6 +15,7 @@ A text's first token is not scored, even where bos predicts it: models without b
 conversations only the assistant's tokens are, each answer's end-of-turn token too, which counts no bytes.
 """
 
+import contextlib
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
@@ -28,6 +29,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from ..store.arrays import Encoding, id_dtype
 from ..store.dataset import Dataset, PartContent
+from ..store.errors import FuselineError
 from ..store.tokenizer import NOT_LOSSLESS, EncodedSegments, Tokenizer
 from .chat.marked_text import segments_of
 from .chat.reader import ConversationsReader
@@ -70,6 +72,14 @@ def distributions_identity(
     return identity
 
 
+def arithmetic_of_parts(dataset: Dataset, *, dtype: str) -> str | None:
+    """The number format that the parts were computed in, whose `dataset.json` is lost; None where no part can be read."""
+    for part in dataset.parts():
+        with contextlib.suppress(FuselineError):
+            return str(dataset.arrays(part).attributes.get("arithmetic", dtype))
+    return None
+
+
 class DistributionsStage:
     """Makes `distributions/<model>` (top_k > 0) or `evaluations/<model>` (top_k = 0). Pickles as its arguments."""
 
@@ -108,7 +118,16 @@ class DistributionsStage:
         """The model, loaded when the first part needs it."""
         from .forward import CausalModel
 
-        return CausalModel(self.model_folder, dtype=self.dtype, trust_remote_code=self.trust_remote_code)
+        folder, remote_code = self.model_folder, self.trust_remote_code
+        return CausalModel(folder, dtype=self.dtype, arithmetic=self.arithmetic, trust_remote_code=remote_code)
+
+    @property
+    def arithmetic(self) -> str:
+        """The number format of the forward passes, as it was chosen when the dataset was begun.
+
+        Datasets from before that choice, which have no record of it, were computed in `dtype`.
+        """
+        return str(self.dataset.description.get("arithmetic", self.dtype))
 
     @cached_property
     def _reader(self) -> ConversationsReader | None:
@@ -157,7 +176,10 @@ class DistributionsStage:
             "tokens": len(arrays["token_ids_T"]),
             "quarantined": len(quarantined),
         }
-        return PartContent(data=arrays, counts=counts, attributes={"quarantined": quarantined}, encodings=self._encodings)
+        attributes: dict[str, Any] = {"quarantined": quarantined}
+        if self.arithmetic != self.dtype:  # for the day when `dataset.json` is lost
+            attributes["arithmetic"] = self.arithmetic
+        return PartContent(data=arrays, counts=counts, attributes=attributes, encodings=self._encodings)
 
     def _read(self, table: pl.DataFrame) -> "_Read":
         if self._reader is None:

@@ -17,6 +17,7 @@ import torch
 from numpy.typing import NDArray
 
 from ..store.errors import DataError
+from ..store.machine import use_threads
 from ..store.model_json import for_transformers
 from ..store.weights import refuse_adapter
 
@@ -39,8 +40,14 @@ class NextTokenDistributions:
 class CausalModel:
     """A causal language model on the device at hand: CUDA where there is one, else the CPU."""
 
-    def __init__(self, folder: Path, *, dtype: str, trust_remote_code: bool) -> None:
+    def __init__(self, folder: Path, *, dtype: str, arithmetic: str | None = None, trust_remote_code: bool) -> None:
         """Load the model.
+
+        Args:
+            folder: in the Hugging Face format.
+            dtype: number format that the weights are rounded to.
+            arithmetic: number format that holds them, and in which everything is computed: `dtype` by default, or float32.
+            trust_remote_code: whether code in the folder may be run.
 
         Raises:
             DataError: transformers cannot load it, or not all of its weights are there.
@@ -48,13 +55,14 @@ class CausalModel:
         import transformers
 
         transformers.utils.logging.disable_progress_bar()
+        use_threads()
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         refuse_adapter(folder)  # transformers loads it too where peft is installed
         try:
             with for_transformers(folder) as readable:
                 found: Any = transformers.AutoModelForCausalLM.from_pretrained(
                     readable,
-                    dtype=getattr(torch, dtype),
+                    dtype=getattr(torch, arithmetic or dtype),
                     trust_remote_code=trust_remote_code,
                     use_safetensors=True,
                     local_files_only=True,
@@ -65,6 +73,8 @@ class CausalModel:
         model, loaded = found
         if loaded["missing_keys"]:  # transformers warns, and fills them with random numbers
             raise DataError(f"The model {folder} lacks weights: {', '.join(sorted(loaded['missing_keys']))}. Download it again.")
+        if arithmetic not in (None, dtype):
+            _round(model, dtype=getattr(torch, dtype))
         self.model: Any = model.to(self.device).eval()
         # More tokens at once do not speed up a CPU; measured with SmolLM2-135M.
         self.batch_tokens = 32_768 if self.device.type == "cuda" else 4_096
@@ -131,6 +141,13 @@ class CausalModel:
         rows = max(1, _HEAD_BYTES // (self.vocab_size * hidden_NH.element_size()))
         blocks = zip(hidden_NH.split(rows), gold_N.split(rows), strict=True)
         return _to_numpy([reduce_logits(self._head(hidden), gold_N=gold, top_k=top_k) for hidden, gold in blocks])
+
+
+@torch.no_grad()
+def _round(model: torch.nn.Module, *, dtype: torch.dtype) -> None:
+    """Round the weights in place; one of them at a time is in memory twice."""
+    for parameter in model.parameters():
+        parameter.copy_(parameter.to(dtype))
 
 
 def batches(lengths: NDArray[np.int64], *, batch_tokens: int) -> Iterator[list[int]]:

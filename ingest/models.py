@@ -29,7 +29,9 @@ class ModelConfig(BaseModel):
     name: str = Field(pattern=r"^[A-Za-z0-9]+([._-][A-Za-z0-9]+)*$", description="name of the model in the workspace")
     model: str = Field(description="model id on the Hugging Face hub, or a folder in its format (safetensors)")
     revision: str | None = Field(None, description="commit, tag or branch of a hub model; of a local folder, the commit that it must be of")
-    dtype: Literal["bfloat16", "float16", "float32"] = Field("bfloat16", description="number format of the forward passes")
+    dtype: Literal["bfloat16", "float16", "float32"] = Field(
+        "bfloat16", description="number format of the weights in forward passes; docs/machines.md says what they are computed in"
+    )
     prepends_bos: bool | None = Field(None, description="start each segment with bos; by default as the model's tokenizer does")
     chat_template: Literal["shared", "own"] = Field(
         "shared",

@@ -30,6 +30,7 @@ from .arrays import Arrays, Encoding, write_group
 from .checksums import checksums, size_and_crc
 from .errors import DamagedPart, FingerprintMismatch, NewerPart
 from .fingerprint import Identity, differences, fingerprint, require_seal, sealed
+from .machine import threads
 from .part import PartArrays, Reads
 
 # Versions of manifests. 2: it has a checksum; and an array may be encoded in q8, which a reader of version 1 would take for numbers.
@@ -57,7 +58,7 @@ class Manifest:
     payload: str  # name of the folder or file beside the manifest
     counts: dict[str, int]
     files: dict[str, tuple[int, int]]  # path inside the payload ("" for a file) -> bytes, CRC-32
-    producer: dict[str, Any]  # version, host, time of commit, seconds of computing
+    producer: dict[str, Any]  # version, host, threads of a process, time of commit, seconds of computing
     schema_version: int = SCHEMA_VERSION
 
     @property
@@ -193,7 +194,13 @@ class Dataset:
             payload=payload.name,
             counts=dict(content.counts),
             files=files,
-            producer={"fuseline": __version__, "host": platform.node(), "committed_at": time.time(), "seconds": round(seconds, 3)},
+            producer={
+                "fuseline": __version__,
+                "host": platform.node(),
+                "threads": threads(),
+                "committed_at": time.time(),
+                "seconds": round(seconds, 3),
+            },
         )
         try:
             durable.write_new_json(path, sealed({name: getattr(manifest, name) for name in Manifest.__slots__}))

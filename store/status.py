@@ -4,13 +4,15 @@ import fcntl
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 from .corpus_plan import read_plan
 from .dataset import Manifest
 from .journal import WorkerState, read_journals
-from .trainings import checkpoint_steps, read_metrics, training_folders
+from .trainings import checkpoint_steps, read_machine, read_metrics, training_folders
 from .workspace import Workspace
 
 _RECENT_SECONDS = 1800.0  # over which the rate of workers is measured
@@ -32,6 +34,8 @@ class DatasetStatus:
     tokens_per_second: float | None  # of all workers together, lately; where none is at work, of computing in one process
     seconds_left: float | None  # at that rate
     left_out: int  # documents in quarantine
+    arithmetic: str | None  # number format that forward passes are computed in; None of what has none
+    threads: int | None  # of the process that made the latest part; None of parts from before it was written down
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,6 +50,8 @@ class TrainingStatus:
     last_checkpoint: int | None  # step
     running: bool
     done: bool
+    arithmetic: str | None  # number format that it computes in; None before the first step, and of runs from before it was written down
+    threads: int | None  # of a rank, at its latest start
 
 
 def dataset_statuses(workspace: Workspace) -> list[DatasetStatus]:
@@ -84,9 +90,16 @@ def dataset_statuses(workspace: Workspace) -> list[DatasetStatus]:
                 tokens_per_second=rates.tokens_per_second or None if rates else None,
                 seconds_left=None if expected is None or rates is None else (expected - len(manifests)) / rates.parts_per_second,
                 left_out=sum(manifest.counts.get("quarantined", 0) for manifest in manifests),
+                arithmetic=dataset.description.get("arithmetic", dataset.identity.get("dtype")),
+                threads=_latest(manifests).get("threads"),
             )
         )
     return statuses
+
+
+def _latest(manifests: Sequence[Manifest]) -> dict[str, Any]:
+    """Who made the latest part."""
+    return max((manifest.producer for manifest in manifests), key=itemgetter("committed_at"), default={})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -128,6 +141,7 @@ def training_statuses(workspace: Workspace) -> list[TrainingStatus]:
     for folder in training_folders(workspace):
         records = read_metrics(folder)
         last = records[-1] if records else {}
+        machine = read_machine(folder) or {}
         per_step = median(record["tokens"] / record["tokens_per_second"] for record in records[-50:]) if records else None
         statuses.append(
             TrainingStatus(
@@ -139,6 +153,8 @@ def training_statuses(workspace: Workspace) -> list[TrainingStatus]:
                 last_checkpoint=max(checkpoint_steps(folder), default=None),
                 running=_is_locked(folder / ".lock"),
                 done=(folder / "done.json").exists(),
+                arithmetic=machine.get("arithmetic"),
+                threads=machine.get("threads"),
             )
         )
     return statuses

@@ -10,11 +10,18 @@ from .workspace import Workspace
 
 METRICS = "metrics.jsonl"
 EVALUATIONS = "evaluations.jsonl"
+MACHINE = "machine.json"
 
 
 def training_folders(workspace: Workspace) -> list[Path]:
     """The run folders of all trainings that were begun, by name."""
     return sorted(path.parent for path in (workspace.root / "runs").glob("*/job.json"))
+
+
+def text_only(workspace: Workspace) -> list[str]:
+    """Names of the trainings that learn from the text alone, the baselines of the others."""
+    jobs = {folder.name: json.loads((folder / "job.json").read_text(encoding="utf-8"))["config"] for folder in training_folders(workspace)}
+    return [name for name, config in jobs.items() if config["clm_weight"] == 1 and config.get("clm_weight_end") in (None, 1)]
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
@@ -30,6 +37,12 @@ def read_metrics(run_folder: Path) -> list[dict[str, Any]]:
 def read_evaluations(run_folder: Path) -> list[dict[str, Any]]:
     """The records of `evaluations.jsonl`, one per evaluation and domain; step 0 is the start."""
     return read_records(run_folder / EVALUATIONS)
+
+
+def read_machine(run_folder: Path) -> dict[str, Any] | None:
+    """What a run computes in: `arithmetic` (a number format) and `threads` (of a rank); None of runs from before it was written."""
+    path = run_folder / MACHINE
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
 
 
 def seal_checkpoint(folder: Path, *, share: int = 0, shares: int = 1) -> None:

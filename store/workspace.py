@@ -27,6 +27,7 @@ from . import durable
 from .dataset import Dataset
 from .errors import DamagedPart, DataError, UsageError, WorkspaceBusy
 from .fingerprint import Identity
+from .machine import usable_cores
 
 if TYPE_CHECKING:
     import polars as pl
@@ -162,7 +163,7 @@ class Workspace:
             "parameters": dict(parameters),
             "fuseline": __version__,
             "host": platform.node(),
-            "cores": os.cpu_count(),
+            "cores": usable_cores(),
             "started_at": started,
             "ended_at": None,
             "status": "running",

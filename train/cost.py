@@ -41,17 +41,19 @@ class Cost:
         return self.state_bytes + self.activation_bytes
 
     @classmethod
-    def of(cls, model_folder: Path, *, architecture: Architecture, config: TrainingConfig) -> "Cost":
-        """The cost of training a model."""
-        parameters, item = count_parameters(model_folder, architecture=architecture), _ITEM[config.dtype]
-        state = _MOMENTS + (0 if config.dtype == "float32" else _MASTER)
+    def of(cls, model_folder: Path, *, architecture: Architecture, config: TrainingConfig, arithmetic: str | None = None) -> "Cost":
+        """The cost of training a model that computes in `arithmetic`, by default the training's dtype."""
+        computed = arithmetic or config.dtype
+        parameters, item = count_parameters(model_folder, architecture=architecture), _ITEM[computed]
+        state = _MOMENTS + (0 if computed == "float32" else _MASTER)
+        whole = item + _GRADIENT + (0 if computed == config.dtype else _MASTER)  # masters beside rounded weights are not shared out
         shard = parameters / config.tensor_parallel
         return cls(
             parameters=parameters,
-            state_bytes=round(shard * (item + _GRADIENT + state / config.data_parallel)),
-            activation_bytes=_activation_bytes(architecture, config=config),
+            state_bytes=round(shard * (whole + state / config.data_parallel)),
+            activation_bytes=_activation_bytes(architecture, config=config, item=item),
             checkpoint_bytes=parameters * (item + _MASTER + _MOMENTS),
-            export_bytes=parameters * item,
+            export_bytes=parameters * _ITEM[config.dtype],
         )
 
 
@@ -68,8 +70,8 @@ def step_flops(architecture: Architecture, *, parameters: int, lengths: list[int
     return 6.0 * (parameters - looked_up) * sum(lengths) + 12.0 * channels * pairs
 
 
-def _activation_bytes(architecture: Architecture, *, config: TrainingConfig) -> int:
-    tokens, item, ranks = config.micro_batch_size * config.sequence_length, _ITEM[config.dtype], config.tensor_parallel
+def _activation_bytes(architecture: Architecture, *, config: TrainingConfig, item: int) -> int:
+    tokens, ranks = config.micro_batch_size * config.sequence_length, config.tensor_parallel
     heads = architecture.n_heads + architecture.n_kv_heads
     mlp = (4 if architecture.gated else 2) * architecture.ffn_size  # gate, up, activation and product; or one and its activation
     split = 2 * heads * architecture.head_dim + mlp

@@ -1,12 +1,14 @@
 """Writes the trained model as a Hugging Face folder that `AutoModelForCausalLM.from_pretrained` loads.
 
-The weights keep the dtype they were trained in (`TrainingConfig.dtype`), so what is written is bit for bit what was trained.
+The weights have the dtype of the training (`TrainingConfig.dtype`), to which its forward passes round them in whatever arithmetic: what is
+written is bit for bit what was trained.
 """
 
 import shutil
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import nn
 
@@ -35,10 +37,11 @@ def export(model: nn.Module, *, job: TrainJob, architecture: Architecture, runti
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
     if runtime.data_rank == 0:
-        tensors = gathered(model, architecture=architecture, runtime=runtime)
+        dtype = getattr(torch, job.config.dtype)
+        tensors = ((name, tensor.to(dtype)) for name, tensor in gathered(model, architecture=architecture, runtime=runtime))
         if runtime.leads:
             shapes = full_shapes(model, architecture=architecture, ranks=runtime.tensor_parallel)
-            write_weights(tensors, shapes=shapes, dtypes=dict.fromkeys(shapes, runtime.dtype), folder=temporary)
+            write_weights(tensors, shapes=shapes, dtypes=dict.fromkeys(shapes, dtype), folder=temporary)
         else:
             for _ in tensors:
                 pass  # takes part in gathering

@@ -15,6 +15,7 @@ from pathlib import Path
 import psutil
 
 from ..store.errors import FuselineError
+from ..store.machine import usable_cores
 from . import records
 from .config import TrainJob
 from .rank import ERROR_PREFIX, die_with_parent
@@ -71,8 +72,7 @@ def _command(job: TrainJob, *, logs: Path) -> list[str]:
 
 def _environment(job: TrainJob) -> dict[str, str]:
     """Threads of each rank: the cores are shared out, because ranks that all use every core slow each other down."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    threads = os.environ.get("OMP_NUM_THREADS", str(max(1, cores // job.config.world_size)))
+    threads = os.environ.get("OMP_NUM_THREADS", str(max(1, usable_cores() // job.config.world_size)))
     return {"OMP_NUM_THREADS": threads, "PYTHONUNBUFFERED": "1"}
 
 

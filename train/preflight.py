@@ -32,7 +32,8 @@ def preflight(job: TrainJob) -> Cost:
     architecture = read_architecture(job.model_folder, training=job.config)
     _require_vocabulary(job.model_folder, vocab_size=architecture.vocab_size)
     _require_target_ids(job, vocab_size=architecture.vocab_size)
-    cost = Cost.of(job.model_folder, architecture=architecture, config=job.config)
+    arithmetic = records.arithmetic_of(job.run_folder, dtype=job.config.dtype)
+    cost = Cost.of(job.model_folder, architecture=architecture, config=job.config, arithmetic=arithmetic)
     _require_disk(job, cost=cost)
     return cost
 

@@ -7,9 +7,12 @@ import os
 import signal
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 from ..store.errors import FuselineError, UsageError, WorkspaceBusy
+from ..store.machine import wait_asleep
+from . import records
 from .config import TrainJob
 
 ERROR_PREFIX = "fuseline.train: error: "
@@ -19,6 +22,7 @@ _PR_SET_PDEATHSIG = 1
 def main(run_folder: Path) -> int:
     """Run one rank of the job in a run folder; returns the exit code."""
     die_with_parent()
+    wait_asleep()
     try:
         if "RANK" not in os.environ:
             raise UsageError("Start the ranks with torchrun: torchrun --nproc-per-node N -m fuseline.train RUN_FOLDER")
@@ -40,8 +44,15 @@ def train_rank(job: TrainJob) -> None:
         from .runtime import open_runtime
         from .trainer import Trainer
 
-        with open_runtime(job.config) as runtime:
+        with open_runtime(job.config, choose_arithmetic=partial(choose_arithmetic, job)) as runtime:
             Trainer(job, runtime=runtime).run()
+
+
+def choose_arithmetic(job: TrainJob) -> str:
+    """The number format that a run computes in, written into its folder: whoever goes on with it, on whatever machine, keeps it."""
+    arithmetic = records.arithmetic_of(job.run_folder, dtype=job.config.dtype)
+    records.write_machine(job.run_folder, arithmetic=arithmetic)
+    return arithmetic
 
 
 def die_with_parent() -> None:

@@ -1,6 +1,7 @@
 """The small files of a run folder, apart from what is in its checkpoints. Light: imports neither torch nor Megatron-core.
 
 job.json            what to train (config.TrainJob)
+machine.json        the number format that all of the run computes in, and how many threads a rank of its latest start has
 metrics.jsonl       one record per optimizer step
 evaluations.jsonl   one record per evaluation of held-out text and domain
 checkpoints/step-00000010/
@@ -18,7 +19,8 @@ from typing import Any
 from ..store import durable
 from ..store.errors import FingerprintMismatch
 from ..store.fingerprint import differences
-from ..store.trainings import EVALUATIONS, METRICS, checkpoint_steps, read_records
+from ..store.machine import arithmetic_for, threads
+from ..store.trainings import EVALUATIONS, MACHINE, METRICS, checkpoint_steps, read_machine, read_records
 
 Record = dict[str, Any]
 LATEST = "latest"  # for people and scripts: the trainer itself lists the checkpoints
@@ -42,6 +44,22 @@ def read_done(run_folder: Path) -> Record | None:
     """`done.json`, if the run is finished."""
     path = run_folder / "done.json"
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+
+def arithmetic_of(run_folder: Path, *, dtype: str) -> str:
+    """The number format that a run computes in, or would: as written when it began, else what suits `dtype` on this machine.
+
+    A run from before that was written, of which there is a checkpoint, computes in `dtype`.
+    """
+    machine = read_machine(run_folder)
+    if machine is not None:
+        return str(machine["arithmetic"])
+    return dtype if checkpoint_steps(run_folder) else arithmetic_for(dtype)
+
+
+def write_machine(run_folder: Path, *, arithmetic: str) -> None:
+    """Write what the run computes in, and with how many threads this rank does."""
+    durable.write_json(run_folder / MACHINE, {"arithmetic": arithmetic, "threads": threads()})
 
 
 def require_identity(run_folder: Path, *, stored: Mapping[str, Any], asked: Mapping[str, Any]) -> None:

@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from ..store.errors import UsageError
+from ..store.machine import use_threads
 from .config import TrainingConfig
 from .loss import CHUNK_ELEMENTS
 from .megatron import DistributedDataParallelConfig, parallel_state, random, require_version, tensor_parallel
@@ -34,7 +35,7 @@ _PEAK_FLOPS = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Runtime:
-    """One rank's place: its device, the dtype of its weights and its process groups."""
+    """One rank's place: its device, the dtype that it computes in and its process groups."""
 
     device: torch.device
     dtype: torch.dtype
@@ -44,6 +45,11 @@ class Runtime:
     sequence_parallel: bool
     data_parallel: int
     data_rank: int
+
+    @property
+    def arithmetic(self) -> str:
+        """Name of the number format of parameters, activations and products."""
+        return str(self.dtype).removeprefix("torch.")
 
     @property
     def sequence_ranks(self) -> int:
@@ -149,14 +155,17 @@ class Runtime:
 
 
 @contextlib.contextmanager
-def open_runtime(config: TrainingConfig) -> Iterator[Runtime]:
+def open_runtime(config: TrainingConfig, *, choose_arithmetic: Callable[[], str] | None = None) -> Iterator[Runtime]:
     """Join the process group that `torchrun` describes in the environment; leave it at the end.
+
+    `choose_arithmetic` gives the number format to compute in, for all ranks, and is called on the first; by default it is `config.dtype`.
 
     Raises:
         UsageError: the number of ranks or of GPUs does not fit the configuration.
         FuselineError: another version of Megatron-core is installed than this code is written for.
     """
     require_version()
+    use_threads()
     rank, world_size, local_rank = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
     if world_size != config.world_size:
         raise UsageError(
@@ -182,11 +191,13 @@ def open_runtime(config: TrainingConfig) -> Iterator[Runtime]:
             warnings.filterwarnings("ignore", "`torch.distributed.* is deprecated", FutureWarning)
             parallel_state.initialize_model_parallel(config.tensor_parallel, create_gloo_process_groups=cuda)
             torch.manual_seed(config.seed)
+            arithmetic = [choose_arithmetic() if rank == 0 and choose_arithmetic is not None else config.dtype]
+            dist.broadcast_object_list(arithmetic, device=device)
             # There is no dropout, so no random numbers are drawn after initialisation; on CPU only the no-op tracker works.
             tensor_parallel.model_parallel_cuda_manual_seed(config.seed, inference_rng_tracker=not cuda, force_reset_rng=True)
             yield Runtime(
                 device=device,
-                dtype=getattr(torch, config.dtype),
+                dtype=getattr(torch, arithmetic[0]),
                 rank=rank,
                 tensor_parallel=config.tensor_parallel,
                 tensor_rank=parallel_state.get_tensor_model_parallel_rank(),

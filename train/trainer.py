@@ -35,6 +35,7 @@ from .model import FusionModel
 from .objective import Objective
 from .optimizer import make_optimizer, make_scheduler
 from .preflight import require_memory
+from .rounding import RoundedWeights
 from .runtime import Runtime
 from .start import check_start
 from .watch import SPIKES, WINDOW, Watch
@@ -69,12 +70,13 @@ class Trainer:
         """
         self.job, self.config, self.runtime = job, job.config, runtime
         self.architecture = read_architecture(job.model_folder, training=job.config)
-        cost = Cost.of(job.model_folder, architecture=self.architecture, config=job.config)
+        cost = Cost.of(job.model_folder, architecture=self.architecture, config=job.config, arithmetic=runtime.arithmetic)
         require_memory(cost, config=job.config, free=runtime.free_memory)
         dist.barrier()  # all have looked at what is free before any takes of it
         self.data = TargetsData.of(job, vocab_size=self.architecture.vocab_size, pin_memory=runtime.pins_memory)
         self.objective = Objective(job.config, steps=self.data.steps)
         self.model = self._load_model()
+        self.weights = RoundedWeights(self.model.module, dtype=getattr(torch, job.config.dtype))
         self.optimizer = make_optimizer(self.model, config=job.config, runtime=runtime)
         self.scheduler = make_scheduler(self.optimizer, config=job.config, steps=self.data.steps)
         identity = job.identity | self.data.identity
@@ -94,7 +96,8 @@ class Trainer:
         for number in (signal.SIGTERM, signal.SIGUSR1):  # the second is how Slurm announces the end of a job's time
             signal.signal(number, lambda *_: setattr(self, "_stop_asked", True))
         started = self._saved_at = self._told_at = time.monotonic()
-        step = self.checkpoints.resume()
+        with self.weights.masters():
+            step = self.checkpoints.resume()
         self.scheduler.step(step)
         with Metrics(self.job.run_folder, step=step) if self.runtime.leads else contextlib.nullcontext() as metrics:
             if self.runtime.leads:
@@ -118,7 +121,8 @@ class Trainer:
                     self._tell(record)
                 asked = self._asked()
                 if asked or self._is_due(self.config.checkpoint_every, step=step):
-                    self.checkpoints.save(step, keep=self.config.keep_checkpoints)
+                    with self.weights.masters():
+                        self.checkpoints.save(step, keep=self.config.keep_checkpoints)
                     self._saved_at = time.monotonic()
                 if asked is Asked.TO_STOP and step < self.data.steps:
                     raise FuselineError(f"The training was stopped; a checkpoint of step {step} is saved. Run the same command to go on.")
@@ -179,7 +183,8 @@ class Trainer:
             raise self._failure(step, f"the loss is {loss}", is_finite=is_finite)
         finalize_model_grads([self.model])
         self.scheduler.step(1)
-        _, gradient_norm, _ = self.optimizer.step()
+        with self.weights.masters():
+            _, gradient_norm, _ = self.optimizer.step()
         if not math.isfinite(gradient_norm):
             raise self._failure(step, f"the norm of the gradient is {gradient_norm}", is_finite=is_finite)
         seconds = time.monotonic() - started + data_wait_seconds

@@ -1,0 +1,134 @@
+"""The machine at hand: how many cores are really ours, and in which number format it multiplies fastest.
+
+Processors without instructions for bfloat16 or float16 multiply them many times slower than float32 (an AVX2-only EPYC: 1.1 against 40
+GFLOP/s). There, weights rounded to the 16-bit format are multiplied in float32. Which processors these are is measured, because flags
+differ by maker. Imports torch only to measure.
+"""
+
+import functools
+import math
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+# Rows, inputs, outputs: of a small model's layers. At 1 GFLOP/s all rounds of the race take a quarter of a second, else a few milliseconds.
+_SIZES = (64, 512, 576)
+_ROUNDS = 6
+_CLEARLY = 1.5  # float32 must be faster by this factor: what is near is noise, and the 16-bit format needs half the memory
+
+
+def usable_cores(*, cgroups: Path = Path("/proc/self/cgroup"), mount: Path = Path("/sys/fs/cgroup")) -> int:
+    """Cores that this process may keep busy: by its affinity, the quotas of its control groups, and what Slurm gave its task."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    quotas = [max(1, math.floor(quota)) for quota in _quotas(cgroups, mount=mount)]
+    slurm = [int(value) for value in [os.environ.get("SLURM_CPUS_PER_TASK", "")] if value.isdigit() and int(value)]
+    return min([cores, *quotas, *slurm])
+
+
+def threads() -> int:
+    """Threads that this process computes with: OMP_NUM_THREADS where the user or an executor set it, else all usable cores."""
+    said = os.environ.get("OMP_NUM_THREADS", "").split(",")[0]  # a list gives nested levels
+    return int(said) if said.isdigit() and int(said) else usable_cores()
+
+
+def use_threads() -> None:
+    """Let torch compute with `threads` threads: by itself it knows neither quotas nor Slurm."""
+    import torch
+
+    if torch.get_num_threads() != threads():
+        torch.set_num_threads(threads())
+
+
+def wait_asleep() -> None:
+    """Let OpenMP's threads sleep while they wait for each other, here and in child processes; before torch is imported.
+
+    Those that spin, the default, take the cores from other work and from each other (`benchmarks/threads.py`). The user's setting wins.
+    """
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+
+def _quotas(cgroups: Path, *, mount: Path) -> Iterator[float]:
+    """Cores by the quota of each control group that this process is in (version 2: `cpu.max`; version 1: `cpu.cfs_quota_us`)."""
+    lines = cgroups.read_text(encoding="utf-8").splitlines() if cgroups.is_file() else []
+    for _, controllers, path in (line.split(":", 2) for line in lines):
+        if controllers and "cpu" not in controllers.split(","):
+            continue
+        for root in (mount, mount / "unified") if not controllers else (mount / controllers, mount / "cpu"):
+            group = root / path.lstrip("/")
+            for folder in (group, *group.parents):
+                yield from _quota_of(folder)
+                if folder == root:
+                    break
+
+
+def _quota_of(folder: Path) -> Iterator[float]:
+    try:
+        if (folder / "cpu.max").is_file():
+            quota, period = (folder / "cpu.max").read_text(encoding="utf-8").split()
+        elif (folder / "cpu.cfs_quota_us").is_file():
+            quota, period = ((folder / f"cpu.cfs_{name}_us").read_text(encoding="utf-8").strip() for name in ("quota", "period"))
+        else:
+            return
+        if quota not in {"max", "-1"}:
+            yield int(quota) / int(period)
+    except (OSError, ValueError):  # a group may vanish, and a container may hide its files: then nothing is known of it
+        return
+
+
+def arithmetic_for(dtype: str) -> str:
+    """The number format in which products with weights of `dtype` are computed on this machine: `dtype`, or `float32` if clearly faster.
+
+    On CUDA it is `dtype`.
+    """
+    if dtype == "float32":
+        return dtype
+    if has_gpu():
+        return dtype
+    return "float32" if flops("float32") >= _CLEARLY * flops(dtype) else dtype
+
+
+def has_gpu() -> bool:
+    """Whether models run on a GPU here."""
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def flops(dtype: str) -> float:
+    """Floating-point operations per second of matrix products on one core of this machine's processor; measured once in a process."""
+    return _race()[dtype]
+
+
+@functools.cache
+def _race() -> dict[str, float]:
+    """Each format's best round. Rounds take turns and have one thread, which other work on the machine lets through now and then."""
+    import torch
+
+    rows, inputs, outputs = _SIZES
+    operands = {
+        name: (torch.ones(rows, inputs, dtype=getattr(torch, name)), torch.ones(outputs, inputs, dtype=getattr(torch, name)))
+        for name in ("float32", "bfloat16", "float16")
+    }
+    seconds, before = dict.fromkeys(operands, math.inf), torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        for _ in range(_ROUNDS):  # the first prepares kernels, and is never the best
+            for name, (inputs_RI, weights_OI) in operands.items():
+                seconds[name] = min(seconds[name], _seconds(inputs_RI, weights_OI))
+    finally:
+        torch.set_num_threads(before)
+    return {name: 2.0 * rows * inputs * outputs / taken for name, taken in seconds.items()}
+
+
+def _seconds(inputs_RI: "torch.Tensor", weights_OI: "torch.Tensor") -> float:
+    import torch
+
+    with torch.inference_mode():
+        started = time.perf_counter()
+        torch.nn.functional.linear(inputs_RI, weights_OI)
+        return time.perf_counter() - started
