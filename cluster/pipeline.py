@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from ..align.maps import VocabularyMapStage
+from ..ingest.corpus import CorpusStage
 from ..ingest.models import ModelFolder
 from ..recipe import Recipe
 from ..store import catalog, durable, journal
@@ -103,7 +104,8 @@ class Pipeline:
                 )
             raise UsageError(
                 f"evaluation.split ({self.recipe.evaluation.split!r}) must be one of the corpus's splits ({', '.join(splits)}). "
-                "Hold out some documents with corpus.held_out_fraction = 0.05, say, or name another split than train."
+                "Hold out some documents, for example with corpus.held_out_fraction = 0.05, or name the files of each split in "
+                "[corpus.splits], or name another split than train."
             )
         summary = stage.plan.summary
         left_out = [f"{summary[reason]:,} {reason}" for reason in ("duplicates", "empty", "refused") if summary.get(reason)]
@@ -117,8 +119,6 @@ class Pipeline:
         if unread := stage.source.left_out:
             shown = ", ".join(unread[:_SHOWN]) + (f" and {len(unread) - _SHOWN} more" if len(unread) > _SHOWN else "")
             self.progress.say(f"corpus {self.recipe.corpus.name}: not read: {shown}")
-        if stage.dataset.missing(stage.parts()):
-            stage.prepare()
         self.make("corpus", stage, parts=stage.parts())
         stage.finish()
 
@@ -271,6 +271,8 @@ class Pipeline:
                 run.metrics.update(parts=run.metrics.get("parts", 0) + 1, tokens=tokens, stored_bytes=stored, quarantined=quarantined)
 
             journal.prepare(run.folder)
+            if isinstance(stage, CorpusStage):
+                stage.prepare()
             try:
                 self._executor().run(stage, missing, run_folder=run.folder, on_commit=follow)
             except FuselineError:

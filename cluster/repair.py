@@ -62,6 +62,7 @@ def repair(pipeline: Pipeline, *, full: bool) -> Repair:
         if parts:
             pipeline.make(title, stage, parts=parts)
             done.made.extend((*key, part) for part in parts)
+    pipeline.stages.corpus.finish()
     for part in done.made:
         before, after = lost[part], _checksums(workspace, part)
         changed = sorted(path for path in before.keys() | after.keys() if before.get(path) != after.get(path))

@@ -71,7 +71,7 @@ class Evaluation:
         for model, by_domain in self.sums.items():
             total = sum(by_domain.values(), start=Sums(0.0, 0, 0))
             table.append((model, [sums.metric(metric) for sums in (*(by_domain.get(domain, none) for domain in shown), total)]))
-        return [*shown, "all"], sorted(table, key=lambda row: -row[1][-1])
+        return [*(domain or "(none)" for domain in shown), "all"], sorted(table, key=lambda row: -row[1][-1])
 
 
 def evaluations(connection: duckdb.DuckDBPyConnection) -> list[Evaluation]:
