@@ -82,13 +82,13 @@ class PackOrder:
         """Packs of an epoch, which counts from 0."""
         return int(self._counted(epoch)[-1])
 
-    def leaves_out(self) -> bool:
-        """Whether packs are others than if every position had a label; looks at the first epoch."""
+    def tokens_left_out(self) -> int:
+        """Tokens of the first epoch that are in no pack, because no label goes with them."""
         if self._labels is None:
-            return False
+            return 0
         buffers = range(len(self._blocks(0)))
-        tokens = [sum(int(self._packed(0, buffer, labels=labels).length_P.sum()) for buffer in buffers) for labels in (self._labels, None)]
-        return tokens[0] != tokens[1]
+        tokens = [sum(int(self._packed(0, buffer, labels=labels).length_P.sum()) for buffer in buffers) for labels in (None, self._labels)]
+        return tokens[0] - tokens[1]
 
     def packs(self, first: int, stop: int) -> Packs:
         """The packs `first` to `stop` of the run."""

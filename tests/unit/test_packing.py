@@ -264,8 +264,13 @@ def test_only_what_is_left_out_makes_another_training(tmp_path):
         "all": {"label_mask_T": lambda ends: np.ones(ends[-1], np.uint8)},
         "a piece without": {"label_mask_T": lambda ends: (np.arange(ends[-1]) < 20 + LENGTH).astype(np.uint8)},
     }
-    identities = {name: make_data(write(tmp_path / name, offsets, **mask)).identity for name, mask in masks.items()}
-    assert identities == {"plain": {}, "all": {}, "a piece without": {"segments_without_labels": 1}}
+    found = {name: make_data(write(tmp_path / name, offsets, **mask), global_batch_size=1) for name, mask in masks.items()}
+    assert {name: data.identity for name, data in found.items()} == {
+        "plain": {},
+        "all": {},
+        "a piece without": {"segments_without_labels": 1},
+    }
+    assert {name: data.reading.tokens_left_out for name, data in found.items()} == {"plain": 0, "all": 0, "a piece without": LENGTH + 30}
 
 
 def test_data_without_any_label_is_refused(tmp_path):
