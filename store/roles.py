@@ -58,7 +58,8 @@ def read_roles(
     tokens = {role: _content(named.get(f"{role}_token", defaults.get(role))) for role in ROLES}
     roles = {role: backend.token_to_id(token) if token else None for role, token in tokens.items()}
     leading = _leading_ids(backend)
-    if len(leading) == 1 and (roles["bos"] is None or (prepends_bos is None and kind not in CLASS_PREPENDS)):
+    is_by_processor = prepends_bos is None and kind not in CLASS_PREPENDS
+    if len(leading) == 1 and (is_by_processor or (prepends_bos and roles["bos"] is None)):
         roles["bos"] = leading[0]
     if prepends_bos is None:
         asks = is_byte_level and config.get("add_bos_token") is True and _named_class(config) == "LlamaTokenizer"

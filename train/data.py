@@ -112,8 +112,8 @@ class TargetsData:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What determines the batches besides the job: that segments without labels are left out, where there are some."""
-        return {"segments_without_labels": self.reading.without_labels} if self._has_mask and self.reading.without_labels else {}
+        """What determines the batches besides the job: that what has no label is left out, where there is some."""
+        return {"segments_without_labels": self.reading.without_labels} if self.reading.tokens_left_out else {}
 
     def packs(self, step: int) -> list[list[Piece]]:
         """What the packs of a global batch are made of; steps count from 0."""

@@ -82,6 +82,14 @@ class PackOrder:
         """Packs of an epoch, which counts from 0."""
         return int(self._counted(epoch)[-1])
 
+    def tokens_left_out(self) -> int:
+        """Tokens of the first epoch that are in no pack, because no label goes with them."""
+        if self._labels is None:
+            return 0
+        buffers = range(len(self._blocks(0)))
+        tokens = [sum(int(self._packed(0, buffer, labels=labels).length_P.sum()) for buffer in buffers) for labels in (None, self._labels)]
+        return tokens[0] - tokens[1]
+
     def packs(self, first: int, stop: int) -> Packs:
         """The packs `first` to `stop` of the run."""
         found: list[Packs] = []
@@ -110,20 +118,20 @@ class PackOrder:
 
     def _count(self, epoch: int, buffer: int, blocks: NDArray[np.int64]) -> int:
         if self._labels is not None:  # where packs without a label are depends on the order
-            return len(self._packed(epoch, buffer))
+            return len(self._packed(epoch, buffer, labels=self._labels))
         return count_packs(self.index.segments(blocks).length_S, packing=self._packing, sequence_length=self._sequence_length)
 
     def _buffer(self, epoch: int, buffer: int) -> Packs:
         last = self._last_packed  # read once: the error report of another thread may ask too
         if last is None or last[0] != (epoch, buffer):
-            last = self._last_packed = (epoch, buffer), self._packed(epoch, buffer)
+            last = self._last_packed = (epoch, buffer), self._packed(epoch, buffer, labels=self._labels)
         return last[1]
 
-    def _packed(self, epoch: int, buffer: int) -> Packs:
+    def _packed(self, epoch: int, buffer: int, *, labels: LabelRuns | None) -> Packs:
         return pack(
             self.index.segments(self._blocks(epoch)[buffer]),
             packing=self._packing,
             sequence_length=self._sequence_length,
             random=np.random.default_rng((self._seed, epoch, buffer)),
-            labels=self._labels,
+            labels=labels,
         )

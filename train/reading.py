@@ -18,6 +18,7 @@ class Reading:
 
     segments: int
     without_labels: int  # segments; they are left out
+    tokens_left_out: int  # of the first epoch: those of these segments, and of others where a sequence would have no label
     sequences: int  # of the first epoch
     wanted: int | None  # sequences of all epochs; None where steps are asked for
     batch: int  # sequences of a step
@@ -36,6 +37,7 @@ class Reading:
         return cls(
             segments=len(length_S),
             without_labels=without,
+            tokens_left_out=order.tokens_left_out(),
             sequences=order.n_packs(0),
             wanted=wanted,
             batch=config.global_batch_size,
@@ -46,6 +48,8 @@ class Reading:
         """What a user should know of it, as sentences."""
         if self.without_labels:
             yield f"{self.without_labels:,} of {self.segments:,} segments have no token to learn and are left out"
+        elif self.tokens_left_out:
+            yield f"{self.tokens_left_out:,} tokens are left out: the long segments that they are in have no token to learn near them"
         read = self.steps * self.batch
         if self.sequences < self.batch:
             yield (

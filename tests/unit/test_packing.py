@@ -256,6 +256,23 @@ def test_segments_without_labels_are_left_out_and_every_step_has_labels(tmp_path
     assert data.identity == {"segments_without_labels": n_segments - len(with_labels)}
 
 
+def test_only_what_is_left_out_makes_another_training(tmp_path):
+    """Checkpoints of trainings whose data has labels everywhere go on."""
+    offsets = {0: np.cumsum([0, 20, 2 * LENGTH, 30])}
+    masks = {
+        "plain": {},
+        "all": {"label_mask_T": lambda ends: np.ones(ends[-1], np.uint8)},
+        "a piece without": {"label_mask_T": lambda ends: (np.arange(ends[-1]) < 20 + LENGTH).astype(np.uint8)},
+    }
+    found = {name: make_data(write(tmp_path / name, offsets, **mask), global_batch_size=1) for name, mask in masks.items()}
+    assert {name: data.identity for name, data in found.items()} == {
+        "plain": {},
+        "all": {},
+        "a piece without": {"segments_without_labels": 1},
+    }
+    assert {name: data.reading.tokens_left_out for name, data in found.items()} == {"plain": 0, "all": 0, "a piece without": LENGTH + 30}
+
+
 def test_data_without_any_label_is_refused(tmp_path):
     dataset = write(tmp_path / "targets", make_offsets(parts=2), label_mask_T=lambda ends: np.zeros(ends[-1], np.uint8))
     with pytest.raises(DataError, match=r"none of its \d+ segments has a token to learn.* is corpus\.context_length too short"):
