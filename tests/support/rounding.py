@@ -23,7 +23,7 @@ def rounding(size: float | torch.Tensor, *, terms: float, averaged: int = 1, dty
         averaged: independent numbers of that size of which it is the mean.
         dtype: number format of the arithmetic.
     """
-    size, eps = float(torch.as_tensor(size).abs().max()), torch.finfo(dtype).eps
+    size, eps = float(torch.as_tensor(size).detach().abs().max()), torch.finfo(dtype).eps
     return size * max(eps, _DEVIATIONS * eps / 2 * math.sqrt(2 * terms / 3 / averaged))
 
 
