@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 .PHONY: help demo test lint types check clean
 
 help:
-	@echo "make demo    set up, then fuse two real models (about ten minutes on two cores)"
+	@echo "make demo    set up, then fuse two real models (ten to fifteen minutes on two cores)"
 	@echo "make test    set up, then run all tests"
 	@echo "make lint    set up, then check the style"
 	@echo "make types   set up, then check the types"
