@@ -34,6 +34,11 @@ class CorpusFile:
     size: int  # bytes on disk
     state: tuple[int, ...]  # changes when the file does, also where its time is set back
 
+    @property
+    def where(self) -> str:
+        """The path, for messages."""
+        return as_text(self.path)
+
     def digest(self) -> str:
         """SHA-256 (hex) of the file as it lies on disk.
 
@@ -51,7 +56,7 @@ class CorpusFile:
         except FileNotFoundError:
             unchanged = False
         if not unchanged:
-            raise DataError(f"{self.path} was changed while the corpus was read. Wait until nothing writes to it, and run again.")
+            raise DataError(f"{self.where} was changed while the corpus was read. Wait until nothing writes to it, and run again.")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,7 +83,7 @@ class FileList:
         for split, files in chosen.items():
             for file in files:
                 if owner.setdefault(file.name, split) != split:
-                    raise DataError(f"corpus.splits: {file.path} is in {owner[file.name]} and in {split}. Name it in one of them.")
+                    raise DataError(f"corpus.splits: {file.where} is in {owner[file.name]} and in {split}. Name it in one of them.")
         _of_one_kind([file for files in chosen.values() for file in files], root=self.root)
         return chosen
 
@@ -108,7 +113,7 @@ def list_files(root: Path) -> FileList:
         name = path.relative_to(root).as_posix()
         kind, compression, why = (None, None, unread) if unread else _what(path)
         if kind is None:
-            left_out.append(f"{name} ({why})")
+            left_out.append(f"{as_text(name)} ({why})")
         else:
             files.append(_listed(path, name=name, kind=kind, compression=compression))
     if not files:
@@ -127,6 +132,8 @@ def _walk(folder: Path, *, above: tuple[Path, ...]) -> Iterator[tuple[Path, str 
         elif path.is_dir():
             if path.resolve() in above:
                 yield path, "a link to a folder above it"
+            elif (path / "workspace.json").exists():
+                yield path, "a workspace"
             else:
                 yield from _walk(path, above=(*above, path.resolve()))
         else:
@@ -147,8 +154,12 @@ def _what(path: Path) -> tuple[Kind | None, str | None, str]:
 
 
 def _listed(path: Path, *, name: str, kind: Kind, compression: str | None) -> CorpusFile:
-    readable = os.fsencode(name).decode(errors="backslashreplace")  # names need not be text
-    return CorpusFile(path=path, name=readable, kind=kind, compression=compression, size=path.stat().st_size, state=_state(path))
+    return CorpusFile(path=path, name=as_text(name), kind=kind, compression=compression, size=path.stat().st_size, state=_state(path))
+
+
+def as_text(path: Path | str) -> str:
+    """A path to be shown or stored: names of files are bytes, and need not be text."""
+    return os.fsencode(path).decode(errors="backslashreplace")
 
 
 def _state(path: Path) -> tuple[int, ...]:

@@ -45,5 +45,5 @@ def read_rows(file: CorpusFile, columns: Columns) -> Iterator[Rows]:
 
 
 def _txt_batches(data: io.BufferedReader, file: CorpusFile, columns: Columns) -> Iterator[Rows]:
-    require_columns(columns.required, names=["text"], where=f"{file.path}, a text file,")
-    yield Rows.of({"text": [decoded(data.read(), file=file)]}, where=str(file.path), unit="", numbers=[0], columns=columns)
+    require_columns(columns.required, names=["text"], where=f"{file.where}, a text file,")
+    yield Rows.of({"text": [decoded(data.read(), file=file)]}, where=file.where, unit="", numbers=[0], columns=columns)

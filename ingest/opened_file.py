@@ -34,16 +34,16 @@ def opened_file(file: CorpusFile) -> Iterator[io.BufferedReader]:
         with file.path.open("rb") as stored, _decompressed(stored, file.compression) as data:
             start = data.peek(len(_LFS_POINTER))
             if start.startswith(_LFS_POINTER):
-                raise DataError(f"{file.path} is a pointer of Git LFS, not the file itself. Fetch it with: git lfs pull.")
+                raise DataError(f"{file.where} is a pointer of Git LFS, not the file itself. Fetch it with: git lfs pull.")
             if file.kind != "parquet" and start.startswith(_UTF16_MARKS):
-                raise DataError(f"{file.path} is in UTF-16, not UTF-8. {_CONVERT}")
+                raise DataError(f"{file.where} is in UTF-16, not UTF-8. {_CONVERT}")
             if start.startswith(_UTF8_MARK):
                 data.read(len(_UTF8_MARK))
             yield data
     except DataError:
         raise
     except _UNREADABLE as error:
-        raise DataError(f"{file.path} cannot be read: {type(error).__name__}: {error}. Restore or remove it.") from error
+        raise DataError(f"{file.where} cannot be read: {type(error).__name__}: {error}. Restore or remove it.") from error
 
 
 def _decompressed(stored: io.BufferedReader, compression: str | None) -> io.BufferedReader:
@@ -65,5 +65,5 @@ def decoded(data: bytes, *, file: CorpusFile, line: int | None = None) -> str:
         return data.decode()
     except UnicodeDecodeError as error:
         lines = data.count(b"\n", 0, error.start)
-        where = f"{file.path}, line {line + lines}" if line else f"{file.path}"
+        where = f"{file.where}, line {line + lines}" if line else f"{file.where}"
         raise DataError(f"{where}: is not valid UTF-8 ({error}). {_CONVERT}") from error

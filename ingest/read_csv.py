@@ -45,14 +45,14 @@ def _csv_records(reader: Any, *, file: CorpusFile, n_fields: int | None = None) 
     try:
         for fields in reader:
             if n_fields is not None and len(fields) > n_fields:
-                problem = f"{file.path}, line {line}: has {len(fields)} fields, and the header names {n_fields}."
+                problem = f"{file.where}, line {line}: has {len(fields)} fields, and the header names {n_fields}."
                 raise DataError(f"{problem} Put texts with commas between quotes.")
             if fields:
                 yield _Record(line, fields)
             line = reader.line_num + 1
     except csv.Error as error:
         raise DataError(
-            f"{file.path}, line {line}: is not valid csv ({error}). Put fields with quotes, commas or line ends between quotes, and double "
+            f"{file.where}, line {line}: is not valid csv ({error}). Put fields with quotes, commas or line ends between quotes, and double "
             "the quotes inside."
         ) from error
 
@@ -64,17 +64,17 @@ def csv_batches(data: io.BufferedReader, file: CorpusFile, columns: Columns) -> 
         if not header:
             return
         _require_commas(header, file=file)
-        require_columns(columns.required, names=header, where=str(file.path))
+        require_columns(columns.required, names=header, where=file.where)
         places = {name: header.index(name) for name in columns.all if name in header}
         records = _csv_records(reader, file=file, n_fields=len(header))
         while batch := list(islice(records, BATCH_ROWS)):
             values = {name: [_field(record.fields, place) for record in batch] for name, place in places.items()}
-            yield Rows.of(values, where=str(file.path), unit="line", numbers=[record.line for record in batch], columns=columns)
+            yield Rows.of(values, where=file.where, unit="line", numbers=[record.line for record in batch], columns=columns)
 
 
 def _require_commas(header: list[str], *, file: CorpusFile) -> None:
     if len(header) == 1 and (other := next((mark for mark in ";\t|" if mark in header[0]), None)):
-        problem = f"{file.path} has one column, {header[0]!r}: its fields seem to be separated by {other!r}."
+        problem = f"{file.where} has one column, {header[0]!r}: its fields seem to be separated by {other!r}."
         raise DataError(f"{problem} Separate them by commas.")
 
 

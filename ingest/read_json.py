@@ -37,9 +37,9 @@ def json_batches(data: io.BufferedReader, file: CorpusFile, columns: Columns) ->
             seen.update(dict.fromkeys(row.fields))
         values = {name: [_json_value(row, name, is_label=name in columns.labels) for row in batch] for name in columns.all}
         numbers = [row.line for row in batch]
-        yield Rows.of(values, where=str(file.path), unit="line", numbers=numbers, columns=columns)
+        yield Rows.of(values, where=file.where, unit="line", numbers=numbers, columns=columns)
     if n_rows:  # a row may leave out what it has no value for, but not all of them
-        require_columns(columns.required, names=list(seen), where=str(file.path))
+        require_columns(columns.required, names=list(seen), where=file.where)
 
 
 def _json_value(row: _JsonRow, name: str, *, is_label: bool) -> Any:
@@ -83,10 +83,10 @@ def _json_values(text: str, *, file: CorpusFile, line: int) -> Iterator[_JsonRow
             place = _after_space(text, place + 1)
         elif in_array and text[place : place + 1] != "]":
             raise DataError(
-                f"{file.path}, line {line}: is not valid JSON (the array goes on without a comma, or does not end). Correct it."
+                f"{file.where}, line {line}: is not valid JSON (the array goes on without a comma, or does not end). Correct it."
             )
     if in_array and (place >= len(text) or _after_space(text, place + 1) < len(text)):
-        raise DataError(f"{file.path} is not valid JSON (its array does not end, or something follows it). Restore or correct it.")
+        raise DataError(f"{file.where} is not valid JSON (its array does not end, or something follows it). Restore or correct it.")
 
 
 def _after_space(text: str, place: int) -> int:
@@ -105,10 +105,10 @@ def _json_row(source: str, *, file: CorpusFile, line: int) -> _JsonRow:
 
 def _object(value: Any, *, source: str, file: CorpusFile, line: int) -> _JsonRow:
     if not isinstance(value, dict):
-        raise DataError(f"{file.path}, line {line}: must be an object with the columns as keys, and is of type {type(value).__name__}.")
+        raise DataError(f"{file.where}, line {line}: must be an object with the columns as keys, and is of type {type(value).__name__}.")
     return _JsonRow(line, source, value)
 
 
 def _invalid(file: CorpusFile, *, line: int, error: Exception) -> DataError:
     reason = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else str(error)
-    return DataError(f"{file.path}, line {line}: is not valid JSON ({reason}). Correct or remove it.")
+    return DataError(f"{file.where}, line {line}: is not valid JSON ({reason}). Correct or remove it.")

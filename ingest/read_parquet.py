@@ -21,12 +21,12 @@ def parquet_batches(data: io.BufferedReader, file: CorpusFile, columns: Columns)
     """The rows of a file; numbered from 0."""
     opened = pyarrow.parquet.ParquetFile(data)
     names = opened.schema_arrow.names
-    require_columns(columns.required, names=names, where=str(file.path))
+    require_columns(columns.required, names=names, where=file.where)
     wanted, row = [name for name in columns.all if name in names], 0
     for batch in opened.iter_batches(batch_size=BATCH_ROWS, columns=wanted):
         numbers = range(row, row + len(batch))
         values = {name: _values(batch.column(name), file=file, first_row=row) for name in wanted}
-        yield Rows.of(values, where=str(file.path), unit="row", numbers=numbers, columns=columns)
+        yield Rows.of(values, where=file.where, unit="row", numbers=numbers, columns=columns)
         row += len(batch)
 
 
@@ -41,7 +41,7 @@ def _values(column: Any, *, file: CorpusFile, first_row: int) -> list[Any]:
         try:
             values.append(None if encoded is None else encoded.decode())
         except UnicodeDecodeError as error:
-            raise DataError(f"{file.path}, row {row}: the text is not valid UTF-8 ({error}). Correct or remove this row.") from error
+            raise DataError(f"{file.where}, row {row}: the text is not valid UTF-8 ({error}). Correct or remove this row.") from error
     return values
 
 
@@ -50,4 +50,4 @@ def _nested_values(column: Any, *, file: CorpusFile, first_row: int) -> list[Any
         return column.to_pylist()
     except UnicodeDecodeError as error:
         rows = f"rows {first_row} to {first_row + len(column) - 1}"
-        raise DataError(f"{file.path}, {rows}: a text is not valid UTF-8 ({error}). Correct or remove this row.") from error
+        raise DataError(f"{file.where}, {rows}: a text is not valid UTF-8 ({error}). Correct or remove this row.") from error

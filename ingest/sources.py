@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 from ..store.errors import DataError, UsageError
 from .digests import snapshot_commit
-from .files import CorpusFile, FileList, list_files
+from .files import CorpusFile, FileList, as_text, list_files
 from .formats import column_names, read_rows
 from .hub import HUB_ID, cache_unwritable, expanded, is_cache_unwritable
 from .rows import BATCH_ROWS, Columns, Rows, require_columns
@@ -77,7 +77,7 @@ class FileTable:
     @property
     def where(self) -> str:
         """The file's path."""
-        return str(self.file.path)
+        return self.file.where
 
     @property
     def names(self) -> Sequence[str]:
@@ -105,7 +105,7 @@ class LocalSource:
     @property
     def where(self) -> str:
         """The path of the file or folder."""
-        return str(self.listed.root)
+        return as_text(self.listed.root)
 
     @property
     def size(self) -> str:

@@ -112,6 +112,21 @@ def test_splits_of_a_dataset_of_the_hub_are_its_own(snapshot):
         source_of(snapshot, splits={"train": "english"})
 
 
+def test_names_that_are_no_text_and_workspaces_in_the_folder(tmp_path):
+    name = os.fsdecode(b"caf\xe9.jsonl")
+    jsonl(tmp_path / "texts" / name, "x")
+    jsonl(tmp_path / "texts" / "workspaces" / "run" / "workspace.json", "a workspace")
+    jsonl(tmp_path / "texts" / "workspaces" / "run" / "stored.jsonl", "never")
+    source = source_of(tmp_path / "texts")
+    assert texts(source) == {"train": ["x"]}
+    assert list(source.left_out) == ["workspaces/run (a workspace)"]
+    json.dumps(source.identity(), ensure_ascii=False).encode()
+    (tmp_path / "texts" / name).write_text("{")
+    with pytest.raises(DataError, match=r"caf\\xe9\.jsonl, line 1: is not valid JSON") as error:
+        texts(source_of(tmp_path / "texts"))
+    str(error.value).encode()
+
+
 def test_files_in_no_split_are_reported_and_not_part_of_the_identity(tmp_path):
     for name in ("train/a", "held-out/b", "notes/c"):
         jsonl(tmp_path / "texts" / f"{name}.jsonl", name)
