@@ -52,7 +52,7 @@ def _csv_records(reader: Any, *, file: CorpusFile, n_fields: int | None = None) 
             line = reader.line_num + 1
     except csv.Error as error:
         raise DataError(
-            f"{file.where}, line {line}: is not valid csv ({error}). Put fields with quotes, commas or line ends between quotes, and double "
+            f"{file.where}, line {line}: is not valid csv ({error}). Put fields with quotes, commas or line ends in quotes, and double "
             "the quotes inside."
         ) from error
 

@@ -136,7 +136,7 @@ def test_any_csv_is_read_as_python_reads_it(tmp_path_factory, rows, quoting, end
     csv.writer(written, quoting=quoting, lineterminator=end).writerows([columns, *rows])
     path = tmp_path_factory.mktemp("csv") / "a.csv"
     path.write_bytes(b"\xef\xbb\xbf" * mark + written.getvalue().encode())
-    expected = [(row["text"] or None, row["domain"]) for row in csv.DictReader(io.StringIO(written.getvalue(), newline=""))]
+    expected = [(row["text"] or None, row["domain"] or "") for row in csv.DictReader(io.StringIO(written.getvalue(), newline=""))]
     assert read(source_of(path), "text", "domain", labels=("domain",)) == expected
 
 
