@@ -9,6 +9,7 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
+from .ingest.hub import expanded
 from .ingest.models import ModelConfig
 from .recipe import Recipe, load_recipe, parse_recipe
 from .store import durable
@@ -79,7 +80,7 @@ def add_source(
 
 def _from_recipe(model: str, *, path: Path) -> str:
     """What the recipe must say of a model that is named in the working directory."""
-    folder = Path(model).expanduser()
+    folder = expanded(model)
     if not folder.is_dir():
         return model
     return str(folder) if folder.is_absolute() else Path(os.path.relpath(folder, path.parent)).as_posix()

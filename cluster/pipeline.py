@@ -5,7 +5,6 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from ..align.maps import VocabularyMapStage
-from ..ingest.corpus import CorpusStage
 from ..ingest.models import ModelFolder
 from ..recipe import Recipe
 from ..store import catalog, durable, journal
@@ -93,6 +92,7 @@ class Pipeline:
         stage = self.stages.corpus
         splits = sorted({part["split"] for part in stage.plan.parts})
         if "train" not in splits:
+            stage.finish()
             raise UsageError(f"The corpus has no split named 'train' to learn from, only: {', '.join(splits)}. Name one so.")
         if self.recipe.evaluation.split not in splits:
             if not stage.dataset.parts():  # nothing was made of this plan: let another take its place
@@ -119,7 +119,14 @@ class Pipeline:
         if unread := stage.source.left_out:
             shown = ", ".join(unread[:_SHOWN]) + (f" and {len(unread) - _SHOWN} more" if len(unread) > _SHOWN else "")
             self.progress.say(f"corpus {self.recipe.corpus.name}: not read: {shown}")
-        self.make("corpus", stage, parts=stage.parts())
+        self.make_corpus_parts(stage.parts())
+
+    def make_corpus_parts(self, parts: list[int]) -> None:
+        """Make what is missing of these parts of the corpus, with its texts at hand meanwhile."""
+        stage = self.stages.corpus
+        if stage.dataset.missing(parts):
+            stage.prepare()
+        self.make("corpus", stage, parts=parts)
         stage.finish()
 
     def make_distributions(self) -> None:
@@ -271,8 +278,6 @@ class Pipeline:
                 run.metrics.update(parts=run.metrics.get("parts", 0) + 1, tokens=tokens, stored_bytes=stored, quarantined=quarantined)
 
             journal.prepare(run.folder)
-            if isinstance(stage, CorpusStage):
-                stage.prepare()
             try:
                 self._executor().run(stage, missing, run_folder=run.folder, on_commit=follow)
             except FuselineError:

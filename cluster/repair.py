@@ -60,9 +60,11 @@ def repair(pipeline: Pipeline, *, full: bool) -> Repair:
         key = (stage.dataset.kind, stage.dataset.name)
         parts = sorted(part for *names, part in lost if tuple(names) == key)
         if parts:
-            pipeline.make(title, stage, parts=parts)
+            if key[0] == "corpus":
+                pipeline.make_corpus_parts(parts)
+            else:
+                pipeline.make(title, stage, parts=parts)
             done.made.extend((*key, part) for part in parts)
-    pipeline.stages.corpus.finish()
     for part in done.made:
         before, after = lost[part], _checksums(workspace, part)
         changed = sorted(path for path in before.keys() | after.keys() if before.get(path) != after.get(path))

@@ -128,9 +128,12 @@ class CorpusStage:
         return texts
 
     def _changed(self, doc_id: int) -> DataError:
-        return DataError(
-            f"Document {doc_id} changed since the corpus was planned. Restore {self.source.where}, or use another --workspace."
-        )
+        problem = f"Document {doc_id} changed since the corpus was planned."
+        if self.plan.summary.get("reader", 1) < READER:
+            problem = (
+                f"Document {doc_id} is not where it was when the corpus was planned: an earlier version had the files in another order."
+            )
+        return DataError(f"{problem} Restore {self.source.where}, or use another --workspace.")
 
     @cached_property
     def _read_texts(self) -> ReadTexts:

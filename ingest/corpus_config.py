@@ -59,7 +59,7 @@ class CorpusConfig(BaseModel):
 
 
 def corpus_choices(config: CorpusConfig) -> dict[str, Any]:
-    """What of a corpus's identity the recipe alone determines."""
+    """The part of a corpus's identity that the recipe alone determines."""
     free = {"name", "path", "revision", "expected_documents", "expected_bytes", "expected_held_out_bytes"}
     unset = {key for key in ("splits", "configuration") if getattr(config, key) is None}  # keys that came later than the first corpora
     chosen = {"stage": "corpus/1", **config.model_dump(exclude=free | unset | {"chat"})}

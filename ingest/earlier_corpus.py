@@ -66,13 +66,19 @@ def _same(stored: pl.DataFrame, read: pl.DataFrame, *columns: str) -> bool:
 
 
 def _misread(dataset: Dataset, *, stored: pl.DataFrame, read: pl.DataFrame) -> DataError:
-    missing, extra = (left.join(right, on=_CONTENT, how="anti") for left, right in ((read, stored), (stored, read)))
-    if len(missing) or len(extra):
-        what = f"{len(missing)} documents of the files are not in it as they are there, and {len(extra)} of it are not in the files"
+    missing, extra = _n_only_in(read, stored), _n_only_in(stored, read)
+    if missing or extra:
+        what = f"{missing} documents of the files are missing from it, and {extra} of its documents are not in the files"
     else:
-        what = "its files are now read in another order, and parts of it are missing"
+        what = "it had the files in another order, and parts of it are missing"
     return DataError(
         f"corpus/{dataset.name} was read by an earlier version, and not as its files say: {what}. What was made of it has the wrong text. "
-        f"Use another --workspace, or remove {dataset.folder.parent.parent}. If names of files or folders say the splits, write that in "
-        "[corpus.splits] first."
+        "Use another --workspace. If names of files or folders say the splits, name them in [corpus.splits] first."
     )
+
+
+def _n_only_in(left: pl.DataFrame, right: pl.DataFrame) -> int:
+    """Documents of one table that the other lacks; of equal ones their numbers count."""
+    counts = (table.group_by(_CONTENT).len() for table in (left, right))
+    both = next(counts).join(next(counts), on=_CONTENT, how="left", suffix="_right").fill_null(0)
+    return int((both["len"].cast(pl.Int64) - both["len_right"].cast(pl.Int64)).clip(lower_bound=0).sum())

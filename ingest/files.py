@@ -89,6 +89,8 @@ class FileList:
 
     def _chosen(self, entries: Sequence[str], *, split: str) -> tuple[CorpusFile, ...]:
         found: dict[str, CorpusFile] = {}
+        if not entries:
+            raise DataError(f"corpus.splits.{split} names no file. Name files or folders below {self.root}, or remove it.")
         for entry in entries:
             matches = [file for file in self.files if _is_named(file.name, entry)]
             if not matches:

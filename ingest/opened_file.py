@@ -31,17 +31,20 @@ _CONVERT = "Convert the file to UTF-8, for example with iconv."
 def opened_file(file: CorpusFile) -> Iterator[io.BufferedReader]:
     """The bytes of a file, decompressed, after a byte order mark; whatever goes wrong in reading names the file."""
     try:
-        with file.path.open("rb") as stored, _decompressed(stored, file.compression) as data:
-            start = data.peek(len(_LFS_POINTER))
-            if start.startswith(_LFS_POINTER):
+        with file.path.open("rb") as stored:
+            if stored.peek(len(_LFS_POINTER)).startswith(_LFS_POINTER):
                 raise DataError(f"{file.where} is a pointer of Git LFS, not the file itself. Fetch it with: git lfs pull.")
-            if file.kind != "parquet" and start.startswith(_UTF16_MARKS):
-                raise DataError(f"{file.where} is in UTF-16, not UTF-8. {_CONVERT}")
-            if start.startswith(_UTF8_MARK):
-                data.read(len(_UTF8_MARK))
-            yield data
+            with _decompressed(stored, file.compression) as data:
+                start = data.peek(len(_UTF8_MARK))
+                if file.kind != "parquet" and start.startswith(_UTF16_MARKS):
+                    raise DataError(f"{file.where} is in UTF-16, not UTF-8. {_CONVERT}")
+                if start.startswith(_UTF8_MARK):
+                    data.read(len(_UTF8_MARK))
+                yield data
     except DataError:
         raise
+    except PermissionError as error:
+        raise DataError(f"{file.where} cannot be read: {error.strerror}. Allow it to be read.") from error
     except _UNREADABLE as error:
         raise DataError(f"{file.where} cannot be read: {type(error).__name__}: {error}. Restore or remove it.") from error
 

@@ -40,13 +40,13 @@ class _Record(NamedTuple):
 
 
 def _csv_records(reader: Any, *, file: CorpusFile, n_fields: int | None = None) -> Iterator[_Record]:
-    """The records of a file, of at most so many fields; empty lines are none."""
+    """The records of a file, all with so many fields; empty lines are none."""
     line = reader.line_num + 1
     try:
         for fields in reader:
-            if n_fields is not None and len(fields) > n_fields:
-                problem = f"{file.where}, line {line}: has {len(fields)} fields, and the header names {n_fields}."
-                raise DataError(f"{problem} Put texts with commas between quotes.")
+            if fields and n_fields is not None and len(fields) != n_fields:
+                problem = f"{file.where}, line {line}: has {len(fields)} field{'s' * (len(fields) != 1)}, and the header names {n_fields}."
+                raise DataError(f"{problem} Put texts with commas or line ends in quotes.")
             if fields:
                 yield _Record(line, fields)
             line = reader.line_num + 1
@@ -68,7 +68,7 @@ def csv_batches(data: io.BufferedReader, file: CorpusFile, columns: Columns) -> 
         places = {name: header.index(name) for name in columns.all if name in header}
         records = _csv_records(reader, file=file, n_fields=len(header))
         while batch := list(islice(records, BATCH_ROWS)):
-            values = {name: [_field(record.fields, place) for record in batch] for name, place in places.items()}
+            values = {name: [record.fields[place] or None for record in batch] for name, place in places.items()}
             yield Rows.of(values, where=file.where, unit="line", numbers=[record.line for record in batch], columns=columns)
 
 
@@ -76,7 +76,3 @@ def _require_commas(header: list[str], *, file: CorpusFile) -> None:
     if len(header) == 1 and (other := next((mark for mark in ";\t|" if mark in header[0]), None)):
         problem = f"{file.where} has one column, {header[0]!r}: its fields seem to be separated by {other!r}."
         raise DataError(f"{problem} Separate them by commas.")
-
-
-def _field(fields: list[str], place: int) -> str | None:
-    return (fields[place] if place < len(fields) else "") or None

@@ -14,12 +14,10 @@ from .files import CorpusFile
 from .opened_file import decoded
 from .rows import BATCH_ROWS, Columns, Rows, Spelled, require_columns
 
-_SNIFFED_ROWS = 1000  # whose keys are a file's columns
-
 
 def json_names(data: io.BufferedReader, *, file: CorpusFile) -> list[str]:
     """The columns of a file's first rows."""
-    return list(dict.fromkeys(name for row in islice(_json_rows(data, file=file), _SNIFFED_ROWS) for name in row.fields))
+    return list(dict.fromkeys(name for row in islice(_json_rows(data, file=file), BATCH_ROWS) for name in row.fields))
 
 
 class _JsonRow(NamedTuple):
@@ -29,17 +27,18 @@ class _JsonRow(NamedTuple):
 
 
 def json_batches(data: io.BufferedReader, file: CorpusFile, columns: Columns) -> Iterator[Rows]:
-    """The rows of a file; numbered by the line on which each begins, from 1."""
-    rows, seen, n_rows = _json_rows(data, file=file), dict[str, None](), 0
+    """The rows of a file; numbered by the line on which each begins, from 1.
+
+    A row may leave out what it has no value for, but not all of the first thousand.
+    """
+    rows, is_first = _json_rows(data, file=file), True
     while batch := list(islice(rows, BATCH_ROWS)):
-        n_rows += len(batch)
-        for row in batch:
-            seen.update(dict.fromkeys(row.fields))
+        if is_first:
+            names = dict.fromkeys(name for row in batch for name in row.fields)
+            require_columns(columns.required, names=list(names), where=file.where)
+        is_first = False
         values = {name: [_json_value(row, name, is_label=name in columns.labels) for row in batch] for name in columns.all}
-        numbers = [row.line for row in batch]
-        yield Rows.of(values, where=file.where, unit="line", numbers=numbers, columns=columns)
-    if n_rows:  # a row may leave out what it has no value for, but not all of them
-        require_columns(columns.required, names=list(seen), where=file.where)
+        yield Rows.of(values, where=file.where, unit="line", numbers=[row.line for row in batch], columns=columns)
 
 
 def _json_value(row: _JsonRow, name: str, *, is_label: bool) -> Any:

@@ -48,6 +48,6 @@ def _values(column: Any, *, file: CorpusFile, first_row: int) -> list[Any]:
 def _nested_values(column: Any, *, file: CorpusFile, first_row: int) -> list[Any]:
     try:
         return column.to_pylist()
-    except UnicodeDecodeError as error:
+    except (ValueError, OverflowError) as error:  # bytes that are not UTF-8; dates that Python has no place for
         rows = f"rows {first_row} to {first_row + len(column) - 1}"
-        raise DataError(f"{file.where}, {rows}: a text is not valid UTF-8 ({error}). Correct or remove this row.") from error
+        raise DataError(f"{file.where}, {rows}: a value cannot be read ({error}). Correct or remove this row.") from error

@@ -7,12 +7,12 @@ from typing import Any, Protocol
 
 from ..store.errors import DataError, UsageError
 from .digests import snapshot_commit
-from .files import CorpusFile, FileList, as_text, list_files
+from .files import COMPRESSIONS, KINDS, CorpusFile, FileList, as_text, list_files
 from .formats import column_names, read_rows
 from .hub import HUB_ID, cache_unwritable, expanded, is_cache_unwritable
 from .rows import BATCH_ROWS, Columns, Rows, require_columns
 
-_HUB_FILES = ["*.parquet", "*.jsonl", "*.jsonl.*", "*.json", "*.csv", "*.txt", "README.md"]
+_HUB_FILES = [*(f"*{kind}{packed}" for kind in KINDS for packed in ("", *COMPRESSIONS)), "README.md"]
 
 
 class Table(Protocol):
@@ -232,6 +232,8 @@ def open_source(
         return LocalSource(listed=listed, files=listed.by_split(splits))
     if splits is not None:
         raise UsageError(f"corpus.splits is for files here, and corpus.path ({path}) is a dataset of the hub, which has splits. Remove it.")
+    if local.exists() and revision is not None and not local.name.startswith(revision):
+        raise UsageError(f"corpus.revision ({revision!r}) must be the commit of {local}. Correct one of them, or remove corpus.revision.")
     folder = local if local.exists() else _snapshot(path, local=local, revision=revision, download=download)
     return HubSource(folder, path, configuration)
 

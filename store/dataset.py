@@ -134,7 +134,7 @@ class Dataset:
             remedy = f"It is made of what is stored, in minutes: remove {self.folder} and run again, or use another --workspace."
         else:
             remedy = f"Give the dataset another name in the recipe, use another --workspace, or remove {self.folder} to make it again."
-        raise FingerprintMismatch(f"{self.kind}/{self.name} was made from other inputs than the recipe asks for:\n  {lines}\n{remedy}")
+        raise FingerprintMismatch(f"{self.kind}/{self.name} was made from different inputs than the recipe asks for:\n  {lines}\n{remedy}")
 
     def parts(self) -> list[int]:
         """Indices of the committed parts, ascending."""

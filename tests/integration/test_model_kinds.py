@@ -205,6 +205,6 @@ def test_what_was_made_with_another_reading_of_the_tokenizer_is_refused_with_bot
     project.write_text(text)
     code, output = run("ingest", "distributions", *arguments)
     assert code == 1
-    assert "distributions/source was made from other inputs" in output
+    assert "distributions/source was made from different inputs" in output
     assert "The tokenizer was read as (bos 1, eos 2, pad None, unk 0, no bos), and is read as (bos 1, " in output
     assert "unk 0, bos before texts) now, which is what AutoTokenizer or the recipe says" in output

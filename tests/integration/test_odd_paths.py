@@ -62,7 +62,7 @@ def project(folder: Path, *, models_dir: Path, texts: list[str], names: list[str
     return paths
 
 
-@settings(max_examples=3, deadline=None)
+@settings(max_examples=1, deadline=None)
 @given(names=st.lists(NAMES, min_size=4, max_size=4))
 @example(names=[ODD] * 4)
 @example(names=["run[1]", "docs[1]", "run[1]", "x?y"])

@@ -134,6 +134,8 @@ FIELDS = st.text(alphabet=st.one_of(st.sampled_from(",;\"'\r\n \t\ufeff\0"), st.
 def test_any_csv_is_read_as_python_reads_it(tmp_path_factory, rows, quoting, end, mark, columns):
     written = io.StringIO(newline="")
     csv.writer(written, quoting=quoting, lineterminator=end).writerows([columns, *rows])
+    records = list(csv.reader(io.StringIO(written.getvalue(), newline="")))
+    assume(all(len(record) in (0, 2) for record in records))  # csv's writer does not quote every line end
     path = tmp_path_factory.mktemp("csv") / "a.csv"
     path.write_bytes(b"\xef\xbb\xbf" * mark + written.getvalue().encode())
     expected = [(row["text"] or None, row["domain"] or "") for row in csv.DictReader(io.StringIO(written.getvalue(), newline=""))]

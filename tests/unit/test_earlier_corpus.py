@@ -90,7 +90,9 @@ def test_splits_that_names_of_files_said_are_kept_where_the_recipe_says_them_too
         durable.remove(path)
     earlier = Dataset.create(stage.dataset.folder, identity=identity)
     assert opened(tmp_path / "texts", splits=splits, **keys).dataset.fingerprint == earlier.fingerprint
-    with pytest.raises(DataError, match=r"5 documents of the files are not in it.*5 of it are not in the files.*\[corpus\.splits\]"):
+    with pytest.raises(
+        DataError, match=r"5 documents of the files are missing from it.*5 of its documents are not in the files.*\[corpus\.splits\]"
+    ):
         opened(tmp_path / "texts", **keys)
     with pytest.raises(DataError, match="not as its files say"):
         opened(tmp_path / "texts", splits={"train": "test.jsonl", "test": "train.jsonl"}, **keys)
@@ -111,7 +113,7 @@ def test_what_was_read_wrongly_is_refused_with_the_reason_and_stays(tmp_path, to
     made_before(stage, documents=wrong)
     before = read_plan(stage.dataset.folder)
     n = 10 if what == "domains" else 3
-    with pytest.raises(DataError, match=rf"was read by an earlier version.*: {n} documents of the files are not in it .*--workspace"):
+    with pytest.raises(DataError, match=rf"was read by an earlier version.*: {n} documents of the files are missing from it.*--workspace"):
         opened(tmp_path / "texts", **keys)
     assert read_plan(stage.dataset.folder) == before
 
@@ -137,7 +139,7 @@ def test_another_order_of_the_files_is_kept_where_all_parts_are_there(tmp_path, 
             assert CorpusPlan.load(opened(tmp_path / "texts", **keys).dataset) is not None
             continue
         stage.dataset.drop(0)
-        with pytest.raises(DataError, match="read in another order, and parts of it are missing"):
+        with pytest.raises(DataError, match="had the files in another order, and parts of it are missing"):
             opened(tmp_path / "texts", **keys)
 
 

@@ -6,6 +6,8 @@ import pickle
 from pathlib import Path
 
 import polars as pl
+import pyarrow as pa
+import pyarrow.parquet
 import pytest
 from fuseline.ingest.choose import choose_documents
 from fuseline.ingest.corpus import CorpusConfig, corpus_source
@@ -96,6 +98,7 @@ def test_a_card_and_scripts_in_a_local_folder_mean_nothing(tmp_path):
     [
         ({"revision": "main"}, r"corpus\.revision \('main'\) is for datasets of the hub.*Remove corpus\.revision"),
         ({"configuration": "x"}, r"corpus\.configuration \('x'\) is for datasets of the hub"),
+        ({"splits": {"train": []}}, r"corpus\.splits\.train names no file"),
         ({"splits": {"train": "b.jsonl"}}, r"corpus\.splits\.train: 'b\.jsonl' names no data file in .*which holds a\.jsonl"),
         ({"splits": {"train": "../texts/a.jsonl"}}, "names no data file"),
         ({"splits": {"train": "a.jsonl", "test": ["a*"]}}, r"corpus\.splits: .*a\.jsonl is in train and in test"),
@@ -105,6 +108,28 @@ def test_keys_that_do_not_fit_are_named(tmp_path, keys, message):
     jsonl(tmp_path / "texts" / "a.jsonl", "x")
     with pytest.raises((UsageError, DataError), match=message):
         source_of(tmp_path / "texts", **keys)
+
+
+def test_a_revision_of_a_snapshot_is_its_commit(snapshot):
+    assert source_of(snapshot, configuration="german", revision=COMMIT[:8]).identity()["commit"] == COMMIT
+    with pytest.raises(UsageError, match=rf"corpus\.revision \('main'\) must be the commit of .*{COMMIT}"):
+        source_of(snapshot, revision="main")
+
+
+def test_dates_that_python_has_no_place_for_are_an_error_with_the_rows(tmp_path):
+    dates = pa.array([-800_000], pa.int32()).cast(pa.date32())
+    pyarrow.parquet.write_table(pa.table({"text": ["x"], "day": dates}), tmp_path / "a.parquet")
+    (table,) = source_of(tmp_path / "a.parquet").splits()["train"]
+    with pytest.raises(DataError, match=r"a\.parquet, rows 0 to 0: a value cannot be read"):
+        list(table.rows(Columns(required=["text", "day"], labels=["day"])))
+
+
+def test_a_column_that_no_row_has_is_named_before_a_row_is_blamed(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "x", "split": "train"}\n')
+    config = CorpusConfig(path=str(path), split_column="splt")
+    with pytest.raises(DataError, match=r"a\.jsonl has no column 'splt'; it has: text, split"):
+        choose_documents(config, source=corpus_source(config, base=tmp_path))
 
 
 def test_splits_of_a_dataset_of_the_hub_are_its_own(snapshot):
@@ -175,6 +200,8 @@ def test_sources_travel_to_workers(tmp_path, snapshot):
         ("a.json", b'[{"text": "x"}\n{"text": "y"}]', r"a\.json, line 1: is not valid JSON .* without a comma"),
         ("a.csv", b"text;domain\nx;y\n", r"a\.csv has one column, 'text;domain': .* separated by ';'"),
         ("a.csv", b"text\nx\nx,y\n", r"a\.csv, line 3: has 2 fields, and the header names 1"),
+        ("a.csv", b"id,text\n1,x\nline two of it\n", r"a\.csv, line 3: has 1 field, and the header names 2\. Put texts with"),
+        ("a.jsonl.gz", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", r"is a pointer of Git LFS"),
         ("a.csv", b'text\nx\n"y\nz\n', r"a\.csv, line 3: is not valid csv"),
         ("a.csv", b"text,text\nx,y\n", r"a\.csv has several columns named 'text'"),
         ("a.csv", b"body\nx\n", r"a\.csv has no column 'text'; it has: body"),
