@@ -158,9 +158,9 @@ def _writing(path: Path) -> Iterator[duckdb.DuckDBPyConnection]:
 def _plain(path: Path, *, replace: bool = False) -> Iterator[Path]:
     """The file itself, or a copy of it under a name that DuckDB takes for a path; with `replace`, the copy takes the file's place.
 
-    What follows a `?` in a path DuckDB takes for the options of an address, and looks for its log elsewhere.
+    DuckDB takes what follows a `?` for the options of an address, and a backslash for a slash; other characters stand for themselves.
     """
-    if "?" not in str(path.absolute()):
+    if not set("?\\") & set(str(path.absolute())):
         yield path.absolute()
         return
     with tempfile.TemporaryDirectory(prefix="fuseline-") as folder:

@@ -14,7 +14,7 @@ from fuseline.store.workspace import Workspace
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-ODD = "[1]*{a,b}?::$HOME 'q' \"ü\" 100% #;&|~ -x"
+ODD = "[1]*{a,b}?::$HOME 'q' \"ü\" 100% \\ #;&|~ -x"
 NAMES = st.text(alphabet="ab1[]{}*?!$'\" ~%:#&|;\\-_.ü漢", min_size=1, max_size=12).filter(
     lambda name: name not in {".", ".."} and name[0] != "."
 )
@@ -62,12 +62,17 @@ def project(folder: Path, *, models_dir: Path, texts: list[str], names: list[str
     return paths
 
 
+@pytest.fixture(scope="module")
+def texts(corpus_texts) -> list[str]:
+    """A few short documents: Hypothesis prints what a test is given."""
+    return list(dict.fromkeys(text[:300] for text in corpus_texts))[:12]
+
+
 @settings(max_examples=1, deadline=None)
 @given(names=st.lists(NAMES, min_size=4, max_size=4))
 @example(names=[ODD] * 4)
 @example(names=["run[1]", "docs[1]", "run[1]", "x?y"])
-def test_parts_are_made_and_asked_in_folders_of_any_name(models_dir, corpus_texts, names):
-    texts = list(dict.fromkeys(text[:300] for text in corpus_texts))[:12]
+def test_parts_are_made_and_asked_in_folders_of_any_name(models_dir, texts, names):
     with tempfile.TemporaryDirectory() as temporary:
         paths = project(Path(temporary), models_dir=models_dir, texts=texts, names=names)
         plain = paths["workspace"].with_name(paths["workspace"].name.replace("[1]", "1") + "x")  # what a pattern would find
@@ -86,9 +91,8 @@ def test_parts_are_made_and_asked_in_folders_of_any_name(models_dir, corpus_text
 
 
 @pytest.fixture(scope="module")
-def trained(models_dir, corpus_texts, tmp_path_factory) -> dict[str, Path]:
+def trained(models_dir, texts, tmp_path_factory) -> dict[str, Path]:
     """A whole run, from a folder with an odd name, with relative paths, through a link."""
-    texts = list(dict.fromkeys(text[:300] for text in corpus_texts))[:12]
     folder = tmp_path_factory.mktemp("odd") / ODD
     folder.mkdir()
     paths = project(folder, models_dir=models_dir, texts=texts, names=[ODD] * 4)
