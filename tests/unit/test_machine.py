@@ -75,14 +75,11 @@ def test_only_what_is_clearly_slower_than_float32_is_computed_in_it(monkeypatch,
     assert arithmetic_for("bfloat16") == "bfloat16"
 
 
-@pytest.mark.parametrize("gpu", [False, True])
-def test_what_is_no_short_format_is_computed_in_itself(monkeypatch, gpu):
-    monkeypatch.setattr("torch.cuda.is_available", lambda: gpu)
+@pytest.mark.parametrize("choose", [arithmetic_for, processor_arithmetic_for])
+def test_what_is_no_short_format_is_computed_in_itself(monkeypatch, choose):
+    monkeypatch.setattr(machine, "has_gpu", lambda: pytest.fail("torch takes seconds to load"))
     monkeypatch.setattr(machine, "flops", lambda dtype: pytest.fail("no race is needed"))
-    assert [choose(dtype) for choose in (arithmetic_for, processor_arithmetic_for) for dtype in ("float32", "float64")] == [
-        "float32",
-        "float64",
-    ] * 2
+    assert [choose("float32"), choose("float64")] == ["float32", "float64"]
 
 
 def test_a_processor_beside_a_gpu_races_too(monkeypatch):
