@@ -265,11 +265,18 @@ def _show_differences(found: "list[Difference]", *, baseline: str, split: str) -
     if not found:
         return
     click.echo(f"Difference from {baseline} in bits per byte (below 0 is better), over {found[0].documents:,} documents of split {split}:")
-    rows = []
-    for item in found:
-        says = ("better" if item.bpb < 0 else "worse") if item.is_clear else "may be chance: the interval contains 0"
-        rows.append([item.model, f"{item.bpb:+.4f}", f"{item.low:+.4f} to {item.high:+.4f}", says])
+    rows = [[item.model, f"{item.bpb:+.4f}", f"{item.low:+.4f} to {item.high:+.4f}", _says(item)] for item in found]
     show_table(["model", "difference", "95 % interval", "says"], rows, right=[False, True, True, False])
+
+
+def _says(difference: "Difference") -> str:
+    from .eval.comparison import LEAST_DOCUMENTS
+
+    if not difference.has_enough:
+        return f"too few documents: at least {LEAST_DOCUMENTS} are needed"
+    if not difference.is_clear:
+        return "may be chance: the interval contains 0"
+    return "better" if difference.bpb < 0 else "worse"
 
 
 def show_findings(found: "Verification", *, as_json: bool) -> None:

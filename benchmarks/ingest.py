@@ -30,7 +30,7 @@ def main() -> None:
         if total < arguments.tokens:
             segments.append(np.array(ids))
             total += len(ids)
-    model = CausalModel(arguments.model, dtype="bfloat16", trust_remote_code=False)
+    model = CausalModel(arguments.model, dtype="bfloat16", arithmetic="bfloat16", trust_remote_code=False)
     bare(model, segments[:2])
     model.distributions(segments[:2], top_k=arguments.top_k)
     ratios, rates = [], []

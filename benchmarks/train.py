@@ -110,7 +110,7 @@ def child(arguments: argparse.Namespace) -> dict:
             micro_batch_size=arguments.micro_batch_size,
             recompute=arguments.recompute,
         )
-        with open_runtime(config) as runtime:
+        with open_runtime(config, choose_arithmetic=lambda: config.dtype) as runtime:
             trainer = Trainer(make_job(arguments, config=config, folder=Path(folder)), runtime=runtime)
             if arguments.child == "steps":
                 return measured_steps(trainer, rounds=arguments.rounds)

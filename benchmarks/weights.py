@@ -123,7 +123,7 @@ def by_rank(folder: Path, found: dict[str, float]) -> None:
     from fuseline.train.runtime import open_runtime
 
     config = TrainingConfig(tensor_parallel=int(os.environ["WORLD_SIZE"]), sequence_length=128, global_batch_size=1)
-    with open_runtime(config) as runtime:
+    with open_runtime(config, choose_arithmetic=lambda: config.dtype) as runtime:
         architecture = read_architecture(folder / "model", training=config)
         model = FusionModel(architecture, runtime=runtime, recompute=False)
         ranks, rank = runtime.tensor_parallel, runtime.tensor_rank

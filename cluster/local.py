@@ -49,7 +49,7 @@ class LocalCrew:
     def __init__(self, assignment: Assignment, *, size: int, gpus: Sequence[str]) -> None:
         self._assignment, self._gpus = assignment, gpus
         threads = str(max(1, usable_cores() // size))
-        self._environment = dict.fromkeys(_THREADS, threads) | os.environ | {"PYTHONUNBUFFERED": "1"}
+        self._environment = dict.fromkeys(_THREADS, threads) | os.environ | {"PYTHONUNBUFFERED": "1", "PYTHONIOENCODING": "utf-8"}
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
         self._connections: dict[str, Connection] = {}
         self._slots: dict[str, int] = {}  # worker -> its place among those at work, which says its GPU

@@ -22,7 +22,7 @@ from ..recipe import Fusion, Recipe
 from ..store.corpus_plan import require_domains
 from ..store.dataset import Dataset, as_ranges
 from ..store.errors import FingerprintMismatch, UsageError
-from ..store.machine import arithmetic_for
+from ..store.machine import arithmetic_for, processor_arithmetic_for
 from ..store.tokenizer import changed_reading
 from ..store.workspace import Workspace
 from .conflicts import Conflict, fusion_conflicts, require_free
@@ -212,11 +212,14 @@ class Stages:
     def _arithmetic(self, dataset: Dataset, *, dtype: str) -> str:
         """The number format of the forward passes of a dataset that is begun here: that of its parts, if it lost nothing but its record.
 
-        Workers on a cluster that are given GPUs compute in `dtype`; others are taken to have processors like this machine's.
+        Workers on a cluster that are given GPUs compute in `dtype`; others are taken to have no GPU, and processors like this machine's.
         """
         executor = self.recipe.executor
-        on_gpus = executor.kind != "local" and executor.resources.of(dataset.kind).gpus > 0
-        return arithmetic_of_parts(dataset, dtype=dtype) or (dtype if on_gpus else arithmetic_for(dtype))
+        if (stored := arithmetic_of_parts(dataset, dtype=dtype)) is not None:
+            return stored
+        if executor.kind == "local":
+            return arithmetic_for(dtype)
+        return dtype if executor.resources.of(dataset.kind).gpus > 0 else processor_arithmetic_for(dtype)
 
     # ---- alignment and fusion ----------------------------------------------------------------------------------------------------------
 

@@ -40,13 +40,13 @@ class NextTokenDistributions:
 class CausalModel:
     """A causal language model on the device at hand: CUDA where there is one, else the CPU."""
 
-    def __init__(self, folder: Path, *, dtype: str, arithmetic: str | None = None, trust_remote_code: bool) -> None:
+    def __init__(self, folder: Path, *, dtype: str, arithmetic: str, trust_remote_code: bool) -> None:
         """Load the model.
 
         Args:
             folder: in the Hugging Face format.
             dtype: number format that the weights are rounded to.
-            arithmetic: number format that holds them, and in which everything is computed: `dtype` by default, or float32.
+            arithmetic: number format that holds them, and in which everything is computed: `dtype`, or float32.
             trust_remote_code: whether code in the folder may be run.
 
         Raises:
@@ -62,7 +62,7 @@ class CausalModel:
             with for_transformers(folder) as readable:
                 found: Any = transformers.AutoModelForCausalLM.from_pretrained(
                     readable,
-                    dtype=getattr(torch, arithmetic or dtype),
+                    dtype=getattr(torch, arithmetic),
                     trust_remote_code=trust_remote_code,
                     use_safetensors=True,
                     local_files_only=True,
@@ -73,7 +73,7 @@ class CausalModel:
         model, loaded = found
         if loaded["missing_keys"]:  # transformers warns, and fills them with random numbers
             raise DataError(f"The model {folder} lacks weights: {', '.join(sorted(loaded['missing_keys']))}. Download it again.")
-        if arithmetic not in (None, dtype):
+        if arithmetic != dtype:
             _round(model, dtype=getattr(torch, dtype))
         self.model: Any = model.to(self.device).eval()
         # More tokens at once do not speed up a CPU; measured with SmolLM2-135M.

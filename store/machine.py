@@ -5,9 +5,12 @@ GFLOP/s). There, weights rounded to the 16-bit format are multiplied in float32.
 differ by maker. Imports torch only to measure.
 """
 
+import contextlib
 import functools
 import math
 import os
+import stat
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +22,7 @@ if TYPE_CHECKING:
 # Rows, inputs, outputs: of a small model's layers. At 1 GFLOP/s all rounds of the race take a quarter of a second, else a few milliseconds.
 _SIZES = (64, 512, 576)
 _ROUNDS = 6
+_SHORT = ("bfloat16", "float16")
 _CLEARLY = 1.5  # float32 must be faster by this factor: what is near is noise, and the 16-bit format needs half the memory
 
 
@@ -50,6 +54,34 @@ def wait_asleep() -> None:
     Those that spin, the default, take the cores from other work and from each other (`benchmarks/threads.py`). The user's setting wins.
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+
+def keep_compiled_code(package: Path) -> None:
+    """Let numba keep what it compiles in a temporary folder, here and in child processes, if it has no other place; before its import.
+
+    Its own choices are `__pycache__` beside the modules in `package`, then the user's folder for caches. Without either the modules cannot
+    be imported, as by a user who owns neither the installation nor a home, in a container say.
+    """
+    user = Path(os.environ.get("XDG_CACHE_HOME", os.path.expanduser("~/.cache"))) / "numba"
+    beside = [package / folder / "__pycache__" for folder in ("align", "train")]
+    if "NUMBA_CACHE_DIR" not in os.environ and not all(map(_can_write, beside)) and not _can_write(user):
+        os.environ["NUMBA_CACHE_DIR"] = str(_own_temporary_folder("fuseline-numba"))
+
+
+def _can_write(folder: Path) -> bool:
+    """Whether files can be made in a folder, or it can be made."""
+    there = next(place for place in (folder, *folder.parents) if os.path.exists(place))  # Path.exists raises where it may not look
+    return there.is_dir() and os.access(there, os.W_OK | os.X_OK)
+
+
+def _own_temporary_folder(name: str) -> Path:
+    """The same one each time if only this user can write into it, because compiled code is run; else a new one."""
+    folder = Path(tempfile.gettempdir()) / f"{name}-{os.getuid()}"
+    with contextlib.suppress(FileExistsError):
+        folder.mkdir(mode=0o700)
+    found = folder.lstat()
+    is_own = stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid() and not found.st_mode & 0o022
+    return folder if is_own else Path(tempfile.mkdtemp(prefix=f"{name}-"))
 
 
 def _quotas(cgroups: Path, *, mount: Path) -> Iterator[float]:
@@ -85,9 +117,12 @@ def arithmetic_for(dtype: str) -> str:
 
     On CUDA it is `dtype`.
     """
-    if dtype == "float32":
-        return dtype
-    if has_gpu():
+    return dtype if dtype not in _SHORT or has_gpu() else processor_arithmetic_for(dtype)
+
+
+def processor_arithmetic_for(dtype: str) -> str:
+    """Likewise on a processor like this machine's, whatever GPU is beside it."""
+    if dtype not in _SHORT:
         return dtype
     return "float32" if flops("float32") >= _CLEARLY * flops(dtype) else dtype
 
@@ -112,7 +147,7 @@ def _race() -> dict[str, float]:
     rows, inputs, outputs = _SIZES
     operands = {
         name: (torch.ones(rows, inputs, dtype=getattr(torch, name)), torch.ones(outputs, inputs, dtype=getattr(torch, name)))
-        for name in ("float32", "bfloat16", "float16")
+        for name in ("float32", *_SHORT)
     }
     seconds, before = dict.fromkeys(operands, math.inf), torch.get_num_threads()
     torch.set_num_threads(1)

@@ -39,10 +39,16 @@ def read_evaluations(run_folder: Path) -> list[dict[str, Any]]:
     return read_records(run_folder / EVALUATIONS)
 
 
-def read_machine(run_folder: Path) -> dict[str, Any] | None:
-    """What a run computes in: `arithmetic` (a number format) and `threads` (of a rank); None of runs from before it was written."""
-    path = run_folder / MACHINE
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+def read_machine(folder: Path) -> dict[str, Any] | None:
+    """What a run, or a checkpoint by its folder, is computed in: `dtype`, `arithmetic` (a number format), and `threads` (of a rank).
+
+    None where it was not written, or is damaged: of a checkpoint its checksums tell that.
+    """
+    try:
+        found = json.loads((folder / MACHINE).read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        return None
+    return found if isinstance(found, dict) else None
 
 
 def seal_checkpoint(folder: Path, *, share: int = 0, shares: int = 1) -> None:

@@ -1,4 +1,5 @@
-"""Checkpoints of a run: weights and optimizer state by Megatron-core's `dist_checkpointing`, and the step.
+"""Checkpoints of a run: weights and optimizer state by Megatron-core's `dist_checkpointing`, the step, and the number format of the
+arithmetic.
 
 The order of the data and the learning rate are functions of the step, so it is all the rest of the state. Shards are stored by their place
 in the whole model, so another number of tensor- or data-parallel ranks can load them. A checkpoint is written to a temporary folder,
@@ -40,12 +41,13 @@ class Checkpoints:
         run_folder: Path,
         *,
         identity: Mapping[str, Any],
+        dtype: str,
         model: DistributedDataParallel,
         optimizer: MegatronOptimizer,
         runtime: Runtime,
     ) -> None:
         self.run_folder = run_folder
-        self._identity = identity
+        self._identity, self._dtype = identity, dtype
         self._model = model
         self._optimizer = optimizer
         self._runtime = runtime
@@ -61,6 +63,8 @@ class Checkpoints:
         dist.barrier()
         state = self._sharded_state(loading=False) | {"identity": dict(self._identity), "step": step, "version": _VERSION}
         dist_checkpointing.save(state, str(temporary), _InThisProcess("torch_dist", 1))
+        if self._runtime.leads:  # not in the state: it is needed before the model is built that takes the state
+            records.write_machine(temporary, dtype=self._dtype, arithmetic=self._runtime.arithmetic)
         dist.barrier()
         seal_checkpoint(temporary, share=self._runtime.rank, shares=dist.get_world_size())
         dist.barrier()

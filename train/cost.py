@@ -41,12 +41,11 @@ class Cost:
         return self.state_bytes + self.activation_bytes
 
     @classmethod
-    def of(cls, model_folder: Path, *, architecture: Architecture, config: TrainingConfig, arithmetic: str | None = None) -> "Cost":
-        """The cost of training a model that computes in `arithmetic`, by default the training's dtype."""
-        computed = arithmetic or config.dtype
-        parameters, item = count_parameters(model_folder, architecture=architecture), _ITEM[computed]
-        state = _MOMENTS + (0 if computed == "float32" else _MASTER)
-        whole = item + _GRADIENT + (0 if computed == config.dtype else _MASTER)  # masters beside rounded weights are not shared out
+    def of(cls, model_folder: Path, *, architecture: Architecture, config: TrainingConfig, arithmetic: str) -> "Cost":
+        """The cost of training a model that computes in the number format `arithmetic`."""
+        parameters, item = count_parameters(model_folder, architecture=architecture), _ITEM[arithmetic]
+        state = _MOMENTS + (0 if arithmetic == "float32" else _MASTER)
+        whole = item + _GRADIENT + (0 if arithmetic == config.dtype else _MASTER)  # masters beside rounded weights are not shared out
         shard = parameters / config.tensor_parallel
         return cls(
             parameters=parameters,

@@ -71,9 +71,9 @@ def _command(job: TrainJob, *, logs: Path) -> list[str]:
 
 
 def _environment(job: TrainJob) -> dict[str, str]:
-    """Threads of each rank: the cores are shared out, because ranks that all use every core slow each other down."""
+    """Of each rank. The cores are shared out, because ranks that all use every core slow each other down. Logs are UTF-8 in any locale."""
     threads = os.environ.get("OMP_NUM_THREADS", str(max(1, usable_cores() // job.config.world_size)))
-    return {"OMP_NUM_THREADS": threads, "PYTHONUNBUFFERED": "1"}
+    return {"OMP_NUM_THREADS": threads, "PYTHONUNBUFFERED": "1", "PYTHONIOENCODING": "utf-8"}
 
 
 def _begin() -> None:

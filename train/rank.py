@@ -51,7 +51,7 @@ def train_rank(job: TrainJob) -> None:
 def choose_arithmetic(job: TrainJob) -> str:
     """The number format that a run computes in, written into its folder: whoever goes on with it, on whatever machine, keeps it."""
     arithmetic = records.arithmetic_of(job.run_folder, dtype=job.config.dtype)
-    records.write_machine(job.run_folder, arithmetic=arithmetic)
+    records.write_machine(job.run_folder, dtype=job.config.dtype, arithmetic=arithmetic)
     return arithmetic
 
 

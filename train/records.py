@@ -1,10 +1,10 @@
 """The small files of a run folder, apart from what is in its checkpoints. Light: imports neither torch nor Megatron-core.
 
 job.json            what to train (config.TrainJob)
-machine.json        the number format that all of the run computes in, and how many threads a rank of its latest start has
+machine.json        the number format that all of the run computes in, of which dtype, and how many threads a rank of its latest start has
 metrics.jsonl       one record per optimizer step
 evaluations.jsonl   one record per evaluation of held-out text and domain
-checkpoints/step-00000010/
+checkpoints/step-00000010/    with a machine.json of its own
 checkpoints/latest  a link to the newest
 done.json           the run is finished and its model is exported
 logs/               what the ranks print
@@ -20,7 +20,7 @@ from ..store import durable
 from ..store.errors import FingerprintMismatch
 from ..store.fingerprint import differences
 from ..store.machine import arithmetic_for, threads
-from ..store.trainings import EVALUATIONS, MACHINE, METRICS, checkpoint_steps, read_machine, read_records
+from ..store.trainings import EVALUATIONS, MACHINE, METRICS, checkpoint_folder, checkpoint_steps, read_machine, read_records
 
 Record = dict[str, Any]
 LATEST = "latest"  # for people and scripts: the trainer itself lists the checkpoints
@@ -47,19 +47,26 @@ def read_done(run_folder: Path) -> Record | None:
 
 
 def arithmetic_of(run_folder: Path, *, dtype: str) -> str:
-    """The number format that a run computes in, or would: as written when it began, else what suits `dtype` on this machine.
+    """The number format that a run computes in, or would: as its newest checkpoint says, or `machine.json` if it was begun with `dtype`.
 
-    A run from before that was written, of which there is a checkpoint, computes in `dtype`.
+    Else it is what suits `dtype` on this machine; but a checkpoint from before this was written was computed in `dtype`.
     """
-    machine = read_machine(run_folder)
-    if machine is not None:
-        return str(machine["arithmetic"])
-    return dtype if checkpoint_steps(run_folder) else arithmetic_for(dtype)
+    step = last_checkpoint(run_folder)
+    folders = [run_folder] if step is None else [checkpoint_folder(run_folder, step=step), run_folder]
+    said = [machine for machine in map(read_machine, folders) if machine is not None and _is_of(machine, dtype=dtype)]
+    if said:
+        return str(said[0]["arithmetic"])
+    return arithmetic_for(dtype) if step is None else dtype
 
 
-def write_machine(run_folder: Path, *, arithmetic: str) -> None:
-    """Write what the run computes in, and with how many threads this rank does."""
-    durable.write_json(run_folder / MACHINE, {"arithmetic": arithmetic, "threads": threads()})
+def _is_of(machine: Record, *, dtype: str) -> bool:
+    """Whether it says what a training in `dtype` computes in: damage shows, and a run without a checkpoint may have got another dtype."""
+    return machine.get("dtype", dtype) == dtype and machine.get("arithmetic") in (dtype, "float32")
+
+
+def write_machine(folder: Path, *, dtype: str, arithmetic: str) -> None:
+    """Write what a run, or a checkpoint, in `dtype` is computed in, and with how many threads this rank does."""
+    durable.write_json(folder / MACHINE, {"dtype": dtype, "arithmetic": arithmetic, "threads": threads()})
 
 
 def require_identity(run_folder: Path, *, stored: Mapping[str, Any], asked: Mapping[str, Any]) -> None:

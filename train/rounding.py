@@ -1,7 +1,7 @@
-"""Weights that a training shows rounded, where the 16-bit format is slower to multiply than float32 (`store.machine`).
+"""Weights rounded to a 16-bit format, for a training that multiplies in float32 because that is faster (`store.machine`).
 
-As with bfloat16 arithmetic, every forward pass and the export see weights rounded to bfloat16, and the optimizer moves masters in float32.
-But the rounded weights lie in float32 parameters, so Megatron-core knows of one set of numbers, and the masters take turns with them.
+As with bfloat16 arithmetic, every forward pass and the export use weights rounded to bfloat16, and the optimizer changes float32 masters.
+But here the parameters are float32 too. They hold the rounded weights in forward and backward passes, and the masters in between.
 """
 
 import contextlib

@@ -155,10 +155,10 @@ class Runtime:
 
 
 @contextlib.contextmanager
-def open_runtime(config: TrainingConfig, *, choose_arithmetic: Callable[[], str] | None = None) -> Iterator[Runtime]:
+def open_runtime(config: TrainingConfig, *, choose_arithmetic: Callable[[], str]) -> Iterator[Runtime]:
     """Join the process group that `torchrun` describes in the environment; leave it at the end.
 
-    `choose_arithmetic` gives the number format to compute in, for all ranks, and is called on the first; by default it is `config.dtype`.
+    `choose_arithmetic` gives the number format to compute in, for all ranks, and is called on the first.
 
     Raises:
         UsageError: the number of ranks or of GPUs does not fit the configuration.
@@ -191,7 +191,7 @@ def open_runtime(config: TrainingConfig, *, choose_arithmetic: Callable[[], str]
             warnings.filterwarnings("ignore", "`torch.distributed.* is deprecated", FutureWarning)
             parallel_state.initialize_model_parallel(config.tensor_parallel, create_gloo_process_groups=cuda)
             torch.manual_seed(config.seed)
-            arithmetic = [choose_arithmetic() if rank == 0 and choose_arithmetic is not None else config.dtype]
+            arithmetic = [choose_arithmetic() if rank == 0 else ""]
             dist.broadcast_object_list(arithmetic, device=device)
             # There is no dropout, so no random numbers are drawn after initialisation; on CPU only the no-op tracker works.
             tensor_parallel.model_parallel_cuda_manual_seed(config.seed, inference_rng_tracker=not cuda, force_reset_rng=True)

@@ -80,7 +80,9 @@ class Trainer:
         self.optimizer = make_optimizer(self.model, config=job.config, runtime=runtime)
         self.scheduler = make_scheduler(self.optimizer, config=job.config, steps=self.data.steps)
         identity = job.identity | self.data.identity
-        self.checkpoints = Checkpoints(job.run_folder, identity=identity, model=self.model, optimizer=self.optimizer, runtime=runtime)
+        self.checkpoints = Checkpoints(
+            job.run_folder, identity=identity, dtype=job.config.dtype, model=self.model, optimizer=self.optimizer, runtime=runtime
+        )
         self.held_out = HeldOutText(job, runtime=runtime)
         self._parameters = cost.parameters
         self._watches: dict[str, Watch] = {}  # on the leading rank

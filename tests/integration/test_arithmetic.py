@@ -8,9 +8,12 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 from fuseline.cli import main
+from fuseline.cluster.stages import Stages
+from fuseline.recipe import load_recipe
 from fuseline.store import durable
 from fuseline.store.dataset import Dataset
 from fuseline.store.fingerprint import sealed
+from fuseline.store.workspace import Workspace
 from workspaces import RECIPE, contents, write_project
 
 KIND = "distributions"
@@ -92,3 +95,15 @@ def test_status_says_what_is_computed_in_what(in_float32, computed_in):
         ("target", "bfloat16", 1),
         ("source", "bfloat16", 1),
     }
+
+
+@pytest.mark.parametrize(
+    ("executor", "gpus", "arithmetic"), [("local", 0, "bfloat16"), ("slurm", 0, "float32"), ("slurm", 1, "bfloat16"), ("ray", 0, "float32")]
+)
+def test_a_gpu_here_says_nothing_of_workers_without_one(monkeypatch, corpus_texts, tmp_path, executor, gpus, arithmetic):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("fuseline.store.machine.flops", {"float32": 9e9, "bfloat16": 1e9}.get)
+    asked = f'[executor]\nkind = "{executor}"\n[executor.resources.distributions]\ngpus = {gpus}\n'
+    recipe = load_recipe(write_project(tmp_path, texts=corpus_texts, recipe=RECIPE + ("" if executor == "local" else asked)))
+    stages = Stages(recipe, base=tmp_path, workspace=Workspace.create(tmp_path / "w"), models_dir=tmp_path, say=print)
+    assert stages._arithmetic(Dataset(tmp_path / "w" / KIND / "target", {}, {}), dtype="bfloat16") == arithmetic

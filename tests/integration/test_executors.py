@@ -254,7 +254,8 @@ def troubled(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_a_part_that_raises_is_tried_again_and_then_reported_with_its_log(troubled, workers):
+def test_a_part_that_raises_is_tried_again_and_then_reported_with_its_log(troubled, monkeypatch, workers):
+    monkeypatch.setenv("PYTHONIOENCODING", "latin-1")  # of the user's terminal
     config = ExecutorConfig(workers=workers, retries=2)
     with pytest.raises(FuselineError, match=r"corpus/troubled: 1 part failed") as raised:
         troubled(config, raising={4})

@@ -21,7 +21,7 @@ def main(run_folder: Path, mode: str) -> None:
     job = TrainJob.load(run_folder)
     settings = Runtime.gradient_settings.fget
     Runtime.gradient_settings = property(lambda runtime: dataclasses.replace(settings(runtime), bucket_size=BUCKET))
-    with open_runtime(job.config) as runtime:
+    with open_runtime(job.config, choose_arithmetic=lambda: job.config.dtype) as runtime:
         trainer = Trainer(job, runtime=runtime)
         (shard,) = trainer.optimizer.chained_optimizers
         buckets = [bucket for buffer in shard.buffers for bucket in buffer.buckets]

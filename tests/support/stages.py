@@ -21,5 +21,6 @@ class TroubledStage:
                 raise ValueError(f"part {part} is not to my liking")
             if part in self.killing:
                 os.kill(os.getpid(), signal.SIGKILL)
+        print("漢")  # as a model's own code may
         time.sleep(0.01)
         return PartContent(data=pl.DataFrame({"part": [part]}), counts={"documents": 1})

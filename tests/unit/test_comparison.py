@@ -4,8 +4,9 @@ import math
 
 import numpy as np
 import pytest
+from fuseline.console import _says
 from fuseline.eval import comparison
-from fuseline.eval.comparison import differences
+from fuseline.eval.comparison import Difference, differences
 
 
 def documents(n: int, *, gain: float = 0.0, seed: int = 0) -> dict[str, np.ndarray]:
@@ -49,6 +50,18 @@ def test_what_makes_a_document_hard_for_both_models_cancels():
     (found,) = differences(["clm", "fused"], baseline="clm", **facts)
     assert [found.low, found.bpb, found.high] == pytest.approx([-0.003] * 3, abs=1e-12)
     assert found.is_clear
+
+
+def test_a_few_documents_are_no_proof():
+    facts = documents(10, gain=1.0)
+    assert [_compared(facts, n=n).is_clear for n in (1, 9, 10)] == [False, False, True]
+    assert "too few documents" in _says(_compared(facts, n=1))
+    assert _says(_compared(facts, n=10)) == "better"
+
+
+def _compared(facts: dict[str, np.ndarray], *, n: int) -> Difference:
+    (found,) = differences(["clm", "fused"], baseline="clm", **{name: values[:n] for name, values in facts.items()})
+    return found
 
 
 def test_noise_is_not_called_a_difference():

@@ -322,7 +322,8 @@ def run_rank(folder: Path) -> None:
     from fuseline.train.runtime import open_runtime
 
     world_size = int(os.environ["WORLD_SIZE"])
-    with open_runtime(TRAINING.model_copy(update={"tensor_parallel": world_size})) as runtime:
+    config = TRAINING.model_copy(update={"tensor_parallel": world_size})
+    with open_runtime(config, choose_arithmetic=lambda: config.dtype) as runtime:
         for name in MODELS:
             for variant in (each for each in VARIANTS if each.world_size == world_size):
                 place = dataclasses.replace(runtime, sequence_parallel=variant.sequence_parallel)

@@ -120,7 +120,7 @@ def test_batches_cover_each_segment_once_within_the_budget(lengths, batch_tokens
 
 @pytest.fixture(scope="module")
 def model(models_dir) -> CausalModel:
-    return CausalModel(models_dir / "tiny-target", dtype="float32", trust_remote_code=False)
+    return CausalModel(models_dir / "tiny-target", dtype="float32", arithmetic="float32", trust_remote_code=False)
 
 
 @pytest.fixture
@@ -182,7 +182,7 @@ def capped_folder(tmp_path_factory, models_dir):
 
 
 def test_a_model_that_caps_its_logits_is_not_shortcut(capped_folder, segments):
-    capped = CausalModel(capped_folder, dtype="float32", trust_remote_code=False)
+    capped = CausalModel(capped_folder, dtype="float32", arithmetic="float32", trust_remote_code=False)
     assert capped._head is None
     assert_distributions(capped, segments, top_k=5)
     found = capped.distributions(segments, top_k=5)
@@ -203,7 +203,8 @@ def test_in_float32_arithmetic_only_the_weights_are_rounded(models_dir, capped_f
     with torch.inference_mode():
         assert torch.equal(found.model(ids_BL).logits, expected(ids_BL).logits)
         assert not torch.equal(
-            found.model(ids_BL).logits, CausalModel(folder, dtype="float32", trust_remote_code=False).model(ids_BL).logits
+            found.model(ids_BL).logits,
+            CausalModel(folder, dtype="float32", arithmetic="float32", trust_remote_code=False).model(ids_BL).logits,
         )
 
 
@@ -219,7 +220,7 @@ def test_a_model_that_cannot_be_loaded_is_told(tmp_path, models_dir, damage):
     if damage == "pickle_only":
         torch.save({}, folder / "pytorch_model.bin")
     with pytest.raises(DataError, match=r"The model .*model cannot be loaded"):
-        CausalModel(folder, dtype="float32", trust_remote_code=False)
+        CausalModel(folder, dtype="float32", arithmetic="float32", trust_remote_code=False)
 
 
 # The stage

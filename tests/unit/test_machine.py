@@ -1,15 +1,16 @@
 """What is asked of the machine: cores by affinity, control groups and Slurm; threads; and which number format is multiplied in."""
 
-import json
 import os
-import platform
+import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
+import torch
 from fuseline.store import machine
-from fuseline.store.machine import arithmetic_for, flops, threads, usable_cores
+from fuseline.store.machine import arithmetic_for, flops, keep_compiled_code, processor_arithmetic_for, threads, usable_cores
 
 
 @pytest.fixture(autouse=True)
@@ -74,14 +75,84 @@ def test_only_what_is_clearly_slower_than_float32_is_computed_in_it(monkeypatch,
     assert arithmetic_for("bfloat16") == "bfloat16"
 
 
-def test_the_race_is_one_of_multiplying():
-    assert 1e8 < flops("float32") < 1e13
-    assert flops("float32") == flops("float32"), "one race is run in a process"
+@pytest.mark.parametrize("choose", [arithmetic_for, processor_arithmetic_for])
+def test_what_is_no_short_format_is_computed_in_itself(monkeypatch, choose):
+    monkeypatch.setattr(machine, "has_gpu", lambda: pytest.fail("torch takes seconds to load"))
+    monkeypatch.setattr(machine, "flops", lambda dtype: pytest.fail("no race is needed"))
+    assert [choose("float32"), choose("float64")] == ["float32", "float64"]
 
 
-@pytest.mark.skipif(platform.machine() not in {"x86_64", "AMD64"}, reason="only oneDNN for x86 can leave instructions out")
-def test_a_processor_with_no_more_than_avx2_computes_in_float32():
-    code = "import json; from fuseline.store.machine import arithmetic_for as a; print(json.dumps([a('bfloat16'), a('float16')]))"
-    environment = os.environ | {"ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
-    assert json.loads(done.stdout) == ["float32", "float32"]
+def test_a_processor_beside_a_gpu_races_too(monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr(machine, "flops", {"float32": 9e9, "bfloat16": 1e9}.get)
+    assert processor_arithmetic_for("bfloat16") == "float32"
+
+
+def test_the_race_is_of_three_formats_on_one_thread_and_the_best_round_counts(monkeypatch):
+    rounds = {"float32": [5.0, 2.0, 9.0], "bfloat16": [8.0, 4.0, 3.0], "float16": [8.0, 2.5, 2.75]}
+    taken = {name: iter(seconds) for name, seconds in rounds.items()}
+
+    def seconds(inputs_RI: torch.Tensor, weights_OI: torch.Tensor) -> float:
+        assert inputs_RI.dtype == weights_OI.dtype
+        assert torch.get_num_threads() == 1
+        return next(taken[str(inputs_RI.dtype).removeprefix("torch.")])
+
+    monkeypatch.setattr(machine, "_ROUNDS", 3)
+    monkeypatch.setattr(machine, "_SIZES", (2, 3, 5))
+    monkeypatch.setattr(machine, "_seconds", seconds)
+    before = torch.get_num_threads()
+    machine._race.cache_clear()
+    try:
+        assert {name: flops(name) for name in rounds} == {"float32": 60 / 2, "bfloat16": 60 / 3, "float16": 60 / 2.5}
+        assert [processor_arithmetic_for(name) for name in ("bfloat16", "float16")] == ["float32", "float16"]
+    finally:
+        machine._race.cache_clear()
+    assert torch.get_num_threads() == before
+
+
+def test_a_round_of_the_race_multiplies():
+    assert machine._seconds(torch.ones(4, 3), torch.ones(2, 3)) > 0
+
+
+# Somebody who may read all, as Python may be in root's home, and write nothing.
+NOBODY = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", "--inh-caps=+dac_read_search", "--ambient-caps=+dac_read_search"]
+
+
+def can_be_nobody() -> bool:
+    return shutil.which("setpriv") is not None and subprocess.run([*NOBODY, "true"], capture_output=True, check=False).returncode == 0
+
+
+@pytest.mark.skipif(not can_be_nobody(), reason="only root can start a process as somebody who owns nothing")
+def test_where_neither_install_nor_home_can_be_written_compiled_code_is_kept_in_a_temporary_folder(tmp_path):
+    with tempfile.TemporaryDirectory() as folder:  # pytest's own is its user's alone
+        os.chmod(folder, 0o777)
+        environment = os.environ | {"HOME": str(tmp_path), "TMPDIR": folder}
+        for name in ("NUMBA_CACHE_DIR", "XDG_CACHE_HOME"):
+            environment.pop(name, None)
+        code = "import os, fuseline.align.edit_distance; print(os.environ['NUMBA_CACHE_DIR'])"
+        command = [*NOBODY, sys.executable, "-c", code]
+        shown = [subprocess.run(command, env=environment, capture_output=True, text=True, cwd="/", check=False) for _ in range(2)]
+        assert [done.returncode for done in shown] == [0, 0], shown[0].stderr
+        (path,) = {Path(done.stdout.strip()) for done in shown}
+        assert path.parent == Path(folder)
+        assert (path.stat().st_uid, path.stat().st_mode & 0o777) == (65534, 0o700)
+
+
+def test_compiled_code_is_kept_where_numba_keeps_it_if_that_can_be_written(tmp_path, monkeypatch):
+    monkeypatch.delenv("NUMBA_CACHE_DIR", raising=False)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+
+    def kept(package: Path, *, caches: Path) -> str | None:
+        monkeypatch.setenv("XDG_CACHE_HOME", str(caches))
+        keep_compiled_code(package)
+        return os.environ.pop("NUMBA_CACHE_DIR", None)
+
+    (tmp_path / "file").touch()
+    nowhere = tmp_path / "file" / "folder"
+    assert kept(tmp_path / "package", caches=nowhere) is None
+    assert kept(nowhere, caches=tmp_path / "home" / "caches") is None
+    first = Path(kept(nowhere, caches=nowhere))
+    assert first.parent == tmp_path
+    assert kept(nowhere, caches=nowhere) == str(first)
+    first.chmod(0o777)
+    assert kept(nowhere, caches=nowhere) != str(first), "others may have put code there"

@@ -156,7 +156,7 @@ def test_weights_that_lack_a_tensor_are_not_filled_with_random_numbers(folder):
     del tensors["model.layers.1.mlp.down_proj.weight"]
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
     with pytest.raises(DataError, match=r"lacks weights: model\.layers\.1\.mlp\.down_proj\.weight"):
-        CausalModel(folder, dtype="float32", trust_remote_code=False)
+        CausalModel(folder, dtype="float32", arithmetic="float32", trust_remote_code=False)
 
 
 def test_bos_is_what_the_recipe_says_else_what_the_tokenizer_does(models_dir):

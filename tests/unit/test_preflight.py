@@ -115,7 +115,8 @@ def test_more_state_than_memory_is_refused():
 def test_ranks_share_the_state(folder):
     def state(**settings) -> int:
         config = TrainingConfig(sequence_length=64, **settings)
-        return Cost.of(folder / "model", architecture=read_architecture(folder / "model", training=config), config=config).state_bytes
+        architecture = read_architecture(folder / "model", training=config)
+        return Cost.of(folder / "model", architecture=architecture, config=config, arithmetic=config.dtype).state_bytes
 
     parameters = preflight(make_job(folder)).parameters
     assert state() == 16 * parameters

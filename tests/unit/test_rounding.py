@@ -38,12 +38,38 @@ def test_weights_of_the_dtype_are_left_alone():
 def test_a_run_keeps_the_arithmetic_that_it_began_with(tmp_path, monkeypatch):
     monkeypatch.setattr(records, "arithmetic_for", lambda dtype: "float32")
     assert records.arithmetic_of(tmp_path, dtype="bfloat16") == "float32"
-    records.write_machine(tmp_path, arithmetic="float32")
+    records.write_machine(tmp_path, dtype="bfloat16", arithmetic="float32")
     monkeypatch.setattr(records, "arithmetic_for", lambda dtype: pytest.fail("it is chosen once"))
     assert records.arithmetic_of(tmp_path, dtype="bfloat16") == "float32"
 
 
-def test_a_run_from_before_goes_on_in_its_dtype(tmp_path, monkeypatch):
+def test_a_run_without_a_checkpoint_may_get_another_dtype(tmp_path, monkeypatch):
+    monkeypatch.setattr(records, "arithmetic_for", lambda dtype: dtype)
+    records.write_machine(tmp_path, dtype="bfloat16", arithmetic="bfloat16")
+    assert records.arithmetic_of(tmp_path, dtype="float32") == "float32"
+    records.write_machine(tmp_path, dtype="float32", arithmetic="float32")
+    assert records.arithmetic_of(tmp_path, dtype="bfloat16") == "bfloat16", "the machine is asked"
+
+
+@pytest.mark.parametrize("run_says", [None, "bfloat16", "{"])
+def test_the_newest_checkpoint_says_what_a_lost_record_said(tmp_path, monkeypatch, run_says):
+    monkeypatch.setattr(records, "arithmetic_for", lambda dtype: pytest.fail("it is chosen once"))
+    for step, arithmetic in ((3, "bfloat16"), (4, "float32")):
+        folder = checkpoint_folder(tmp_path, step=step)
+        folder.mkdir(parents=True)
+        records.write_machine(folder, dtype="bfloat16", arithmetic=arithmetic)
+    if run_says is not None:
+        (tmp_path / "machine.json").write_text(f'{{"dtype": "bfloat16", "arithmetic": "{run_says}"}}' if run_says != "{" else run_says)
+    assert records.arithmetic_of(tmp_path, dtype="bfloat16") == "float32"
+
+
+@pytest.mark.parametrize("damage", [None, "{", '{"arithmetic": "float3r"}', "[]"])
+def test_a_run_from_before_or_with_a_damaged_record_goes_on_as_its_folder_says_or_in_its_dtype(tmp_path, monkeypatch, damage):
     monkeypatch.setattr(records, "arithmetic_for", lambda dtype: "float32")
-    checkpoint_folder(tmp_path, step=3).mkdir(parents=True)
+    folder = checkpoint_folder(tmp_path, step=3)
+    folder.mkdir(parents=True)
+    if damage is not None:
+        (folder / "machine.json").write_text(damage)
     assert records.arithmetic_of(tmp_path, dtype="bfloat16") == "bfloat16"
+    (tmp_path / "machine.json").write_text('{"arithmetic": "float32", "threads": 2}')
+    assert records.arithmetic_of(tmp_path, dtype="bfloat16") == "float32"
