@@ -242,7 +242,7 @@ class ChatTemplate:
         return re.compile("|".join(re.escape(token) for token in sorted(self.controls, key=len, reverse=True)) or r"(?!)")
 
 
-def _named_tokens(tokenizer: Tokenizer, *, program: str) -> dict[str, str]:
+def _named_tokens(tokenizer: Tokenizer, *, program: str) -> dict[str, Any]:
     """The tokens of the roles that a program names; others are no part of its identity."""
     found = {f"{role}_token": token_id for role, token_id in tokenizer.roles.items()}
     return {name: tokenizer.backend.id_to_token(token_id) for name, token_id in found.items() if token_id is not None and name in program}
