@@ -1,6 +1,7 @@
 """The stages of a recipe: which datasets it needs, of which identities, made how. Nothing is run here."""
 
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from ..store.corpus_plan import require_domains
 from ..store.dataset import Dataset, as_ranges
 from ..store.errors import FingerprintMismatch, UsageError
 from ..store.machine import arithmetic_for, processor_arithmetic_for
-from ..store.tokenizer import changed_reading
+from ..store.tokenizer import Tokenizer, changed_reading
 from ..store.workspace import Workspace
 from .conflicts import Conflict, fusion_conflicts, require_free
 from .work import Stage
@@ -35,7 +36,7 @@ class Stages:
     def __init__(self, recipe: Recipe, *, base: Path, workspace: Workspace, models_dir: Path, say: Callable[[str], None]) -> None:
         """`base` is the recipe's folder, to which its paths are relative; `models_dir` holds models by their hub id.
 
-        What a user should know of the models' folders is told to `say` when they are opened.
+        `say` is called with each remark on a model folder when it is opened.
         """
         self.recipe, self.base, self.workspace, self.models_dir, self._say = recipe, base, workspace, models_dir, say
 
@@ -61,7 +62,22 @@ class Stages:
         for name, model in found.items():
             for remark in (*model.remarks, *disagreements(model, cache=self.workspace.root / "models")):
                 self._say(f"Beware: model {name}: {remark}.")
-        return found
+        return {name: replace(model, kept_tokenizer=self._kept_tokenizer(model)) for name, model in found.items()}
+
+    def _kept_tokenizer(self, model: ModelFolder) -> Tokenizer | None:
+        """The tokenizer that the model's stored datasets were made with, if it reads text as the model's folder says."""
+        names = [model.config.name, f"{model.config.name}--{self.recipe.evaluation.split}"]
+        places = [("distributions", names[0], "tokenizer"), ("evaluations", names[1], "tokenizer")]
+        if model.config.name == self.recipe.target.name:
+            places.append(("corpus", self.recipe.corpus.name, "chat_tokenizer"))
+        for kind, name, key in places:
+            folder = self.workspace.folder(kind, name)
+            if (folder / "dataset.json").exists():
+                digest = str(Dataset.open(folder).identity.get(key, ""))
+                found = None if digest == model.tokenizer.digest else model.tokenizer.with_fewer_roles(digest)
+                if found is not None:
+                    return found
+        return None
 
     @cached_property
     def corpus(self) -> CorpusStage:

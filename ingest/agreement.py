@@ -20,7 +20,7 @@ from ..store.roles import ROLES
 from .models import ModelFolder
 
 PROBE = "The 3 cats sat on a mat, didn't they?\nYes: they did."
-_STAGE = "agreement/1"
+_STAGE = "agreement/2"
 _SHOWN = 20  # ids or names in a message
 
 
@@ -35,7 +35,7 @@ def disagreements(model: ModelFolder, *, cache: Path) -> list[str]:
         return list(json.loads(path.read_text(encoding="utf-8"))["disagreements"])
     found = [*_of_weights(model), *_of_tokenizer(model)]
     cache.mkdir(parents=True, exist_ok=True)
-    durable.write_json(path, {"model": model.config.name, "disagreements": found})
+    durable.write_json(path, {"disagreements": found})
     return found
 
 
@@ -127,7 +127,7 @@ def _of_tokenizer(model: ModelFolder) -> Iterator[str]:
         yield (
             f"its texts start with {own_before or 'no token'}, and those of AutoTokenizer of transformers with {before or 'no token'}: "
             f"{PROBE[:5]!r}… is {_shown([*own_before, *text_ids])} against {_shown(ids)}. If transformers is right, set prepends_bos = "
-            f"{str(not ours.prepends_bos).lower()} for {model.config.name} in the recipe"
+            f"{str(not ours.prepends_bos).lower()} for this model in the recipe"
         )
     known = {role: getattr(theirs, f"{role}_token_id") for role in ROLES}
     for role, token_id in known.items():

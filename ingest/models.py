@@ -50,13 +50,14 @@ class ModelFolder:
     folder: Path
     found_by_name: bool = False  # in the models folder, by the last part of its id: it may be another owner's
     notes: tuple[str, ...] = ()  # what a user should know of how it was found
+    kept_tokenizer: Tokenizer | None = None  # as an earlier version read it, where stored datasets were made with that
 
     @cached_property
     def hf_config(self) -> dict[str, Any]:
         """The model's `config.json`; of a multimodal model, the part about text."""
         try:
             config = read_json(self.folder / "config.json")
-            return config.get("text_config", config)
+            return config.get("text_config") or config
         except (OSError, ValueError, AttributeError) as error:
             raise DataError(f"{self.folder} is not a model folder: config.json cannot be read ({error}).") from error
 
@@ -68,7 +69,7 @@ class ModelFolder:
     @cached_property
     def tokenizer(self) -> Tokenizer:
         """The model's tokenizer."""
-        return Tokenizer.from_model_folder(self.folder, prepends_bos=self.config.prepends_bos)
+        return self.kept_tokenizer or Tokenizer.from_model_folder(self.folder, prepends_bos=self.config.prepends_bos)
 
     @cached_property
     def weights_digest(self) -> str:

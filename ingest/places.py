@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..store.errors import DataError, UsageError
+from ..store.weights import weight_files
 from .digests import snapshot_commit
 from .hub import HUB_ID, cache_unwritable, expanded, is_cache_unwritable
 
@@ -13,6 +14,8 @@ if TYPE_CHECKING:
     from .models import ModelConfig
 
 _HUB_FILES = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "*.py"]
+# Files of a model that are read, beside its weights.
+_READ = ("config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,8 +40,7 @@ def find_place(config: "ModelConfig", *, models_dir: Path, base: Path, download:
     if named.is_dir():
         if config.revision is not None and not _is_of_revision(named, config=config):
             raise UsageError(
-                f"revision ({config.revision!r}) of the model {config.name}: {named} is a local folder, and nothing in it says which "
-                "revision it is. Remove revision from the recipe."
+                f"revision ({config.revision!r}) of the model {config.name}: {named} is a local folder, and {_what_is_known(named)}"
             )
         return Place(folder=named)
     by_name = models_dir / config.model.rsplit("/", 1)[-1]
@@ -78,9 +80,19 @@ def _notes_of_revision(folder: Path, *, config: "ModelConfig") -> tuple[str, ...
     if config.revision is None or _is_of_revision(folder, config=config):
         return ()
     return (
-        f"{folder} is used as it is: nothing in it says whether it is revision {config.revision!r}. Remove revision from the recipe, or "
-        "download the model with `hf download --local-dir`, which notes the revision.",
+        f"{folder} is used as it is, and whether it is revision {config.revision!r} is not known: {_what_is_known(folder)} "
+        "`hf download --local-dir` writes the commit into the folder",
     )
+
+
+def _what_is_known(folder: Path) -> str:
+    """Of a folder's revision, and what to do, as the end of a sentence and another one."""
+    commits = sorted(_commits(folder))
+    if not commits:
+        return "nothing in it says which revision it is. Remove revision from the recipe."
+    if len(commits) == 1:
+        return f"its files are of the commit {commits[0]}. Set revision to it."
+    return f"its files are of the commits {' and '.join(commits)}. Download all of them again."
 
 
 def _is_of_revision(folder: Path, *, config: "ModelConfig") -> bool:
@@ -104,11 +116,13 @@ def _is_of_revision(folder: Path, *, config: "ModelConfig") -> bool:
 
 
 def _commits(folder: Path) -> set[str]:
-    """The commits that the files of a folder are of, as `hf download` notes them."""
+    """The commits that the files of a model are of, as `hf download` notes them; files that are not read do not count."""
     commit = snapshot_commit(folder)
     if commit is not None:
         return {commit}
-    notes = (folder / ".cache" / "huggingface" / "download").rglob("*.metadata")
+    read = {path.name for path in weight_files(folder)} | {name for name in _READ if (folder / name).exists()}
+    paths = [folder / ".cache" / "huggingface" / "download" / f"{name}.metadata" for name in sorted(read)]
+    notes = [path for path in paths if path.exists()]
     return {lines[0].strip() for lines in (note.read_text(encoding="utf-8").splitlines() for note in notes) if lines}
 
 

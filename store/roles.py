@@ -27,10 +27,10 @@ CLASS_DEFAULTS: dict[str, dict[str, str]] = {  # where the files name no token f
 }
 CLASS_PREPENDS = {"CodeLlamaTokenizer": True, "GPTNeoXTokenizer": False}  # whatever the post-processor does
 CLASS_OF_MODEL_TYPE = {  # where the files name no class
-    **dict.fromkeys(("gemma", "gemma2", "gemma3", "gemma3_text"), "GemmaTokenizer"),
-    **dict.fromkeys(("gpt2", "gpt_neo", "gptj", "opt", "phi", "starcoder2"), "GPT2Tokenizer"),
-    **dict.fromkeys(("gpt_neox", "mpt", "olmo", "olmoe", "mamba"), "GPTNeoXTokenizer"),
-    **dict.fromkeys(("qwen2", "qwen2_moe", "qwen3", "qwen3_moe"), "Qwen2Tokenizer"),
+    **dict.fromkeys(("gemma", "gemma2", "gemma3", "gemma3_text", "gemma3n", "gemma3n_text", "recurrent_gemma", "zaya"), "GemmaTokenizer"),
+    **dict.fromkeys(("gpt2", "gpt_neo", "gptj", "opt", "phi", "starcoder2", "codegen", "dbrx", "emu3", "jais2"), "GPT2Tokenizer"),
+    **dict.fromkeys(("gpt_neox", "mpt", "olmo", "olmoe", "mamba", "mamba2", "falcon_mamba", "rwkv", "xlstm"), "GPTNeoXTokenizer"),
+    **dict.fromkeys(("qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "qwen3_next", "dots3_note", "moss_transcribe_diarize"), "Qwen2Tokenizer"),
     **dict.fromkeys(("cohere", "cohere2"), "CohereTokenizer"),
 }
 

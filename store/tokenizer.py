@@ -15,7 +15,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import pairwise
+from itertools import pairwise, product
 from pathlib import Path
 from typing import Any, Self
 
@@ -161,6 +161,19 @@ class Tokenizer:
     def digest(self) -> str:
         """SHA-256 (hex) of all that determines how text becomes ids."""
         return tokenizer_digest(self.definition, roles=self.roles, prepends_bos=self.prepends_bos)
+
+    def with_fewer_roles(self, digest: str) -> Self | None:
+        """The same reading of text with fewer roles, if that has the digest.
+
+        Earlier versions took roles from tokenizer_config.json alone: their datasets are right where text is read alike.
+        """
+        for kept in product([True, False], repeat=len(self.roles)):
+            roles = {role: token_id if keeps else None for (role, token_id), keeps in zip(self.roles.items(), kept, strict=True)}
+            if self.prepends_bos and roles["bos"] is None:
+                continue
+            if tokenizer_digest(self.definition, roles=roles, prepends_bos=self.prepends_bos) == digest:
+                return type(self)(self.definition, roles=roles, prepends_bos=self.prepends_bos)
+        return None
 
     @property
     def vocab_size(self) -> int:
@@ -339,7 +352,13 @@ def changed_reading(stored: Path, *, now: Tokenizer) -> str | None:
         ", ".join([f"{role} {token_id}" for role, token_id in each.roles.items()] + ["bos before texts" if each.prepends_bos else "no bos"])
         for each in (before, now)
     ]
-    return f"The tokenizer was read as ({readings[0]}), and is read as ({readings[1]}) now, which is what AutoTokenizer or the recipe says."
+    as_before = Tokenizer(now.definition, roles=now.roles, prepends_bos=before.prepends_bos)
+    is_about_bos = before.prepends_bos != now.prepends_bos and as_before.with_fewer_roles(before.digest) is not None
+    keep = f"Set prepends_bos = {str(before.prepends_bos).lower()} for the model in the recipe to keep the old reading, or use"
+    return (
+        f"Earlier the tokenizer was read as ({readings[0]}). Now it is read as ({readings[1]}). "
+        f"{keep if is_about_bos else 'Use'} another --workspace."
+    )
 
 
 def tokenizer_digest(definition: str, *, roles: dict[str, int | None], prepends_bos: bool) -> str:

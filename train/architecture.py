@@ -71,6 +71,25 @@ class Architecture(Sizes):
         return rule.layout_of(kind), [f"{hf.format(*layers)}.{kind}" for hf in rule.hf]
 
     @property
+    def tensor_names(self) -> set[str]:
+        """The Hugging Face tensors of all parameters, and of an output layer that may be a copy of the embeddings."""
+        biased = {
+            "linear_qkv": self.biases.qkv,
+            "linear_proj": self.biases.attention_output,
+            "linear_fc1": self.biases.mlp,
+            "linear_fc2": self.biases.mlp,
+        }
+        names = set()
+        for path, rule in self.rules.items():
+            module = path.rpartition(".")[2]
+            if module in ("q_layernorm", "k_layernorm") and not self.qk_norm:
+                continue
+            has_bias = biased.get(module, module.endswith("layernorm") and self.norm.bias)
+            layers = range(self.n_layers if "{}" in path else 1)
+            names |= {f"{hf.format(layer)}.{kind}" for hf in rule.hf for layer in layers for kind in ["weight", *["bias"] * has_bias]}
+        return names
+
+    @property
     def embeddings(self) -> str:
         """The Hugging Face tensor of the embeddings."""
         return self.rule_of("embedding.word_embeddings.weight")[1][0]

@@ -15,23 +15,21 @@ from ..store.errors import DataError
 from .architecture import Architecture
 from .layouts import VOCABULARY
 from .runtime import Runtime
-from .weight_files import BUFFERS, WeightFiles, stored_as
+from .weight_files import WeightFiles, stored_as
 
 
 def load_weights(model: nn.Module, *, model_folder: Path, architecture: Architecture, ranks: int, rank: int) -> None:
     """Fill a rank's shard of the model from a Hugging Face folder; values are converted to the parameters' dtype.
 
     Raises:
-        DataError: the tensors are not those that config.json describes; the text names the tensor and both sizes.
+        DataError: a tensor is missing or of another shape than config.json describes; the text names the tensor and both sizes.
     """
     with ExitStack() as stack, torch.no_grad():
         files = WeightFiles(model_folder, stack=stack)
-        used = {stored_as(architecture.head, names=files.names)} if architecture.tied_embeddings else set()
         for name, parameter in model.named_parameters():
             layout, hf_names = architecture.rule_of(name)
             if architecture.tied_embeddings and hf_names == [architecture.embeddings]:
                 hf_names = [_stored_embeddings(files, architecture=architecture)]
-            used.update(stored_as(hf_name, names=files.names) for hf_name in hf_names)
             sources = [files[hf_name] for hf_name in hf_names]
             if layout is VOCABULARY and sources[0].shape[0] != architecture.vocab_size:
                 raise DataError(
@@ -42,9 +40,6 @@ def load_weights(model: nn.Module, *, model_folder: Path, architecture: Architec
             if shard.shape != parameter.shape:
                 raise DataError(f"{model_folder}: {' + '.join(hf_names)} gives {tuple(shard.shape)}, config.json {tuple(parameter.shape)}.")
             parameter.copy_(shard)
-        unknown = [name for name in files.names if name not in used and not name.endswith(BUFFERS)]
-        if unknown:
-            raise DataError(f"{model_folder} has tensors that its config.json does not account for: {', '.join(sorted(unknown)[:5])}.")
 
 
 def _stored_embeddings(files: WeightFiles, *, architecture: Architecture) -> str:

@@ -49,7 +49,7 @@ def train_rank(job: TrainJob) -> None:
 
 
 def choose_arithmetic(job: TrainJob) -> str:
-    """The number format that a run computes in, written into its folder: whoever goes on with it, on whatever machine, keeps it."""
+    """The number format that a run computes in, written into its folder: the run keeps it when it is continued on another machine."""
     arithmetic = records.arithmetic_of(job.run_folder, dtype=job.config.dtype)
     records.write_machine(job.run_folder, dtype=job.config.dtype, arithmetic=arithmetic)
     return arithmetic

@@ -9,7 +9,7 @@ from .config import DEFAULT_EPOCHS, TrainingConfig
 from .labels import LabelRuns
 from .order import PackOrder
 
-_WORTH_SAYING = 0.1  # share of the sequences that are read once more than asked for: batches are rounded up
+_WORTH_SAYING = 0.1  # share of the sequences that are read one extra time: batches are rounded up
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,7 +49,7 @@ class Reading:
         if self.without_labels:
             yield f"{self.without_labels:,} of {self.segments:,} segments have no token to learn and are left out"
         elif self.tokens_left_out:
-            yield f"{self.tokens_left_out:,} tokens are left out: the long segments that they are in have no token to learn near them"
+            yield f"{self.tokens_left_out:,} tokens of long segments are left out: no token to learn is in their sequence"
         read = self.steps * self.batch
         if self.sequences < self.batch:
             yield (
@@ -63,9 +63,11 @@ class Reading:
                 f"{_count(self.sequences, 'sequence')}, {read / self.sequences:.1f} times"
             )
         elif self.wanted is not None and read > (1 + _WORTH_SAYING) * self.wanted:
+            extra = read - self.wanted
             yield (
                 f"the epochs have {_count(self.wanted, 'sequence')}, and {_count(self.steps, 'step')} of {self.batch} read {read}: "
-                f"{read - self.wanted} are read once more than training.epochs says. Lower training.global_batch_size ({self.batch})"
+                f"{_count(extra, 'sequence')} {'is' if extra == 1 else 'are'} read one extra time. Lower training.global_batch_size "
+                f"({self.batch})"
             )
 
 

@@ -101,7 +101,7 @@ def _message(message: Any, *, number: int) -> Message:
     if not isinstance(message, Mapping):
         raise ValueError(f"message {number} is {_kind(message)}, not an object with a role and a text")
     named = message.get("role") or message.get("from")  # where rows differ, the keys of others are there as null
-    role = _ROLES.get(named) if isinstance(named, str) else None
+    role = _ROLES.get(named.lower()) if isinstance(named, str) else None
     if role is None:
         raise ValueError(f"message {number}: the role ({named!r}) must be one of {', '.join(sorted(_ROLES))}")
     for key in ("tool_calls", "reasoning_content", "thinking"):

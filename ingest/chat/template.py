@@ -68,10 +68,9 @@ class ChatTemplate:
         program = source or _stored_template(folder, config=config)
         if program is None:
             return None
-        tokens = {
-            f"{role}_token": tokenizer.backend.id_to_token(token_id) for role, token_id in tokenizer.roles.items() if token_id is not None
+        names = _named_tokens(tokenizer, program=program) | {
+            name: config.get(name) for name in (f"{role}_token" for role in ROLES) if config.get(name)
         }
-        names = tokens | {name: config.get(name) for name in (f"{role}_token" for role in ROLES) if config.get(name)}
         variables = {name: token["content"] if isinstance(token, dict) else token for name, token in names.items()}
         added = tokenizer.backend.get_added_tokens_decoder().values()
         template = cls(
@@ -241,6 +240,12 @@ class ChatTemplate:
     @cached_property
     def _control_pattern(self) -> re.Pattern[str]:
         return re.compile("|".join(re.escape(token) for token in sorted(self.controls, key=len, reverse=True)) or r"(?!)")
+
+
+def _named_tokens(tokenizer: Tokenizer, *, program: str) -> dict[str, Any]:
+    """The tokens of the roles that a program names; others are no part of its identity."""
+    found = {f"{role}_token": token_id for role, token_id in tokenizer.roles.items()}
+    return {name: tokenizer.backend.id_to_token(token_id) for name, token_id in found.items() if token_id is not None and name in program}
 
 
 def _stored_template(folder: Path, *, config: Mapping[str, Any]) -> str | None:

@@ -1,6 +1,7 @@
 """Conversations through the pipeline: what is masked, what is scored, and what a first-time user may get wrong."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -337,3 +338,20 @@ def test_a_source_that_is_to_read_another_template_is_of_other_inputs_to_the_sta
     states = {(each["kind"], each["name"]): each["state"] for each in json.loads(shown)["wanted"]}
     assert states["distributions", "own"] == "other inputs"
     assert states["distributions", "other"] == "done"
+
+
+def test_what_was_made_when_fewer_roles_were_read_is_kept(project, tmp_path):
+    """As earlier versions, which did not read special_tokens_map.json."""
+    folder = Path(shutil.copytree(project, tmp_path / "project"))
+    for model, token in (("smollm2", "<|im_end|>"), ("llama-2", "</s>"), ("gemma-2", "<eos>")):
+        (folder / "models" / model / "special_tokens_map.json").write_text(json.dumps({"pad_token": token}))
+    assert Tokenizer.from_model_folder(folder / "models" / "smollm2").roles["pad"] is not None
+
+    def states() -> dict[str, str]:
+        shown = fuseline("status", folder / "chat.toml", "-w", folder / "workspace", "--json")
+        return {each["kind"]: each["state"] for each in json.loads(shown)["wanted"] if each["name"] != "pivot--test"}
+
+    made = {kind: states()[kind] for kind in ("corpus", "distributions", "vocab_maps", "alignments", "targets")}
+    assert made == dict.fromkeys(made, "done")
+    shutil.rmtree(folder / "workspace" / "distributions" / "pivot")
+    assert states()["corpus"] == "done"  # its control tokens are still the target's

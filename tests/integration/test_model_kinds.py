@@ -146,7 +146,7 @@ def test_tensors_that_a_target_does_not_have_are_refused_before_anything_is_made
     change(models / "tiny-target", lambda tensors: tensors.update({"vision.weight": torch.zeros(2)}))
     code, output = run("run", project, "-w", project.parent / "workspace", "--models", models)
     assert code == 1
-    assert "has 1 tensors that a llama model does not have, and that training would drop: vision.weight. Use it as a source" in output
+    assert "has 1 tensors that its config.json does not describe, and that training would drop: vision.weight. Use it as a source" in output
     code, output = ingest(project, models)
     assert code == 0  # as a source it can be used
     assert "Beware: model target: 1 tensors in its weights are not used" in output
@@ -161,7 +161,7 @@ def test_what_is_odd_about_a_folder_is_told_each_time_and_found_once(project, mo
         assert code == 0
         assert "Beware: model source: config.json says tie_word_embeddings = true, but an output layer is stored that differs" in output
         assert "Beware: model target: its texts start with [1], and those of AutoTokenizer of transformers with no token" in output
-        assert "set prepends_bos = false for target in the recipe" in output
+        assert "set prepends_bos = false for this model in the recipe" in output
     assert len(list((project.parent / "workspace" / "models").glob("*.json"))) == 2
 
 
@@ -174,7 +174,7 @@ def test_a_revision_of_a_local_folder(project, models):
     code, output = ingest(project, models)
     assert code == 0
     assert "Beware: model source: " in output
-    assert "nothing in it says whether it is revision 'main'" in output
+    assert "whether it is revision 'main' is not known: nothing in it says which revision it is" in output
 
 
 def test_models_of_two_owners_that_are_one_folder(project, models):
@@ -206,5 +206,25 @@ def test_what_was_made_with_another_reading_of_the_tokenizer_is_refused_with_bot
     code, output = run("ingest", "distributions", *arguments)
     assert code == 1
     assert "distributions/source was made from different inputs" in output
-    assert "The tokenizer was read as (bos 1, eos 2, pad None, unk 0, no bos), and is read as (bos 1, " in output
-    assert "unk 0, bos before texts) now, which is what AutoTokenizer or the recipe says" in output
+    assert "Earlier the tokenizer was read as (bos 1, eos 2, pad None, unk 0, no bos). Now it is read as (bos 1, " in output
+    assert "Set prepends_bos = false for the model in the recipe to keep the old reading, or use another --workspace." in output
+
+
+def test_what_was_made_when_fewer_roles_were_read_is_kept(project, models):
+    """As earlier versions, which read neither special_tokens_map.json nor the defaults of the tokenizer's class."""
+    path, arguments = models / "tiny-source" / "tokenizer_config.json", (project, "-w", project.parent / "workspace", "--models", models)
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps(config | {"pad_token": None, "unk_token": None}))
+    assert run("ingest", "corpus", *arguments)[0] == 0
+    assert run("ingest", "distributions", *arguments)[0] == 0
+    folder = project.parent / "workspace" / "distributions" / "source"
+    before = {each: each.read_bytes() for each in folder.rglob("*") if each.is_file()}
+    path.write_text(json.dumps(config | {"pad_token": "</s>", "unk_token": "<unk>"}))
+    code, output = run("ingest", "distributions", *arguments)
+    assert code == 0, output
+    assert {each: each.read_bytes() for each in folder.rglob("*") if each.is_file()} == before
+    path.write_text(json.dumps(config | {"unk_token": None, "eos_token": "<unk>"}))  # another eos is another reading
+    code, output = run("ingest", "distributions", *arguments)
+    assert code == 1
+    assert "Now it is read as (bos 1, eos 0, pad None, unk None, " in output
+    assert "). Use another --workspace." in output

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +24,7 @@ ASKED = (Message("user", "Why?"), Message("assistant", "Because."))
     [
         [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "Because."}],
         [{"from": "human", "value": "Why?"}, {"from": "gpt", "value": "Because."}],
+        [{"from": "Human", "value": "Why?"}, {"from": "GPT", "value": "Because."}],
         {"from": ["human", "gpt"], "value": ["Why?", "Because."]},
         [{"role": None, "content": None, "from": "human", "value": "Why?"}, {"from": "gpt", "value": "Because.", "weight": 1}],
         [{"role": "user", "content": [{"type": "text", "text": "Wh"}, {"text": "y?"}]}, {"role": "model", "content": "Because."}],
@@ -123,6 +125,16 @@ def test_a_model_without_a_template_has_none_and_one_of_several_is_the_default(c
         assert template(chatml).source == EVERY
     finally:
         (tmp_path / "kept").rename(chatml / "chat_template.jinja")
+
+
+def test_tokens_that_the_files_do_not_name_are_told_to_templates_that_ask_for_them(chatml, tmp_path):
+    folder = Path(shutil.copytree(chatml, tmp_path / "model"))
+    config = {key: value for key, value in json.loads((folder / "tokenizer_config.json").read_text()).items() if not key.endswith("_token")}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config | {"tokenizer_class": "Qwen2Tokenizer", "bos_token": "<|im_start|>"}))
+    assert template(folder, EVERY).identity["variables"] == {"bos_token": "<|im_start|>"}  # as before such tokens were known
+    asks = template(folder, EVERY + "{{ eos_token }}")
+    assert asks.identity["variables"] == {"bos_token": "<|im_start|>", "eos_token": "<|endoftext|>"}
+    assert asks.render(ASKED).text.endswith("<|im_end|><|endoftext|>")
 
 
 def test_a_control_token_without_an_embedding_is_told(chatml):

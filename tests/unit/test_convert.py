@@ -306,9 +306,18 @@ def test_a_missing_tensor_is_named(folder, tmp_path):
         damaged(folder, tmp_path, lambda tensors: tensors.pop("model.embed_tokens.weight"))
 
 
+@pytest.mark.parametrize("name", MODELS)
+def test_the_tensors_of_a_configuration_are_those_that_transformers_writes(folder, name):
+    architecture = read_architecture(folder / name, training=TRAINING)
+    assert architecture.tensor_names - {architecture.head} == set(as_transformers_writes(name, folder / name / "model.safetensors")) - {
+        architecture.head
+    }
+
+
 def test_a_tensor_too_many_is_named(folder, tmp_path):
-    with pytest.raises(DataError, match=r"does not account for: .*q_proj\.bias"):
-        damaged(folder, tmp_path, lambda tensors: tensors.update({"model.layers.0.self_attn.q_proj.bias": torch.zeros(64)}))
+    names = ("model.layers.0.self_attn.q_proj.bias", "model.layers.2.mlp.up_proj.weight")
+    with pytest.raises(DataError, match=r"has 2 tensors that its config\.json does not describe.*: .*q_proj\.bias, .*2\.mlp"):
+        damaged(folder, tmp_path, lambda tensors: tensors.update({name: torch.zeros(64) for name in names}))
 
 
 def test_buffers_in_published_folders_are_passed_over(folder, tmp_path):

@@ -59,6 +59,8 @@ def test_a_multimodal_config_is_read_for_its_text(folder):
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({"model_type": "both", "text_config": config}))
     assert check(folder).vocab_size == 600
+    (folder / "config.json").write_text(json.dumps(config | {"text_config": None}))
+    assert check(folder).vocab_size == 600
 
 
 def test_the_digest_is_of_the_content_and_not_of_the_place(folder, tmp_path):

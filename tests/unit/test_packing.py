@@ -288,7 +288,7 @@ def test_data_without_any_label_is_refused(tmp_path):
         ({"global_batch_size": 2, "steps": 5}, None),
         (
             {"global_batch_size": 8, "epochs": 1},
-            r"epochs have 10 sequences, and 2 steps of 8 read 16: 6 are read once more than training\.epochs",
+            r"epochs have 10 sequences, and 2 steps of 8 read 16: 6 sequences are read one extra time\. Lower",
         ),
         ({"global_batch_size": 8, "epochs": 4}, None),
     ],

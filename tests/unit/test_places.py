@@ -30,9 +30,9 @@ def find(models: Path, model: str, *, name: str = "m", revision: str | None = No
 def note_commit(folder: Path, commit: str) -> None:
     """As `hf download --local-dir` does."""
     notes = folder / ".cache" / "huggingface" / "download"
-    (notes / "sub").mkdir(parents=True)
-    for name in ("config.json.metadata", "sub/model.safetensors.metadata"):
-        (notes / name).write_text(f"{commit}\nsome-etag\n1700000000.0\n")
+    notes.mkdir(parents=True)
+    for name in ("config.json", "model.safetensors", "tokenizer.json"):
+        (notes / f"{name}.metadata").write_text(f"{commit}\nsome-etag\n1700000000.0\n")
 
 
 def cached(models_dir: Path, root: Path, commit: str) -> Path:
@@ -84,14 +84,24 @@ def test_a_revision_of_a_named_folder_must_be_known(models_dir, models):
         assert find(models, str(folder), revision=revision).notes == ()
     with pytest.raises(DataError, match=rf"revision \('{OTHER}'\) of the model m must be that of its folder .*tiny \({COMMIT}\)"):
         find(models, str(folder), revision=OTHER)
-    with pytest.raises(UsageError, match="Remove revision"):
+    with pytest.raises(UsageError, match=rf"its files are of the commit {COMMIT}\. Set revision to it\."):
         find(models, str(folder), revision="v1.0")
+    notes = folder / ".cache" / "huggingface" / "download"
+    (folder / "README.md").write_text("of another commit")
+    for name in ("README.md", "model-00001-of-00002.safetensors"):  # the one is not read, and the other is not there
+        (notes / f"{name}.metadata").write_text(f"{OTHER}\nsome-etag\n1700000000.0\n")
+    assert find(models, str(folder), revision=COMMIT).notes == ()
+    (notes / "tokenizer.json.metadata").write_text(f"{OTHER}\nsome-etag\n1700000000.0\n")
+    with pytest.raises(UsageError, match=rf"of the commits {COMMIT} and {OTHER}\. Download all of them again"):
+        find(models, str(folder), revision="main")
 
 
 def test_a_revision_of_a_model_in_the_models_folder_is_compared_or_told(models_dir, models):
     folder = put(models_dir, models / "tiny")
     (note,) = find(models, "org/tiny", revision=COMMIT).remarks
-    assert re.search(rf"tiny is used as it is: nothing in it says whether it is revision '{COMMIT}'\. Remove revision", note)
+    assert re.search(
+        rf"tiny is used as it is, and whether it is revision '{COMMIT}' is not known: nothing in it says .*Remove revision", note
+    )
     note_commit(folder, COMMIT)
     assert list(find(models, "org/tiny", revision=COMMIT).remarks) == []
     with pytest.raises(DataError, match="must be that of its folder"):

@@ -4,7 +4,6 @@ To add one, write a module with a `read` that gives the `Architecture` of a conf
 wrong, list it in `FAMILIES`, and add tiny configurations to `tests/unit/test_convert.py`, which compares it with transformers.
 """
 
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -78,13 +77,12 @@ def _require_fit(architecture: Architecture, *, model_folder: Path, training: Tr
 
 
 def _require_known_tensors(architecture: Architecture, *, model_folder: Path) -> None:
-    """Raise DataError for tensors that no such model has: the trainer would drop them."""
-    patterns = [f"{hf}.{kind}" for rule in architecture.rules.values() for hf in rule.hf for kind in ("weight", "bias")]
-    known = {spelling for pattern in patterns for spelling in spellings(pattern)}
-    stored = [name for path in weight_files(model_folder) for name in tensors_of(path) if not name.endswith(BUFFERS)]
-    unknown = sorted(name for name in stored if re.sub(r"(?<=\.)\d+(?=\.)|^\d+(?=\.)", "{}", name) not in known)
+    """Raise DataError for tensors that the model does not have by its configuration: the trainer would drop them."""
+    known = {spelling for name in architecture.tensor_names for spelling in spellings(name)}
+    stored = [name for path in weight_files(model_folder) for name in tensors_of(path)]
+    unknown = sorted(name for name in stored if name not in known and not name.endswith(BUFFERS))
     if unknown:
         raise DataError(
-            f"{model_folder} has {len(unknown)} tensors that a {architecture.model_type} model does not have, and that training would "
-            f"drop: {', '.join(unknown[:5])}. Use it as a source, or save the model again without them."
+            f"{model_folder} has {len(unknown)} tensors that its config.json does not describe, and that training would drop: "
+            f"{', '.join(unknown[:5])}. Use it as a source, or save the model again without them."
         )

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from ...store.errors import DataError, UsageError
-from ...store.tied import HEADS
+from ...store.tied import HEADS, has_own_head
 from ...store.weights import EMBEDDINGS
 from ..weight_files import BUFFERS, FlatTensor, flat_tensors
 from .config import MergeConfig
@@ -118,14 +118,14 @@ def _read(folder: Path, *, label: str, stack: ExitStack) -> _Model:
             "tie_word_embeddings = true in config.json."
         )
     if settings.is_tied and heads:
-        embeddings = next((name for name in tensors if name.endswith(EMBEDDINGS)), heads[0])
-        for head in heads:
-            if not _equal(tensors[head], tensors[embeddings]):
-                raise DataError(
-                    f"{head} of {label} must equal its {embeddings}, because its config.json says tie_word_embeddings = true. "
-                    "Correct config.json, or save the model again."
-                )
-            if head != embeddings:
+        if has_own_head(folder):
+            raise DataError(
+                f"{label} stores an output layer, {heads[0]}, that differs from its embeddings, and its config.json says "
+                "tie_word_embeddings = true. transformers uses the stored one. Set tie_word_embeddings = false in config.json, or remove "
+                f"{heads[0]} from the weights if the embeddings are the output layer."
+            )
+        if any(name.endswith(EMBEDDINGS) for name in tensors):
+            for head in heads:
                 del tensors[head]  # a copy, which readers of the model make themselves
     return _Model(settings=settings, tensors=tensors)
 
