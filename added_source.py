@@ -9,11 +9,11 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from .ingest.hub import expanded
 from .ingest.models import ModelConfig
 from .recipe import Recipe, load_recipe, parse_recipe
 from .store import durable
 from .store.errors import UsageError
+from .store.paths import expanded
 from .store.user_text import decode_user_text
 
 

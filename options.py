@@ -10,8 +10,8 @@ from typing import Any, Self, TypeVar
 
 import click
 
-from .ingest.hub import expanded
 from .store.errors import FuselineError
+from .store.paths import expanded
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 

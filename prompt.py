@@ -13,9 +13,9 @@ from prompt_toolkit.key_binding.key_processor import KeyPressEvent
 from prompt_toolkit.lexers import PygmentsLexer
 from pygments.lexers.sql import SqlLexer
 
-from .ingest.hub import expanded
 from .store.database import Database
 from .store.errors import FuselineError
+from .store.paths import expanded
 
 _KEYWORDS = """
     SELECT FROM WHERE GROUP BY ALL ORDER LIMIT JOIN LEFT USING ON AND OR NOT IN BETWEEN LIKE IS NULL AS DISTINCT HAVING WITH CASE WHEN THEN

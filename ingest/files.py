@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Literal
 
 from ..store.errors import DataError
+from ..store.paths import as_text
 from .digests import file_digest
 
 Kind = Literal["parquet", "json", "csv", "txt"]
@@ -157,11 +158,6 @@ def _what(path: Path) -> tuple[Kind | None, str | None, str]:
 
 def _listed(path: Path, *, name: str, kind: Kind, compression: str | None) -> CorpusFile:
     return CorpusFile(path=path, name=as_text(name), kind=kind, compression=compression, size=path.stat().st_size, state=_state(path))
-
-
-def as_text(path: Path | str) -> str:
-    """A path to be shown or stored: names of files are bytes, and need not be text."""
-    return os.fsencode(path).decode(errors="backslashreplace")
 
 
 def _state(path: Path) -> tuple[int, ...]:

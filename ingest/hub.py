@@ -7,16 +7,9 @@ from pathlib import Path
 from typing import TypeGuard
 
 from ..store.errors import DataError
+from ..store.paths import expanded
 
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")  # of a model or a dataset
-
-
-def expanded(path: str) -> Path:
-    """A path with `~` for the home folder; every other character stands for itself."""
-    try:
-        return Path(path).expanduser()
-    except RuntimeError:  # no such user: the folder is called so
-        return Path(path)
 
 
 def is_cache_unwritable(error: BaseException) -> TypeGuard[OSError]:

@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..store.errors import DataError, UsageError
+from ..store.paths import expanded
 from ..store.weights import weight_files
 from .digests import snapshot_commit
-from .hub import HUB_ID, cache_unwritable, expanded, is_cache_unwritable
+from .hub import HUB_ID, cache_unwritable, is_cache_unwritable
 
 if TYPE_CHECKING:
     from .models import ModelConfig

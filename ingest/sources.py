@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from ..store.errors import DataError, UsageError
+from ..store.paths import as_text, expanded
 from .digests import snapshot_commit
-from .files import COMPRESSIONS, KINDS, CorpusFile, FileList, as_text, list_files
+from .files import COMPRESSIONS, KINDS, CorpusFile, FileList, list_files
 from .formats import column_names, read_rows
-from .hub import HUB_ID, cache_unwritable, expanded, is_cache_unwritable
+from .hub import HUB_ID, cache_unwritable, is_cache_unwritable
 from .rows import BATCH_ROWS, Columns, Rows, require_columns
 
 _HUB_FILES = [*(f"*{kind}{packed}" for kind in KINDS for packed in ("", *COMPRESSIONS)), "README.md"]

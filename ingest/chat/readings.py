@@ -4,9 +4,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ...store.errors import DataError, UsageError
+from ...store.paths import expanded
 from ...store.tokenizer import Tokenizer
 from ...store.user_text import read_user_text
-from ..hub import expanded
 from ..models import ModelFolder
 from .config import ChatConfig
 from .reader import ConversationsReader, Rendering

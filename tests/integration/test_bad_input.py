@@ -9,21 +9,13 @@ from pathlib import Path
 
 import polars as pl
 import pytest
-from click.testing import CliRunner
-from fuseline.cli import main
 from fuseline.store.dataset import Dataset
-from workspaces import RECIPE, contents, start, wait_for, write_project
+from workspaces import RECIPE, contents, run, start, wait_for, write_project
 
 
 @pytest.fixture
 def project(tmp_path, corpus_texts) -> Path:
     return write_project(tmp_path / "project", texts=corpus_texts)
-
-
-def run(*arguments: object) -> tuple[int, str]:
-    result = CliRunner().invoke(main, [str(argument) for argument in arguments])
-    assert result.exception is None or isinstance(result.exception, SystemExit), result.exc_info
-    return result.exit_code, result.output
 
 
 def ingest_corpus(project: Path, models_dir: Path) -> tuple[int, str]:

@@ -7,10 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from click.testing import CliRunner
-from fuseline.cli import main
 from safetensors.torch import load_file, save_file
-from workspaces import RECIPE, write_project
+from workspaces import RECIPE, run, write_project
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 ADAPTER = {"base_model_name_or_path": "org/the-base", "peft_type": "LORA", "r": 4}
@@ -25,12 +23,6 @@ def models(models_dir, tmp_path) -> Path:
 @pytest.fixture
 def project(tmp_path, corpus_texts) -> Path:
     return write_project(tmp_path / "project", texts=corpus_texts)
-
-
-def run(*arguments: object) -> tuple[int, str]:
-    result = CliRunner().invoke(main, [str(argument) for argument in arguments])
-    assert result.exception is None or isinstance(result.exception, SystemExit), result.exc_info
-    return result.exit_code, result.output
 
 
 def ingest(project: Path, models: Path) -> tuple[int, str]:

@@ -11,6 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import polars as pl
+from click.testing import CliRunner
+from fuseline.cli import main
 from fuseline.store.dataset import Dataset
 from fuseline.store.workspace import Workspace
 
@@ -56,6 +58,13 @@ def write_project(folder: Path, *, texts: list[str], recipe: str = RECIPE) -> Pa
     pl.DataFrame(columns).write_parquet(folder / "corpus.parquet")
     (folder / "recipe.toml").write_text(recipe)
     return folder / "recipe.toml"
+
+
+def run(*arguments: object) -> tuple[int, str]:
+    """Run `fuseline` in this process: its exit code and all that it prints. An error that is none of a user's fails the test."""
+    result = CliRunner().invoke(main, [str(argument) for argument in arguments])
+    assert result.exception is None or isinstance(result.exception, SystemExit), result.exc_info
+    return result.exit_code, result.output
 
 
 def start(*arguments: object, log: Path | None = None) -> subprocess.Popen:

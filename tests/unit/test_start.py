@@ -1,4 +1,4 @@
-"""A start that is not the model of the stored distributions is told; rounding alone is not."""
+"""A start that is not the model of the stored distributions gives a warning; rounding alone gives none."""
 
 from pathlib import Path
 
