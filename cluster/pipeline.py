@@ -105,7 +105,7 @@ class Pipeline:
             raise UsageError(
                 f"evaluation.split ({self.recipe.evaluation.split!r}) must be one of the corpus's splits ({', '.join(splits)}). "
                 "Hold out some documents, for example with corpus.held_out_fraction = 0.05, or name the files of each split in "
-                "[corpus.splits], or name another split than train."
+                "[corpus.splits], or set evaluation.split to a split other than train."
             )
         summary = stage.plan.summary
         left_out = [f"{summary[reason]:,} {reason}" for reason in ("duplicates", "empty", "refused") if summary.get(reason)]

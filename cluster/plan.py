@@ -8,7 +8,8 @@ from typing import Any
 
 from ..ingest.chat.readings import CorpusTemplate
 from ..ingest.corpus import choose_documents, corpus_source, parts_of
-from ..ingest.models import ModelConfig, find_model
+from ..ingest.models import find_model, require_different_folders
+from ..ingest.places import find_place
 from ..recipe import Recipe
 from ..store.errors import DataError, UsageError
 from ..store.machine import arithmetic_for, flops, has_gpu, threads
@@ -71,7 +72,7 @@ def plan(recipe: Recipe, *, base: Path, models_dir: Path, workspace: Workspace) 
     """
     train, held_out = _splits(recipe, base=base, workspace=workspace, models_dir=models_dir)
     tokens = train.text_bytes / BYTES_PER_TOKEN
-    models = [_model(config, base=base, models_dir=models_dir) for config in recipe.models]
+    models = _models(recipe, base=base, models_dir=models_dir)
     target, k, codec = models[0], recipe.distributions.top_k, recipe.distributions.codec
 
     def planned(stage: str, folder: str, *, parts: int, tokens: float = tokens, stored: float, **work: Any) -> PlannedStage:
@@ -191,11 +192,20 @@ def _splits(recipe: Recipe, *, base: Path, workspace: Workspace, models_dir: Pat
     return total("train"), total(recipe.evaluation.split)
 
 
-def _model(config: ModelConfig, *, base: Path, models_dir: Path) -> _Model:
-    if config.expected_parameters and config.expected_vocab_size:
-        return _Model(name=config.name, parameters=config.expected_parameters, vocab_size=config.expected_vocab_size, dtype=config.dtype)
-    try:
-        folder = find_model(config, models_dir=models_dir, base=base, download=False)
-    except DataError as error:
-        raise UsageError(f"{error}\nTo plan without it, say expected_parameters and expected_vocab_size of this model.") from error
-    return _Model(name=config.name, parameters=folder.n_parameters, vocab_size=folder.vocab_size, dtype=config.dtype)
+def _models(recipe: Recipe, *, base: Path, models_dir: Path) -> list[_Model]:
+    """The models of a recipe: as it expects them, else as they are found. Whether transformers reads them alike is left to a run."""
+    models, found = [], []
+    for config in recipe.models:
+        if config.expected_parameters and config.expected_vocab_size:
+            sizes = config.expected_parameters, config.expected_vocab_size
+            models.append(_Model(name=config.name, parameters=sizes[0], vocab_size=sizes[1], dtype=config.dtype))
+            continue
+        try:
+            find_place(config, models_dir=models_dir, base=base, download=False)
+        except DataError as error:
+            raise UsageError(f"{error}\nTo plan without it, set expected_parameters and expected_vocab_size of this model.") from error
+        found.append(find_model(config, models_dir=models_dir, base=base, download=False))
+        sizes = found[-1].n_parameters, found[-1].vocab_size
+        models.append(_Model(name=config.name, parameters=sizes[0], vocab_size=sizes[1], dtype=config.dtype))
+    require_different_folders(found)
+    return models

@@ -18,7 +18,8 @@ from .digests import file_digest
 Kind = Literal["parquet", "json", "csv", "txt"]
 KINDS: dict[str, Kind] = {".parquet": "parquet", ".jsonl": "json", ".ndjson": "json", ".json": "json", ".csv": "csv", ".txt": "txt"}
 COMPRESSIONS = {".gz": "gzip", ".bz2": "bzip2", ".xz": "xz", ".zst": "zstd"}
-_READ = f"{', '.join(KINDS)} are read; but for .parquet also compressed ({', '.join(COMPRESSIONS)})"
+_READ = f"{', '.join(KINDS)} are read; all but .parquet may be compressed ({', '.join(COMPRESSIONS)})"
+_ARCHIVES = {".zip", ".tar", ".tgz", ".7z", ".rar"}
 _NOTES = {"dataset_infos.json", "dataset_info.json", "dataset_dict.json", "state.json"}  # what `datasets` leaves beside the data
 _SYSTEM_FOLDERS = {"__MACOSX"}  # what macOS adds to archives
 _SHOWN = 5  # names in a message
@@ -153,7 +154,8 @@ def _what(path: Path) -> tuple[Kind | None, str | None, str]:
     kind = KINDS.get(data[0]) if data else None
     if kind == "parquet" and compression:
         return None, None, "compressed Parquet is not read: decompress it"
-    return kind, compression, "another kind of file"
+    is_archive = bool(_ARCHIVES & set(suffixes))
+    return kind, compression, "an archive: unpack it" if is_archive else "another kind of file"
 
 
 def _listed(path: Path, *, name: str, kind: Kind, compression: str | None) -> CorpusFile:

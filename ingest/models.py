@@ -59,7 +59,12 @@ class ModelFolder:
             config = read_json(self.folder / "config.json")
             return config.get("text_config") or config
         except (OSError, ValueError, AttributeError) as error:
-            raise DataError(f"{self.folder} is not a model folder: config.json cannot be read ({error}).") from error
+            what = f"config.json cannot be read ({getattr(error, 'strerror', None) or error})"
+            if next(self.folder.glob("*.gguf"), None) is not None:
+                what = "it holds GGUF, which is not read"
+            raise DataError(
+                f"{self.folder} is not a model folder: {what}. Name a folder with config.json and safetensors files."
+            ) from error
 
     @cached_property
     def weight_files(self) -> list[Path]:

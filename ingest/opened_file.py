@@ -24,7 +24,7 @@ _DECOMPRESSORS: dict[str, Callable[[IO[bytes]], Any]] = {
     "zstd": lambda stored: pa.CompressedInputStream(pa.PythonFile(stored, "r"), "zstd"),
 }
 _BUFFER_BYTES = 1 << 20
-_CONVERT = "Convert the file to UTF-8, for example with iconv."
+_CONVERT = "Convert the file to UTF-8, for example with: iconv -f WINDOWS-1252 -t UTF-8."
 
 
 @contextmanager
@@ -53,13 +53,13 @@ def _decompressed(stored: io.BufferedReader, compression: str | None) -> io.Buff
     return stored if compression is None else io.BufferedReader(_DECOMPRESSORS[compression](stored), _BUFFER_BYTES)
 
 
-def decoded(data: bytes, *, file: CorpusFile, line: int | None = None) -> str:
+def decoded(data: bytes, *, file: CorpusFile, line: int = 1) -> str:
     """The text of some bytes.
 
     Args:
         data: of the file.
         file: for the message.
-        line: number of the first line of the bytes; None where there is only one place to name.
+        line: number of the first line of the bytes.
 
     Raises:
         DataError: they are not UTF-8.
@@ -67,6 +67,5 @@ def decoded(data: bytes, *, file: CorpusFile, line: int | None = None) -> str:
     try:
         return data.decode()
     except UnicodeDecodeError as error:
-        lines = data.count(b"\n", 0, error.start)
-        where = f"{file.where}, line {line + lines}" if line else f"{file.where}"
-        raise DataError(f"{where}: is not valid UTF-8 ({error}). {_CONVERT}") from error
+        number = line + data.count(b"\n", 0, error.start)
+        raise DataError(f"{file.where}, line {number}: is not valid UTF-8 (byte 0x{data[error.start]:02x}). {_CONVERT}") from error

@@ -85,7 +85,8 @@ def require_columns(wanted: Sequence[str], *, names: Sequence[str], where: str) 
     """Raise DataError unless each of these columns is there, and once."""
     for column in wanted:
         if column not in names:
-            raise DataError(f"{where} has no column {column!r}; it has: {', '.join(map(str, names))}.")
+            there = ", ".join(map(str, names))
+            raise DataError(f"{where} has no column {column!r}; it has: {there}. Name the columns that it has in the recipe's [corpus].")
         if list(names).count(column) > 1:
             raise DataError(f"{where} has several columns named {column!r}. Rename all but one of them.")
 

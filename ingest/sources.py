@@ -240,7 +240,7 @@ def open_source(
 
 
 def _snapshot(path: str, *, local: Path, revision: str | None, download: bool) -> Path:
-    if not HUB_ID.fullmatch(path):
+    if not HUB_ID.fullmatch(path) or Path(path).suffix in {*KINDS, *COMPRESSIONS}:
         raise DataError(f"corpus.path: there is no file or folder {local.absolute()}. Correct the path in the recipe.")
     import huggingface_hub
 

@@ -314,7 +314,7 @@ def test_invalid_utf8_in_parquet_and_in_text_files_is_told_with_its_place(tmp_pa
     (tmp_path / "txt").mkdir()
     (tmp_path / "txt" / "good.txt").write_bytes(b"fine")
     (tmp_path / "txt" / "latin1.txt").write_bytes(b"caf\xe9")
-    with pytest.raises(DataError, match=r"latin1\.txt: is not valid UTF-8"):
+    with pytest.raises(DataError, match=r"latin1\.txt, line 1: is not valid UTF-8 \(byte 0xe9\)"):
         chosen_from(tmp_path / "txt")
 
 
