@@ -80,6 +80,11 @@ def pickle_only(folder: Path) -> None:
     torch.save({}, folder / "pytorch_model.bin")
 
 
+def gguf_only(folder: Path) -> None:
+    (folder / "config.json").unlink()
+    (folder / "model.safetensors").rename(folder / "model.gguf")
+
+
 def without_a_file_of_two(folder: Path) -> None:
     split_weights(folder)
     (folder / "model-00002-of-00002.safetensors").unlink()
@@ -114,6 +119,7 @@ def file(name: str, text: str) -> Callable[[Path], None]:
         (config(vocab_size=500), r"vocab_size of config\.json \(500\) must equal the rows of model\.embed_tokens\.weight .*\(600\)"),
         (config(vocab_size="600"), r"config\.json says no vocab_size"),
         (lambda folder: (folder / "config.json").unlink(), r"model is not a model folder: config\.json cannot be read"),
+        (gguf_only, r"model is not a model folder: it holds GGUF, .* Name a folder with config\.json and safetensors"),
         (file("config.json", '{"vocab'), r"model is not a model folder: config\.json cannot be read"),
         (file("config.json", "[]"), r"model is not a model folder: config\.json cannot be read"),
         (file("config.json", "{}"), r"config\.json says no vocab_size"),

@@ -60,3 +60,21 @@ def test_the_demo_says_how_long_it_takes_before_it_looks_for_its_models(machine,
     how_long = f"This takes about {round(seconds_here(stages) / 60)} minutes here (1 thread)"
     assert first == f"{how_long}, downloads apart, if nothing else runs on the machine."
     assert "SmolLM2-135M-Instruct" in "".join(rest)
+
+
+@pytest.mark.parametrize(
+    ("models", "code", "message"),
+    [
+        (["alice/tiny-source", "bob/tiny-source"], 1, "are different ones, and both are found in the same folder"),
+        (["alice/nowhere"], 2, "To plan without it, set expected_parameters and expected_vocab_size"),
+    ],
+)
+def test_a_dry_run_refuses_what_a_run_refuses_by_name_and_folder(tmp_path, models_dir, models, code, message):
+    (tmp_path / "texts.txt").write_text("a text")
+    sources = "".join(f'[[sources]]\nname = "s{number}"\nmodel = "{model}"\n' for number, model in enumerate(models))
+    (tmp_path / "recipe.toml").write_text(f'[corpus]\npath = "texts.txt"\n[target]\nname = "t"\nmodel = "tiny-target"\n{sources}')
+    result = CliRunner().invoke(
+        main, ["run", str(tmp_path / "recipe.toml"), "--dry-run", "--models", str(models_dir), "-w", str(tmp_path / "w")]
+    )
+    assert (result.exit_code, message in result.output) == (code, True), result.output
+    assert code == 2 or "expected_parameters" not in result.output

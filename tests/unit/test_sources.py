@@ -211,6 +211,7 @@ def test_sources_travel_to_workers(tmp_path, snapshot):
         ("a.jsonl.bz2", b"not bzip2", r"a\.jsonl\.bz2 cannot be read: "),
         ("a.parquet", b"not parquet", r"a\.parquet cannot be read: ArrowInvalid"),
         ("a.txt", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", r"a\.txt is a pointer of Git LFS.*git lfs pull"),
+        ("a.jsonl.tar.gz", b"x", r"a\.jsonl\.tar\.gz is no data file \(an archive: unpack it\)"),
         ("a.parquet.gz", b"x", r"a\.parquet\.gz is no data file \(compressed Parquet is not read: decompress it\)"),
     ],
 )
