@@ -228,7 +228,7 @@ def show_estimate(recipe: Path, *, workspace: Path, models_dir: Path) -> None:
     seconds = seconds_here(plan(load_recipe(recipe), base=recipe.parent, models_dir=models_dir, workspace=Workspace(workspace)))
     if seconds:
         minutes, n = max(1, round(seconds / 60)), threads()
-        text = f"This takes about {minutes} minute{'s' * (minutes != 1)} here ({n} thread{'s' * (n != 1)})"
+        text = f"This takes {minutes} to {2 * minutes} minutes here ({n} thread{'s' * (n != 1)})"
         click.echo(f"{text}, downloads apart, if nothing else runs on the machine.", err=True)
 
 
