@@ -63,7 +63,7 @@ class LocalCrew:
         self._connections[worker], theirs = Pipe()
         with theirs, (self._assignment.run_folder / "logs" / f"{worker}.log").open("ab") as log:
             self._processes[worker] = subprocess.Popen(
-                [sys.executable, "-m", f"{__package__}.local_worker", str(theirs.fileno())],
+                [sys.executable, "-P", "-m", f"{__package__}.local_worker", str(theirs.fileno())],
                 env=environment,
                 stdin=subprocess.DEVNULL,
                 stdout=log,

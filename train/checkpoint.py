@@ -20,7 +20,6 @@ from ..store.errors import DamagedPart, FingerprintMismatch
 from ..store.trainings import checkpoint_damage, checkpoint_folder, seal_checkpoint
 from . import records
 from .megatron import (
-    CheckpointingException,
     DistributedDataParallel,
     MegatronOptimizer,
     TorchDistSaveShardedStrategy,
@@ -106,9 +105,11 @@ class Checkpoints:
             if damage is not None:
                 raise ValueError(damage)
             state = dist_checkpointing.load(self._sharded_state(loading=True), str(folder))
-        except (OSError, KeyError, EOFError, ValueError, RuntimeError, CheckpointingException, CheckpointException) as error:
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
-            raise DamagedPart(f"The checkpoint {folder} cannot be read ({reason}). Remove it to go on from the one before.") from error
+        except FingerprintMismatch:
+            raise
+        except (Exception, CheckpointException) as error:  # what is no checkpoint fails anywhere
+            remedy = "Remove it to go on from the one before."
+            raise DamagedPart(f"The checkpoint {folder} cannot be read ({_reason(error)}). {remedy}") from error
         self._model.module.load_state_dict(state["model"])
         load_state(self._optimizer, state=state["optimizer"], step=step)
         return step
@@ -123,6 +124,13 @@ class Checkpoints:
         }
         model = self._model.module.sharded_state_dict(metadata=metadata)
         return {"model": model, "optimizer": self._optimizer.sharded_state_dict(model, is_loading=loading, metadata=metadata)}
+
+
+def _reason(error: BaseException) -> str:
+    """The first line of what an error says; of several ranks' errors, of one of them."""
+    if isinstance(error, CheckpointException) and error.failures:
+        error = next(iter(error.failures.values()))[0]
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def _require_version(version: int, *, folder: Path) -> None:

@@ -180,13 +180,20 @@ class TrainJob(BaseModel):
         """Read `<run_folder>/job.json`.
 
         Raises:
-            DataError: it is missing or not a job.
+            DataError: it is missing or not a job, or one that would write outside the workspace of this run folder.
         """
         path = run_folder / "job.json"
         try:
-            return cls.model_validate_json(path.read_bytes())
+            job = cls.model_validate_json(path.read_bytes())
         except (OSError, ValidationError) as error:
             raise DataError(f"{path} cannot be read as a training job: {error}") from error
+        place, exported = run_folder.resolve(), job.export_folder.resolve()
+        if job.run_folder.resolve() != place or exported.parent not in (place, place.parent.parent / "exports"):
+            raise DataError(
+                f"{path} is the job of another folder: it writes to {job.run_folder} and {job.export_folder}. "
+                "Write it again with: fuseline train RECIPE --prepare."
+            )
+        return job
 
     def save(self) -> None:
         """Write `job.json` into the run folder, making the folder if need be."""

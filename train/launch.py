@@ -1,24 +1,22 @@
-"""Starts a training job as `torchrun` ranks on this machine, follows its metrics, and turns a failure into one telling error."""
+"""Starts a training job as ranks on this machine, follows its metrics, and turns a failure into one telling error."""
 
 import contextlib
 import json
 import os
 import re
 import signal
-import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-
-import psutil
 
 from ..store.errors import FuselineError
 from ..store.machine import usable_cores
 from . import records
 from .config import TrainJob
-from .rank import ERROR_PREFIX, die_with_parent
+from .rank import ERROR_PREFIX
+from .ranks import Ranks
 
 _POLL_SECONDS = 0.2
 
@@ -43,31 +41,17 @@ def launch(job: TrainJob, *, on_metrics: Callable[[records.Record], None]) -> No
     logs = job.run_folder / "logs" / time.strftime("%Y%m%d-%H%M%S")
     logs.mkdir(parents=True)
     follower = _Follower(job.run_folder)
-    # Files, not pipes: a process that outlives its rank would hold a pipe open and hang whoever reads it.
-    with (logs / "torchrun.log").open("wb") as output:
-        process = subprocess.Popen(
-            _command(job, logs=logs),
-            env=os.environ | _environment(job),
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,  # a Ctrl-C reaches the ranks once, through `_stopping`
-            preexec_fn=_begin,
-        )
-    with _stopping(process, run_folder=job.run_folder):
-        while process.poll() is None:
-            time.sleep(_POLL_SECONDS)
-            for record in follower.new_records():
-                on_metrics(record)
-    for record in follower.new_records():
-        on_metrics(record)
-    if process.returncode or records.read_done(job.run_folder) is None:
-        raise _failure(job, logs=logs)
-
-
-def _command(job: TrainJob, *, logs: Path) -> list[str]:
-    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={job.config.world_size}"]
-    return [sys.executable, *torchrun, f"--log-dir={logs}", "--redirects=3", "-m", f"{__package__}", str(job.run_folder)]
+    command = [sys.executable, "-P", "-m", f"{__package__}", str(job.run_folder)]  # -P: no module of the current folder is imported
+    with Ranks(command, n=job.config.world_size, environment=_environment(job), logs=logs) as ranks:
+        with _stopping(ranks, run_folder=job.run_folder):
+            while ranks.are_running():
+                time.sleep(_POLL_SECONDS)
+                for record in follower.new_records():
+                    on_metrics(record)
+        for record in follower.new_records():
+            on_metrics(record)
+        if ranks.first_failed is not None or records.read_done(job.run_folder) is None:
+            raise _failure(job, logs=ranks.logs)
 
 
 def _environment(job: TrainJob) -> dict[str, str]:
@@ -76,19 +60,11 @@ def _environment(job: TrainJob) -> dict[str, str]:
     return {"OMP_NUM_THREADS": threads, "PYTHONUNBUFFERED": "1", "PYTHONIOENCODING": "utf-8"}
 
 
-def _begin() -> None:
-    """In `torchrun`, before it starts: SIGUSR1 would end it, and is for the ranks, which handle it themselves."""
-    die_with_parent()
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
-
-
 @contextlib.contextmanager
-def _stopping(process: "subprocess.Popen[bytes]", *, run_folder: Path) -> Iterator[None]:
+def _stopping(ranks: Ranks, *, run_folder: Path) -> Iterator[None]:
     """On a signal or an error, ask the ranks for a last checkpoint and wait for them; a second Ctrl-C ends them at once.
 
     The signals are Ctrl-C, SIGTERM, and SIGUSR1, by which Slurm can announce the end of a job's time.
-
-    They go to the ranks themselves: `torchrun`, asked to stop, kills them after 30 seconds, which may be less than a step.
     """
     in_main_thread = threading.current_thread() is threading.main_thread()  # the only one that may handle signals
     before = {number: signal.signal(number, _exit) for number in (signal.SIGTERM, signal.SIGUSR1)} if in_main_thread else {}
@@ -96,12 +72,9 @@ def _stopping(process: "subprocess.Popen[bytes]", *, run_folder: Path) -> Iterat
         yield
     except BaseException:
         print("Stopping with a checkpoint after this step; Ctrl-C again stops at once.", file=sys.stderr, flush=True)
-        try:
-            _ask_to_stop(process)
-            process.wait()
-        except BaseException:
-            process.kill()
-            raise
+        ranks.ask_to_stop()
+        while ranks.are_running():
+            time.sleep(_POLL_SECONDS)
         step = records.last_checkpoint(run_folder)
         if step is not None and records.read_done(run_folder) is None:
             print(f"The checkpoint of step {step} is saved. Run the same command to go on.", file=sys.stderr, flush=True)
@@ -113,16 +86,6 @@ def _stopping(process: "subprocess.Popen[bytes]", *, run_folder: Path) -> Iterat
 
 def _exit(number: int, _: object) -> None:
     sys.exit(128 + number)
-
-
-def _ask_to_stop(process: "subprocess.Popen[bytes]") -> None:
-    try:
-        ranks = psutil.Process(process.pid).children()
-    except psutil.NoSuchProcess:
-        return
-    for rank in ranks or [process]:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            rank.send_signal(signal.SIGTERM)
 
 
 class _Follower:
@@ -152,18 +115,17 @@ class _Follower:
         return self._path.stat().st_ino if self._path.exists() else None
 
 
-def _failure(job: TrainJob, *, logs: Path) -> FuselineError:
-    rank_logs = sorted(logs.glob("*/attempt_0/*/stderr.log"), key=lambda path: int(path.parent.name))
-    for path in rank_logs:
+def _failure(job: TrainJob, *, logs: Sequence[Path]) -> FuselineError:
+    for path in logs:
         lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
         for line in lines:
             if line.startswith(ERROR_PREFIX):
                 return FuselineError(f"{line.removeprefix(ERROR_PREFIX)} (log: {path})")
-    for path in [*rank_logs, logs / "torchrun.log"]:
+    for path in logs:
         last = _telling_line(path)
         if last:
             return FuselineError(f"The training of {job.config.name} failed: {last} (log: {path})")
-    return FuselineError(f"The training of {job.config.name} failed without a message (logs: {logs})")
+    return FuselineError(f"The training of {job.config.name} failed without a message (logs: {logs[0].parent})")
 
 
 def _telling_line(path: Path) -> str | None:

@@ -12,7 +12,6 @@ VERSION = "0.16.1"
 
 with warnings.catch_warnings(action="ignore"):
     from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
-    from megatron.core.dist_checkpointing.core import CheckpointingException
     from megatron.core.dist_checkpointing.strategies import filesystem_async
     from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
@@ -29,7 +28,6 @@ with warnings.catch_warnings(action="ignore"):
     from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
 __all__ = [
-    "CheckpointingException",
     "DistributedDataParallel",
     "DistributedDataParallelConfig",
     "GPTModel",

@@ -1,4 +1,4 @@
-"""What a process that `torchrun` started does: hold the run folder's lock, train, and turn errors into one line and an exit code."""
+"""What one rank does: hold the run folder's lock, train, and turn errors into one line and an exit code."""
 
 import contextlib
 import ctypes
@@ -16,6 +16,7 @@ from . import records
 from .config import TrainJob
 
 ERROR_PREFIX = "fuseline.train: error: "
+MEETING = "FUSELINE_RANKS"  # in the environment of ranks that `Ranks` started: the file in which they meet; those of `torchrun` have none
 _PR_SET_PDEATHSIG = 1
 
 
@@ -34,7 +35,7 @@ def main(run_folder: Path) -> int:
 
 
 def train_rank(job: TrainJob) -> None:
-    """Train as the rank that the environment of `torchrun` describes.
+    """Train as the rank that the environment describes.
 
     Raises:
         FuselineError: anything the user can mend; also after a SIGTERM, when a checkpoint was saved.

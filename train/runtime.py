@@ -25,6 +25,10 @@ from ..store.machine import use_threads
 from .config import TrainingConfig
 from .loss import CHUNK_ELEMENTS
 from .megatron import DistributedDataParallelConfig, parallel_state, random, require_version, tensor_parallel
+from .rank import MEETING
+from .unpickling import known_classes_only
+
+_TIMEOUT = timedelta(minutes=30)  # of a message, which waits for the slowest rank
 
 # Dense bfloat16 operations per second by the makers' data sheets, by what a GPU's name contains; the first that fits counts.
 _PEAK_FLOPS = (
@@ -156,7 +160,7 @@ class Runtime:
 
 @contextlib.contextmanager
 def open_runtime(config: TrainingConfig, *, choose_arithmetic: Callable[[], str]) -> Iterator[Runtime]:
-    """Join the process group that `torchrun` describes in the environment; leave it at the end.
+    """Join the process group that `Ranks` or `torchrun` describe in the environment; leave it at the end.
 
     `choose_arithmetic` gives the number format to compute in, for all ranks, and is called on the first.
 
@@ -184,9 +188,16 @@ def open_runtime(config: TrainingConfig, *, choose_arithmetic: Callable[[], str]
     device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(minutes=30), device_id=device if cuda else None)
+    dist.init_process_group(
+        "nccl" if cuda else "gloo",
+        store=_meeting(world_size),
+        rank=rank,
+        world_size=world_size,
+        timeout=_TIMEOUT,
+        device_id=device if cuda else None,
+    )
     try:
-        with warnings.catch_warnings(), contextlib.nullcontext() if cuda else without_cuda():
+        with warnings.catch_warnings(), known_classes_only(), contextlib.nullcontext() if cuda else without_cuda():
             # Megatron-core calls torch's collectives by names that newer ones have.
             warnings.filterwarnings("ignore", "`torch.distributed.* is deprecated", FutureWarning)
             parallel_state.initialize_model_parallel(config.tensor_parallel, create_gloo_process_groups=cuda)
@@ -210,6 +221,16 @@ def open_runtime(config: TrainingConfig, *, choose_arithmetic: Callable[[], str]
             _leave()
         raise
     _leave()
+
+
+def _meeting(world_size: int) -> dist.Store | None:
+    """Where the ranks find each other: the file of `Ranks`; None where `torchrun` says it."""
+    path = os.environ.get(MEETING)
+    if path is None:
+        return None
+    store = dist.FileStore(path, world_size)
+    store.set_timeout(_TIMEOUT)
+    return store
 
 
 def _leave() -> None:

@@ -1,6 +1,6 @@
 """A rank that saves or loads a checkpoint of a model whose gradients are cut into many buckets, as those of models of real size are.
 
-    torchrun --nproc-per-node N buckets.py RUN_FOLDER save|load
+    python buckets.py RUN_FOLDER save|load
 
 Before it is saved the state is made a function of the weights; once loaded, it must be that of the weights that are there.
 """

@@ -1,0 +1,110 @@
+"""The ranks of a training on this machine: started together, reachable by nobody else, and ended together.
+
+`torchrun` listens on every interface of the machine, and its agents unpickle what they find in the store behind that port: whoever reaches
+it runs code. Ranks that are started here meet in a file in a private folder, and exchange messages over the loopback interface. Only
+trainings on several machines need `torchrun`; docs/security.md says what they expose.
+"""
+
+import contextlib
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Self
+
+import psutil
+
+from .rank import MEETING, die_with_parent
+
+_GRACE_SECONDS = 30.0  # from the failure of one rank until the others are killed
+
+
+class Ranks:
+    """Processes that run the same command, each with its rank in the environment, as `torchrun` sets it.
+
+    Leaving the `with` block kills those that still run.
+    """
+
+    def __init__(self, command: Sequence[str], *, n: int, environment: Mapping[str, str], logs: Path) -> None:
+        """Start `n` processes; rank r prints to `rank-<r>.log` in the folder `logs`."""
+        self.first_failed: int | None = None
+        self._is_asked_to_stop, self._deadline = False, 0.0
+        self._private = Path(tempfile.mkdtemp(prefix="fuseline-ranks-"))  # mode 0700
+        common = os.environ | environment | _loopback() | {MEETING: str(self._private / "store")}
+        self._logs = [logs / f"rank-{rank}.log" for rank in range(n)]
+        self._processes: list[subprocess.Popen[bytes]] = []
+        try:
+            for rank, log in enumerate(self._logs):
+                place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(n), "LOCAL_WORLD_SIZE": str(n)}
+                with log.open("wb") as output:  # a file, not a pipe: a child that outlives its rank would hold a pipe open
+                    self._processes.append(
+                        subprocess.Popen(
+                            command,
+                            env=common | place,
+                            stdin=subprocess.DEVNULL,
+                            stdout=output,
+                            stderr=subprocess.STDOUT,
+                            start_new_session=True,  # a Ctrl-C reaches them once, through `ask_to_stop`
+                            preexec_fn=_begin,
+                        )
+                    )
+        except BaseException:
+            self.__exit__()
+            raise
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for process in self._processes:
+            process.kill()
+            process.wait()
+        shutil.rmtree(self._private, ignore_errors=True)
+
+    @property
+    def logs(self) -> list[Path]:
+        """What each rank has printed; that of the rank that failed first comes first."""
+        return sorted(self._logs, key=lambda log: self.first_failed is None or log != self._logs[self.first_failed])
+
+    def are_running(self) -> bool:
+        """Whether any rank is at work. After the failure of one the others are asked to stop, and killed if they do not."""
+        codes = [process.poll() for process in self._processes]
+        if self.first_failed is None and any(codes):
+            self.first_failed = next(rank for rank, code in enumerate(codes) if code)
+            self._deadline = time.monotonic() + _GRACE_SECONDS
+            if not self._is_asked_to_stop:
+                self._signal(signal.SIGTERM)
+        elif self.first_failed is not None and not self._is_asked_to_stop and time.monotonic() > self._deadline:
+            self._signal(signal.SIGKILL)
+        return None in codes
+
+    def ask_to_stop(self) -> None:
+        """Ask for a last checkpoint, however long it takes."""
+        self._is_asked_to_stop = True
+        self._signal(signal.SIGTERM)
+
+    def _signal(self, number: signal.Signals) -> None:
+        for process in self._processes:
+            with contextlib.suppress(ProcessLookupError):
+                process.send_signal(number)
+
+
+def _begin() -> None:
+    """In a rank, before Python starts: it ends with its launcher, and SIGUSR1 does nothing until the trainer handles it."""
+    die_with_parent()
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+
+
+def _loopback() -> dict[str, str]:
+    """What makes gloo and NCCL listen on the loopback interface alone, whatever a cluster's profile says."""
+    names = [
+        name
+        for name, addresses in psutil.net_if_addrs().items()
+        if any(each.family == socket.AF_INET and each.address.startswith("127.") for each in addresses)
+    ]
+    return {"GLOO_SOCKET_IFNAME": names[0], "NCCL_SOCKET_IFNAME": f"={names[0]}"} if names else {}
