@@ -1,5 +1,7 @@
 """Shows a document under two tokenizers (`align.show`): in the terminal, and as a page of its own that needs nothing but a browser."""
 
+import base64
+import hashlib
 import html
 import json
 import re
@@ -65,6 +67,7 @@ def page(document: "ShownDocument") -> str:
     escaped = {key: html.escape(value) for key, value in values.items()}
     escaped["ROWS"] = "".join(_row(document, row, partners) for row in document.rows)
     escaped["DATA"] = _data(document, partners)
+    escaped["POLICY"] = _policy(text)
     return re.sub(r"\{\{([A-Z_]+)\}\}", lambda place: escaped[place[1]], text)  # all at once: a document may hold `{{DATA}}`
 
 
@@ -89,6 +92,13 @@ def _figures(document: "ShownDocument") -> dict[str, str]:
         **{key.upper(): _percent(getattr(summary, key)) for key in ("mapped", "merged", "lost", "tail")},
         **{f"{key.upper()}_WIDTH": f"{100 * getattr(summary, key):.2f}" for key in ("mapped", "merged", "lost", "tail")},
     }
+
+
+def _policy(page: str) -> str:
+    """What a browser may do for the page: run its own script, known by its hash, and apply styles; load nothing, send nothing."""
+    script = page.partition("<script>")[2].partition("</script>")[0]
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    return f"default-src 'none'; script-src 'sha256-{digest}'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
 
 
 def _percent(share: float) -> str:

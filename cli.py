@@ -22,6 +22,7 @@ from .options import Group, StageGroup, executor_options, models_default, recipe
 from .store.errors import UsageError
 from .store.machine import wait_asleep
 from .store_commands import store
+from .terminal import say
 
 
 @click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -74,7 +75,7 @@ def demo(workspace: Path, models_dir: Path | None) -> None:
     show_estimate(recipe, workspace=workspace, models_dir=models_dir or models_default())
     if models_dir is None:
         models_dir = models_default()
-        fetch_demo_models(models_dir, on_progress=lambda text: click.echo(text, err=True))
+        fetch_demo_models(models_dir, on_progress=lambda text: say(text, err=True))
     with open_pipeline(recipe, workspace, models_dir) as pipeline:
         pipeline.run()
         show_report(pipeline.workspace)
@@ -299,7 +300,7 @@ def chat(folder: Path, message: str | None, system: str | None, max_tokens: int,
     from .generation import ChatModel, Message, talk
 
     def show(text: str) -> None:
-        click.echo(text, nl=False)
+        say(text, end="")
         sys.stdout.flush()
 
     model = ChatModel(folder)
@@ -347,7 +348,7 @@ def status(recipe: Path | None, workspace: Path | None, as_json: bool, watch: bo
             "datasets": [dataclasses.asdict(item) for item in dataset_statuses(opened)],
             "trainings": [dataclasses.asdict(item) for item in training_statuses(opened)],
         }
-        click.echo(json.dumps(record, indent=1))
+        say(json.dumps(record, indent=1))
     else:
         show_status(opened)
 

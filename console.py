@@ -8,9 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import click
-
 from .store.errors import UsageError
+from .terminal import harmless, say
 
 if TYPE_CHECKING:  # what a command needs is imported when it runs, so that --help is quick
     import rich.console
@@ -22,6 +21,7 @@ if TYPE_CHECKING:  # what a command needs is imported when it runs, so that --he
     from .cluster.wanted import Wanted
     from .eval.comparison import Difference
     from .recipe import Recipe
+    from .rich_console import Console
     from .store.database import QueryStats
     from .store.status import DatasetStatus, TrainingStatus
     from .store.upkeep import Leftover, Usage
@@ -45,15 +45,15 @@ def show_wanted(recipe: Path, workspace: "Workspace", *, as_json: bool) -> None:
 
     found = wanted(load_recipe(recipe), workspace=workspace)
     if as_json:
-        click.echo(json.dumps({"wanted": [dataclasses.asdict(item) for item in found]}, indent=1))
+        say(json.dumps({"wanted": [dataclasses.asdict(item) for item in found]}, indent=1))
         return
     _show_states(found)
     if all(item.state == "done" for item in found):
-        click.echo("Nothing is missing.")
+        say("Nothing is missing.")
     elif any(item.state == "other inputs" for item in found):
-        click.echo("What is of other inputs stays as it is: give what is new another name in the recipe. `fuseline run` names a free one.")
+        say("What is of other inputs stays as it is: give what is new another name in the recipe. `fuseline run` names a free one.")
     else:
-        click.echo(f"What is missing is made by: fuseline run {recipe} -w {workspace.root}")
+        say(f"What is missing is made by: fuseline run {recipe} -w {workspace.root}")
 
 
 def show_addition(added: "AddedSource", workspace: "Workspace") -> None:
@@ -72,7 +72,7 @@ def show_addition(added: "AddedSource", workspace: "Workspace") -> None:
             f"Of other inputs than the recipe's: {', '.join(others)}. Run the recipe as it is first: fuseline run {added.path}."
         )
     missing = sum(item.state != "done" for item in found)
-    click.echo(f"{len(found) - missing} of {len(found)} are there already; the others are made now.")
+    say(f"{len(found) - missing} of {len(found)} are there already; the others are made now.")
 
 
 def _show_states(found: "Sequence[Wanted]") -> None:
@@ -87,7 +87,7 @@ def _show_states(found: "Sequence[Wanted]") -> None:
     show_table(["of the recipe", "state", "parts", "on disk"], rows, right=[False, False, True, True])
     for item in found:
         for line in item.differences:
-            click.echo(f"{item.kind}/{item.name}: {line}")
+            say(f"{item.kind}/{item.name}: {line}")
 
 
 def watch_status(workspace: "Workspace") -> None:
@@ -97,7 +97,7 @@ def watch_status(workspace: "Workspace") -> None:
     try:
         if not sys.stdout.isatty():
             while True:
-                click.echo("\n".join(f"{time.strftime('%H:%M:%S')} {line}" for line in _status_lines(workspace)))
+                say("\n".join(f"{time.strftime('%H:%M:%S')} {line}" for line in _status_lines(workspace)))
                 time.sleep(_PLAIN_SECONDS)
         with rich.live.Live(_status(workspace), console=_console(), auto_refresh=False) as live:
             while True:
@@ -175,17 +175,17 @@ def show_document(document: "ShownDocument", *, html_file: Path | None, details:
         print_alignment(document, console=_console(), details=details)
         return
     html_file.write_text(page(document), encoding="utf-8")
-    click.echo(f"Written to {html_file}: open it in a browser.")
+    say(f"Written to {html_file}: open it in a browser.")
 
 
 def show_query_stats(stats: "QueryStats") -> None:
     """What a query read, on the error stream."""
     from .cluster.progress import size
 
-    click.echo(f"{stats.seconds * 1e3:,.0f} ms; {stats.chunks:,} chunks, {size(stats.stored_bytes)} of stored arrays read", err=True)
+    say(f"{stats.seconds * 1e3:,.0f} ms; {stats.chunks:,} chunks, {size(stats.stored_bytes)} of stored arrays read", err=True)
     for scan in stats.scans:
         where = "" if scan.filter is None else f", where {' '.join(scan.filter.split())}"
-        click.echo(
+        say(
             f"  {scan.table}: {scan.parts:,} parts, {scan.segments:,} segments, {scan.rows:,} rows, for {', '.join(scan.columns)}{where}",
             err=True,
         )
@@ -212,7 +212,7 @@ def show_plan(recipe: "Recipe", *, path: Path, workspace: Path | None, models_di
     total_hours = sum(item.gpu_hours for item in stages)
     rows.append(["total", "", "", size(sum(item.stored_bytes for item in stages)), f"{total_hours:,.1f}"])
     show_table(["stage", "parts", "tokens (M)", "on disk", "GPU hours"], rows)
-    click.echo(
+    say(
         f"Reckoned with {BYTES_PER_TOKEN} bytes of text per token, and a GPU of {GPU_FLOPS / 1e12:,.0f} TFLOP/s used at {UTILISATION:.0%}. "
         "Nothing was changed."
     )
@@ -229,7 +229,7 @@ def show_estimate(recipe: Path, *, workspace: Path, models_dir: Path) -> None:
     if seconds:
         minutes, n = max(1, round(seconds / 60)), threads()
         text = f"This takes {minutes} to {2 * minutes} minutes here ({n} thread{'s' * (n != 1)})"
-        click.echo(f"{text}, downloads apart, if nothing else runs on the machine.", err=True)
+        say(f"{text}, downloads apart, if nothing else runs on the machine.", err=True)
 
 
 def show_report(workspace: "Workspace") -> None:
@@ -251,20 +251,20 @@ def show_report(workspace: "Workspace") -> None:
         if evaluation.left_out:
             text += f" ({evaluation.left_out} left out that some model cannot read)"
         for metric, what in (("bpb", "Bits per byte"), ("perplexity", "Perplexity per token")):
-            click.echo(f"{what} on {text}, by domain (less is better):")
+            say(f"{what} on {text}, by domain (less is better):")
             columns, rows = evaluation.table(metric)
             show_table(["model", *columns], [[name, *(f"{value:.4f}" for value in values)] for name, values in rows])
     for (evaluation, baseline), found_here in zip(pairs, differences, strict=True):
         _show_differences(found_here, baseline=baseline, split=evaluation.split)
     for folder in exports:
-        click.echo(f"model {folder.name}: {folder}")
+        say(f"model {folder.name}: {folder}")
 
 
 def _show_differences(found: "list[Difference]", *, baseline: str, split: str) -> None:
     """Whether the models are better than a baseline, or only seem so."""
     if not found:
         return
-    click.echo(f"Difference from {baseline} in bits per byte (below 0 is better), over {found[0].documents:,} documents of split {split}:")
+    say(f"Difference from {baseline} in bits per byte (below 0 is better), over {found[0].documents:,} documents of split {split}:")
     rows = [[item.model, f"{item.bpb:+.4f}", f"{item.low:+.4f} to {item.high:+.4f}", _says(item)] for item in found]
     show_table(["model", "difference", "95 % interval", "says"], rows, right=[False, True, True, False])
 
@@ -284,12 +284,12 @@ def show_findings(found: "Verification", *, as_json: bool) -> None:
     from .cluster.progress import size
 
     if as_json:
-        click.echo(json.dumps(dataclasses.asdict(found), indent=1, default=str))
+        say(json.dumps(dataclasses.asdict(found), indent=1, default=str))
         return
     for finding in found.findings:
-        click.echo(_finding_line(finding))
+        say(_finding_line(finding))
     what = f"{len(found.findings)} problem{'s' * (len(found.findings) != 1)}" if found.findings else "nothing wrong"
-    click.echo(f"{found.datasets} datasets, {found.parts} parts, {size(found.n_bytes)} checked: {what}")
+    say(f"{found.datasets} datasets, {found.parts} parts, {size(found.n_bytes)} checked: {what}")
 
 
 def _finding_line(finding: "Finding") -> str:
@@ -301,11 +301,11 @@ def show_repair(done: "Repair") -> None:
     for kind, name, part in done.made:
         changed = done.different.get((kind, name, part))
         how = f"made again, but not as it was: {', '.join(changed)} differ" if changed else "made again"
-        click.echo(f"{kind}/{name} part {part}: {how}")
+        say(f"{kind}/{name} part {part}: {how}")
     for finding in done.left:
-        click.echo(f"not mended: {_finding_line(finding)}")
+        say(f"not mended: {_finding_line(finding)}")
     if not done.made and not done.left:
-        click.echo("Nothing to repair.")
+        say("Nothing to repair.")
 
 
 def show_leftovers(found: "list[Leftover]", *, deleted: bool) -> None:
@@ -313,12 +313,12 @@ def show_leftovers(found: "list[Leftover]", *, deleted: bool) -> None:
     from .cluster.progress import size
 
     for leftover in found:
-        click.echo(f"{leftover.path} ({size(leftover.n_bytes)}): {leftover.why}")
+        say(f"{leftover.path} ({size(leftover.n_bytes)}): {leftover.why}")
     total = size(sum(leftover.n_bytes for leftover in found))
     if deleted:
-        click.echo(f"{len(found)} removed, {total}")
+        say(f"{len(found)} removed, {total}")
     else:
-        click.echo(f"{len(found)} to remove, {total}. " + ("Nothing was changed; to remove it: --delete" if found else "Nothing to do."))
+        say(f"{len(found)} to remove, {total}. " + ("Nothing was changed; to remove it: --delete" if found else "Nothing to do."))
 
 
 def show_usage(found: "list[Usage]", *, as_json: bool) -> None:
@@ -327,7 +327,7 @@ def show_usage(found: "list[Usage]", *, as_json: bool) -> None:
 
     total = sum(item.n_bytes for item in found)
     if as_json:
-        click.echo(json.dumps({"datasets": [dataclasses.asdict(item) for item in found], "n_bytes": total}, indent=1))
+        say(json.dumps({"datasets": [dataclasses.asdict(item) for item in found], "n_bytes": total}, indent=1))
         return
     rows = []
     for item in found:
@@ -350,13 +350,13 @@ def _table(columns: list[str], rows: list[list[str]], *, right: Sequence[bool] |
     table = rich.table.Table(box=rich.box.SIMPLE_HEAD if sys.stdout.isatty() else rich.box.ASCII2, highlight=False)
     for index, column in enumerate(columns):
         is_right = index > 0 if right is None else right[index]
-        table.add_column(column, justify="right" if is_right else "left", overflow="fold")
+        table.add_column(harmless(column, one_line=True), justify="right" if is_right else "left", overflow="fold")
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*(harmless(cell, one_line=True) for cell in row))
     return table
 
 
-def _console() -> "rich.console.Console":
-    import rich.console
+def _console() -> "Console":
+    from .rich_console import Console
 
-    return rich.console.Console(file=sys.stdout, width=None if sys.stdout.isatty() else 200, markup=False, emoji=False, highlight=False)
+    return Console(sys.stdout, width=None if sys.stdout.isatty() else 200)

@@ -9,8 +9,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import click
-
 from .ingest.chat.config import ChatConfig
 from .ingest.chat.conversations import Conversation, Message
 from .ingest.chat.reader import ConversationsReader
@@ -19,6 +17,7 @@ from .ingest.models import ModelConfig, ModelFolder
 from .store.errors import UsageError
 from .store.machine import arithmetic_for
 from .store.tokenizer import Tokenizer
+from .terminal import say
 
 if TYPE_CHECKING:
     import torch
@@ -138,7 +137,7 @@ def talk(model: ChatModel, *, system: str | None, show: Callable[[str], None], *
             try:
                 answer = model.answer(asked, show=show, **how)
             except UsageError as error:
-                click.echo(f"Error: {error}", err=True)
+                say(f"Error: {error}", err=True)
                 continue
             except KeyboardInterrupt:
                 show("\n")

@@ -12,6 +12,7 @@ import click
 from .console import show_table
 from .options import models_option
 from .store.errors import UsageError
+from .terminal import say
 
 if TYPE_CHECKING:  # what a command needs is imported when it runs, so that --help is quick
     from .ingest.models import ModelFolder
@@ -118,7 +119,7 @@ def _show(report: "MergeReport", *, as_json: bool) -> None:
             "tensors": len(moved),
             "warnings": report.warnings,
         }
-        click.echo(json.dumps(record | {"groups": _groups(report)}, indent=1))
+        say(json.dumps(record | {"groups": _groups(report)}, indent=1))
         return
     groups = _groups(report)
     names = sorted({name for group in groups for name in group["weights"]})
@@ -133,15 +134,15 @@ def _show(report: "MergeReport", *, as_json: bool) -> None:
         for group in groups
     ]
     show_table(["tensors", "number", "parameters", "moved", *names], rows)
-    click.echo(f"{report.output}: {size(report.n_bytes)} of weights. merge_report.json has the weights of each tensor.")
+    say(f"{report.output}: {size(report.n_bytes)} of weights. merge_report.json has the weights of each tensor.")
 
 
 def _show_nothing_to_do(output: Path, stored: Mapping[str, Any], *, as_json: bool) -> None:
     if as_json:
         record = {"output": str(output), "done": "nothing to do", "tensors": len(stored["tensors"]), "warnings": stored["warnings"]}
-        click.echo(json.dumps(record, indent=1))
+        say(json.dumps(record, indent=1))
     else:
-        click.echo(f"{output} is this merge already: nothing to do.")
+        say(f"{output} is this merge already: nothing to do.")
 
 
 def _groups(report: "MergeReport") -> list[dict[str, Any]]:

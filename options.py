@@ -12,13 +12,14 @@ import click
 
 from .store.errors import FuselineError
 from .store.paths import expanded
+from .terminal import harmless, say
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 
 class _Shown(click.ClickException):
     def __init__(self, text: str, *, exit_code: int) -> None:
-        super().__init__(text)
+        super().__init__(harmless(text))
         self.exit_code = exit_code  # type: ignore[misc]  # click reads it from the instance
 
 
@@ -62,7 +63,7 @@ class Group(click.Group):
         try:
             return super().main(*args, **kwargs)
         except OSError as error:  # in what click itself prints, as the help
-            print(f"Error: {error.strerror or error}.", file=sys.stderr)
+            say(f"Error: {error.strerror or error}.", err=True)
             sys.exit(1)
 
     def invoke(self, context: click.Context) -> Any:

@@ -4,7 +4,6 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-import click
 from prompt_toolkit import PromptSession
 from prompt_toolkit.completion import Completer, WordCompleter
 from prompt_toolkit.history import FileHistory, History, InMemoryHistory
@@ -16,6 +15,7 @@ from pygments.lexers.sql import SqlLexer
 from .store.database import Database
 from .store.errors import FuselineError
 from .store.paths import expanded
+from .terminal import say
 
 _KEYWORDS = """
     SELECT FROM WHERE GROUP BY ALL ORDER LIMIT JOIN LEFT USING ON AND OR NOT IN BETWEEN LIKE IS NULL AS DISTINCT HAVING WITH CASE WHEN THEN
@@ -52,7 +52,7 @@ def ask_repeatedly(database: Database, *, show: Callable[[str], None], show_stat
         multiline=True,
         prompt_continuation="      ... ",
     )
-    click.echo(f"{database.workspace.root}: SQL over everything that is stored; .help says more.")
+    say(f"{database.workspace.root}: SQL over everything that is stored; .help says more.")
     while True:
         try:
             text = session.prompt().strip()
@@ -67,20 +67,20 @@ def ask_repeatedly(database: Database, *, show: Callable[[str], None], show_stat
                 return
             case [".tables"]:
                 for table, columns in database.tables().items():
-                    click.echo(f"{table}({', '.join(columns)})")
+                    say(f"{table}({', '.join(columns)})")
             case [".stats", "on" | "off" as wanted]:
                 stats = wanted == "on"
             case [".help"]:
-                click.echo(_HELP)
+                say(_HELP)
             case [first, *_] if first.startswith("."):
-                click.echo(f"{text} is no command of the prompt.\n{_HELP}", err=True)
+                say(f"{text} is no command of the prompt.\n{_HELP}", err=True)
             case _:
                 try:
                     show(text)
                 except FuselineError as error:
-                    click.echo(f"Error: {error}", err=True)
+                    say(f"Error: {error}", err=True)
                 except KeyboardInterrupt:
-                    click.echo("Stopped.", err=True)
+                    say("Stopped.", err=True)
                 else:
                     if stats:
                         show_stats()
@@ -91,7 +91,7 @@ def _history(path: Path) -> History:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch()
     except OSError as error:
-        click.echo(f"{path} cannot be written ({error.strerror}): what is asked here is not kept for the next session.", err=True)
+        say(f"{path} cannot be written ({error.strerror}): what is asked here is not kept for the next session.", err=True)
         return InMemoryHistory()
     return FileHistory(str(path))
 

@@ -13,7 +13,6 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import click
 import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -22,6 +21,7 @@ from .console import show_table
 from .store import durable
 from .store.answer import Answer
 from .store.errors import UsageError
+from .terminal import binary_output, harmless, say
 
 _Write = Callable[[Answer, BinaryIO], None]
 _SHOWN_ROWS = 1000  # of a table: more cannot be looked at, and its columns' widths must be known before the first row
@@ -70,7 +70,7 @@ def write_result(answer: Answer | None, *, style: str, output: Path | None) -> N
 def _opened(output: Path | None) -> Iterator[BinaryIO]:
     """The standard output, or a file that appears under its name when it is complete."""
     if output is None:
-        stream = sys.stdout.buffer
+        stream = binary_output()
         yield stream
         stream.flush()
     elif output.exists() and not output.is_file():  # a pipe or a device: to be written to, not replaced
@@ -148,22 +148,23 @@ def _show_beginning(answer: Answer) -> None:
     columns = answer.schema.names
     rows = [[_shown(value) for value in row] for frame in frames for row in frame.iter_rows()][:_SHOWN_ROWS]
     if columns == ["explain_key", "explain_value"]:
-        click.echo("\n".join(frame["explain_value"].str.join("\n").item() for frame in frames if len(frame)))
+        say("\n".join(frame["explain_value"].str.join("\n").item() for frame in frames if len(frame)))
     elif sys.stdout.isatty() and len(columns) * (_LEAST_WIDTH + 3) > shutil.get_terminal_size().columns:
         _show_row_by_row(columns, rows)
     else:
         numeric = [pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_decimal(kind) for kind in answer.schema.types]
         show_table(columns, rows, right=numeric)
     if n_rows > _SHOWN_ROWS:
-        click.echo(f"These are the first {_SHOWN_ROWS:,} rows; for all of them, use --format csv, json or parquet.")
+        say(f"These are the first {_SHOWN_ROWS:,} rows; for all of them, use --format csv, json or parquet.")
 
 
 def _show_row_by_row(columns: list[str], rows: list[list[str]]) -> None:
-    width = max(map(len, columns))
+    shown = [harmless(column, one_line=True) for column in columns]
+    width = max(map(len, shown))
     for number, row in enumerate(rows, start=1):
-        click.echo(f"-- row {number} --")
-        for column, value in zip(columns, row, strict=True):
-            click.echo(f"{column:>{width}}: {value}")
+        say(f"-- row {number} --")
+        for column, value in zip(shown, row, strict=True):
+            say(f"{column:>{width}}: {value}")
 
 
 def _shown(value: Any) -> str:

@@ -7,6 +7,7 @@ import click
 from .console import show_findings, show_leftovers, show_repair, show_usage
 from .opening import open_pipeline, open_workspace
 from .options import executor_options, recipe_options, workspace_option
+from .terminal import say
 
 
 @click.group()
@@ -26,7 +27,7 @@ def rebuild(workspace: Path | None) -> None:
     opened = open_workspace(workspace)
     with opened.coordinator():
         catalog.rebuild(opened)
-    click.echo(f"{opened.catalog_path} is made anew.")
+    say(f"{opened.catalog_path} is made anew.")
 
 
 @store.command()

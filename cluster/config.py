@@ -1,8 +1,9 @@
 """The `[executor]` of a recipe: what runs the parts of a stage. It changes nothing of what is stored, so it is part of no fingerprint."""
 
+import re
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 # What the executor itself says to sbatch, to find its jobs and their logs again.
 _OWN_OPTIONS = ("array", "error", "job-name", "nodes", "ntasks", "ntasks-per-node", "open-mode", "output", "requeue", "signal")
@@ -19,6 +20,13 @@ _RESOURCE_OPTIONS = {
     "mem-per-gpu": "memory_gb",
     "time": "minutes",
 }
+
+
+# What decides which program runs, and as whom, where, or in which environment: not for a recipe, which may be a stranger's, to say.
+_USERS_OPTIONS = (
+    "bb", "bbf", "burst-buffer", "chdir", "container", "export", "export-file", "get-user-env", "gid", "input", "propagate", "uid", "wrap",
+)  # fmt: skip
+_OPTION_NAME = re.compile(r"[a-z][a-z0-9]*([-_][a-z0-9]+)*")
 
 
 class Resources(BaseModel):
@@ -66,16 +74,29 @@ class ExecutorConfig(BaseModel):
     slurm: dict[str, str | int | bool] = Field(
         {}, description='further options of sbatch by their long names: `partition = "gpu"`, `exclusive = true`'
     )
-    ray_address: str | None = Field(None, description="address of the Ray cluster; none is RAY_ADDRESS, or the one on this machine")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _names_no_cluster(cls, value: Any) -> Any:
+        if isinstance(value, dict) and "ray_address" in value:  # whoever listens there gets the stages as pickles, and answers with pickles
+            raise ValueError("ray_address is not read from a recipe: remove it, and set RAY_ADDRESS in your environment")
+        return value
 
     @field_validator("slurm", mode="before")
     @classmethod
     def _are_options(cls, value: Any) -> Any:
         for name, option in value.items() if isinstance(value, dict) else ():
+            if not _OPTION_NAME.fullmatch(name):
+                raise ValueError(f"{name!r} is not the long name of an option of sbatch")
             if name.replace("_", "-") in _OWN_OPTIONS:
                 raise ValueError(f"{name} is set by fuseline: remove it")
+            if name.replace("_", "-") in _USERS_OPTIONS:
+                variable = f"SBATCH_{name.upper().replace('-', '_')}"
+                raise ValueError(f"{name} is not read from a recipe: remove it, and set {variable} in your environment if sbatch has it")
             if key := _RESOURCE_OPTIONS.get(name.replace("_", "-")):
                 raise ValueError(f"{name} is set from [executor.resources]: say {key} in [executor.resources.<stage>] instead")
             if option is False or not isinstance(option, str | int):
                 raise ValueError(f"{name} ({option!r}) must be text, a number, or true; leave out what is not wanted")
+            if isinstance(option, str) and not option.isprintable():
+                raise ValueError(f"{name} ({option!r}) must not contain control characters")
         return value

@@ -1,5 +1,6 @@
 """The pipeline of a recipe: what of each stage is missing is made, in order."""
 
+import shlex
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -172,7 +173,7 @@ class Pipeline:
             job.save()
             self.progress.say(
                 f"{describe(job)}\ntraining {job.config.name} is prepared. On one machine, start them with:\n"
-                f"  torchrun --nproc-per-node {job.config.world_size} -m fuseline.train {job.run_folder}"
+                f"  torchrun --nproc-per-node {job.config.world_size} -m fuseline.train {shlex.quote(str(job.run_folder))}"
             )
 
     def _jobs_to_train(self, names: Sequence[str] | None) -> list[TrainJob]:

@@ -6,8 +6,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Protocol
 
-import rich.console
 import rich.progress
+
+from ..rich_console import Console
 
 _PLAIN_SECONDS = 10.0  # between two plain lines of one stage
 
@@ -22,12 +23,12 @@ class Tracker(Protocol):
 class Progress:
     """Tells a person, or a log, how far the stages are."""
 
-    def __init__(self, console: rich.console.Console | None = None) -> None:
-        self.console = console or rich.console.Console(file=sys.stderr, highlight=False)
+    def __init__(self, console: Console | None = None) -> None:
+        self.console = console or Console(sys.stderr)
 
     def say(self, text: str) -> None:
         """One line."""
-        self.console.print(text, markup=False, soft_wrap=True)
+        self.console.print(text, soft_wrap=True)
 
     @contextmanager
     def stage(self, title: str, *, total: float) -> Iterator[Tracker]:
@@ -52,10 +53,10 @@ class Progress:
     @contextmanager
     def _live(self, title: str, total: float) -> Iterator[Tracker]:
         columns = (
-            rich.progress.TextColumn("{task.description}"),
+            rich.progress.TextColumn("{task.description}", markup=False),
             rich.progress.BarColumn(bar_width=24),
             rich.progress.TaskProgressColumn(),
-            rich.progress.TextColumn("{task.fields[figures]}"),
+            rich.progress.TextColumn("{task.fields[figures]}", markup=False),
             rich.progress.TimeElapsedColumn(),
             rich.progress.TextColumn("left"),
             rich.progress.TimeRemainingColumn(elapsed_when_finished=False),

@@ -37,14 +37,14 @@ class RayExecutor:
             UsageError: there is none.
         """
         self.config, self._say = config, say
-        address = config.ray_address or os.environ.get("RAY_ADDRESS", "auto")
+        address = os.environ.get("RAY_ADDRESS", "auto")
         try:
             _knock(address)
             ray.init(address, log_to_driver=False, logging_level=logging.ERROR)
         except (OSError, RuntimeError, ValueError) as error:
             raise UsageError(
                 f"The Ray cluster at {'this machine' if address == 'auto' else address} cannot be used: {journal.reason_of(error)}. "
-                "Start one with `ray start --head`, or name one with executor.ray_address or RAY_ADDRESS."
+                "Start one with `ray start --head`, or name one with RAY_ADDRESS."
             ) from error
 
     def run(self, stage: Stage, parts: Sequence[int], *, run_folder: Path, on_commit: Follow) -> None:

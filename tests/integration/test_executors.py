@@ -304,14 +304,14 @@ def ray_address():
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def test_ray_with_one_of_two_workers_killed_makes_the_bits_of_one_process(project, models_dir, reference, workspace, ray_address, tmp_path):
+def test_ray_with_one_of_two_workers_killed_makes_the_bits_of_one_process(
+    project, models_dir, reference, workspace, ray_address, tmp_path, monkeypatch
+):
     options = ("-w", workspace, "--models", models_dir, "--executor", "ray", "--workers", 2)
     aligned(workspace, reference)
-    recipe = tmp_path / "project" / "recipe.toml"
-    shutil.copytree(project.parent, recipe.parent)
-    recipe.write_text(project.read_text() + f'\n[executor]\nray_address = "{ray_address}"\n')
+    monkeypatch.setenv("RAY_ADDRESS", ray_address)
     log = tmp_path / "log"
-    process = start("fuse", recipe, *options, log=log)
+    process = start("fuse", project, *options, log=log)
     kills = killed_at_random(process, workspace, "targets", times=1, seed=0)
     assert process.returncode == 0, log.read_text()
     assert kills == 1
