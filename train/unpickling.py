@@ -52,7 +52,7 @@ def known_classes_only() -> Iterator[None]:
     """Unpickle nothing else in this process, whatever torch and Megatron-core load or receive."""
     known = types.SimpleNamespace(**vars(pickle) | {"load": _read_description})
     before = distributed_c10d._unpickler, filesystem.pickle, os.environ.get(_WEIGHTS_ONLY)
-    distributed_c10d._unpickler, filesystem.pickle, os.environ[_WEIGHTS_ONLY] = KnownClasses, known, "1"
+    distributed_c10d._unpickler, filesystem.pickle, os.environ[_WEIGHTS_ONLY] = KnownClasses, known, "1"  # type: ignore[assignment]
     try:
         yield
     finally:
