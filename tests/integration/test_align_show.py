@@ -1,5 +1,7 @@
 """`fuseline align show`: what it shows is what is stored, in the terminal and on the page; what it cannot show it says."""
 
+import base64
+import hashlib
 import html
 import json
 import math
@@ -131,6 +133,10 @@ def test_the_page_needs_nothing_from_outside_and_nothing_of_the_text_is_markup(s
     assert not re.search(r"""(?:src|href)=|url\(|@import|https?://""", text)
     assert "{{" not in text
     assert text.count("</script>") == 2
+    (script,) = re.findall(r"<script>(.*?)</script>", text, re.DOTALL)
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    (policy,) = re.findall(r'<meta http-equiv="Content-Security-Policy" content="(.*?)">', text)
+    assert html.unescape(policy).startswith(f"default-src 'none'; script-src 'sha256-{digest}'; ")
     assert "<b>" not in text
     spans = re.findall(r'<span class="[sin]" id="([st])(\d+)">(.*?)</span>', text)
     assert len(spans) == len(shown.source_positions) + len(shown.target_positions)
