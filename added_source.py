@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import shutil
 import tomllib
 from dataclasses import dataclass
@@ -65,7 +66,8 @@ def add_source(
         )
     taken = [each.name for each in recipe.models] + recipe.made_models
     if name in taken:
-        raise UsageError(f"--name ({name}) must be none of the recipe's names: {', '.join(taken)}. To go on with it: fuseline run {path}.")
+        command = f"fuseline run {shlex.quote(str(path))}"
+        raise UsageError(f"--name ({name}) must be none of the recipe's names: {', '.join(taken)}. To go on with it: {command}.")
     given = {"name": name, "model": _from_recipe(model, path=path), "revision": revision, "dtype": dtype, "chat_template": chat_template}
     entry = {key: value for key, value in given.items() if value is not None}
     try:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shlex
 import sys
 import time
 from collections.abc import Sequence
@@ -53,7 +54,7 @@ def show_wanted(recipe: Path, workspace: "Workspace", *, as_json: bool) -> None:
     elif any(item.state == "other inputs" for item in found):
         say("What is of other inputs stays as it is: give what is new another name in the recipe. `fuseline run` names a free one.")
     else:
-        say(f"What is missing is made by: fuseline run {recipe} -w {workspace.root}")
+        say(f"What is missing is made by: fuseline run {shlex.quote(str(recipe))} -w {shlex.quote(str(workspace.root))}")
 
 
 def show_addition(added: "AddedSource", workspace: "Workspace") -> None:
@@ -69,7 +70,7 @@ def show_addition(added: "AddedSource", workspace: "Workspace") -> None:
     others = [f"{item.kind}/{item.name}" for item in found if item.state == "other inputs"]
     if others:
         raise UsageError(
-            f"Of other inputs than the recipe's: {', '.join(others)}. Run the recipe as it is first: fuseline run {added.path}."
+            f"Of other inputs than the recipe's: {', '.join(others)}. Run the recipe as it is first: fuseline run {shlex.quote(str(added.path))}."
         )
     missing = sum(item.state != "done" for item in found)
     say(f"{len(found) - missing} of {len(found)} are there already; the others are made now.")

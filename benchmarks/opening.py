@@ -2,7 +2,7 @@
 
     python benchmarks/opening.py
 
-Each figure is the median of many rounds, in microseconds of the clock. The store is small, so that what is done once for each part and file is
+Each figure is the median of many rounds, in microseconds. The store is small: what is done once for each part and file is
 most of it.
 """
 
