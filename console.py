@@ -69,9 +69,8 @@ def show_addition(added: "AddedSource", workspace: "Workspace") -> None:
     _show_states(found)
     others = [f"{item.kind}/{item.name}" for item in found if item.state == "other inputs"]
     if others:
-        raise UsageError(
-            f"Of other inputs than the recipe's: {', '.join(others)}. Run the recipe as it is first: fuseline run {shlex.quote(str(added.path))}."
-        )
+        command = f"fuseline run {shlex.quote(str(added.path))}"
+        raise UsageError(f"Of other inputs than the recipe's: {', '.join(others)}. Run the recipe as it is first: {command}.")
     missing = sum(item.state != "done" for item in found)
     say(f"{len(found) - missing} of {len(found)} are there already; the others are made now.")
 
