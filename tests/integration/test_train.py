@@ -240,7 +240,7 @@ def test_a_checkpoint_resumes_on_another_number_of_ranks(inputs, alone, tensor_p
 
 def test_two_ranks_that_share_the_optimizers_state_resume_with_their_own_bits(data_parallel, tmp_path):
     job, whole = data_parallel
-    found = resumed(job.model_copy(update={"run_folder": tmp_path / "again", "export_folder": tmp_path / "export"}), of=job)
+    found = resumed(job.model_copy(update={"run_folder": tmp_path / "again", "export_folder": tmp_path / "again" / "export"}), of=job)
     assert np.array_equal(numbers(found), numbers(whole)[7:])
 
 
