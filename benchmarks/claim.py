@@ -61,7 +61,7 @@ def trained(settings: dict[str, Any], *, workspace: Workspace, arguments: argpar
             parts=parts,
             corpus_folder=workspace.folder("corpus", held_out.description["corpus"]),
             held_out=HeldOut(folder=held_out.folder, parts=held_out.parts()),
-            export_folder=Path(folder) / "export",
+            export_folder=Path(folder) / "run" / "export",
             lineage={},
             config=config.model_copy(update={"evaluate_every": max(1, round(steps / arguments.evaluations))}),
         )
