@@ -19,9 +19,10 @@ import polars as pl
 
 from . import durable
 from .corpus_plan import read_documents, read_plan
-from .dataset import Dataset, Manifest
+from .dataset import Dataset
 from .errors import DamagedPart, DataError, WorkspaceBusy
 from .lineage import tokenizer_digests
+from .manifest import Manifest
 from .migrations import migrate, require_current
 from .trainings import checkpoint_steps, read_evaluations, read_metrics, training_folders
 from .workspace import Workspace

@@ -4,6 +4,7 @@ A name in a manifest, an index or a list is data, and may have been written by a
 there must be inside the folder after all links are followed.
 """
 
+import os
 from pathlib import Path
 
 from .errors import DataError
@@ -62,11 +63,27 @@ def require_inside(path: Path, *, folder: Path) -> None:
 
 def lies_inside(path: Path, *, folder: Path) -> bool:
     """Whether a path lies inside a folder, or is it, after links are followed; see `require_inside`."""
+    if _has_no_links(path, below=folder):  # 5 µs, where following them takes 50
+        return True
     try:
         real, root = path.resolve(), folder.resolve()
     except (OSError, RuntimeError):  # links in a circle
         return False
     return real.is_relative_to(root) or (_is_snapshot(root) and real.parent == root.parent.parent / "blobs")
+
+
+def _has_no_links(path: Path, *, below: Path) -> bool:
+    """Whether a path has only plain components below a folder, and none of them is a link."""
+    place, whole = str(below), str(path)
+    if not whole.startswith(f"{place}/"):
+        return False
+    for part in whole[len(place) + 1 :].split("/"):
+        place = f"{place}/{part}"
+        if part == "..":
+            return False
+        if os.path.islink(place):
+            return False
+    return True
 
 
 def _is_snapshot(folder: Path) -> bool:
