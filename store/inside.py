@@ -29,15 +29,19 @@ def plain_name(name: object, *, what: str = "The name") -> str:
         OutsideFolder: it is no text, empty, absolute or too long, or it has a component "", "." or "..", a backslash, a control
             character, or a character that is not valid Unicode.
     """
-    if (
-        isinstance(name, str)
-        and 0 < len(name) <= LONGEST_NAME
+    if isinstance(name, str) and is_plain_name(name):
+        return name
+    raise OutsideFolder(f"{what} ({shown(name)}) must be the plain name of a file in this folder. Do not use this file: get it again.")
+
+
+def is_plain_name(name: str) -> bool:
+    """Whether a text is a relative path of plain components; see `plain_name`."""
+    return (
+        0 < len(name) <= LONGEST_NAME
         and name.isprintable()
         and "\\" not in name
         and not any(part in {"", ".", ".."} for part in name.split("/"))
-    ):
-        return name
-    raise OutsideFolder(f"{what} ({shown(name)}) must be the plain name of a file in this folder. Do not use this file: get it again.")
+    )
 
 
 def inside(folder: Path, name: object, *, what: str = "The name") -> Path:

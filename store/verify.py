@@ -4,7 +4,6 @@ It reads only, without the coordinator's lock, also while a run is going on: a p
 looked at. The catalog is read before the parts, so that what it knows must be there.
 """
 
-import json
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from .content import check_content, check_tokenizer_table
 from .corpus_plan import read_documents, read_plan
 from .dataset import Dataset
 from .errors import DamagedPart, FuselineError, NewerPart, WorkspaceBusy
+from .json_files import open_file, read_object
 from .lineage import check_counts, check_inputs
 from .manifest import Manifest
 from .tokenizer import tokenizer_digest
@@ -205,8 +205,9 @@ def _check_files(dataset: Dataset, *, manifest: Manifest, full: bool) -> None:
 
 def _check_tokenizer(folder: Path, *, full: bool) -> Iterator[Finding]:
     try:
-        settings = json.loads((folder / "settings.json").read_text(encoding="utf-8"))
-        definition = (folder / "tokenizer.json").read_text(encoding="utf-8")
+        settings = read_object(folder / "settings.json")
+        with open_file(folder / "tokenizer.json") as file:
+            definition = file.read().decode()
         digest = tokenizer_digest(definition, roles=settings["roles"], prepends_bos=settings["prepends_bos"])
         if digest != folder.name:
             raise DamagedPart(f"its content hashes to {digest[:12]}…, not to its name")
