@@ -4,6 +4,7 @@ transformers loads the model with stand-ins of the stored tensors that take no m
 missing (tenths of a second after its import, for a model of any size). Its tokenizer reads a probe text.
 """
 
+import contextlib
 import hashlib
 import importlib.metadata
 import json
@@ -15,6 +16,7 @@ from typing import Any
 
 from ..store import durable
 from ..store.errors import DataError
+from ..store.json_files import read_object
 from ..store.model_json import for_transformers
 from ..store.roles import ROLES
 from .models import ModelFolder
@@ -31,8 +33,10 @@ def disagreements(model: ModelFolder, *, cache: Path) -> list[str]:
         DataError: transformers cannot load the model, or would fill weights with random numbers.
     """
     path = cache / f"{_digest(model)}.json"
-    if path.exists():
-        return list(json.loads(path.read_text(encoding="utf-8"))["disagreements"])
+    with contextlib.suppress(OSError, ValueError, KeyError):  # what cannot be read is found again
+        kept = read_object(path)["disagreements"]
+        if isinstance(kept, list) and all(isinstance(text, str) for text in kept):
+            return kept
     found = [*_of_weights(model), *_of_tokenizer(model)]
     cache.mkdir(parents=True, exist_ok=True)
     durable.write_json(path, {"disagreements": found})

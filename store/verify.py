@@ -5,7 +5,7 @@ looked at. The catalog is read before the parts, so that what it knows must be t
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -172,7 +172,7 @@ def _check_part(dataset: Dataset, part: int, *, full: bool) -> Iterator[Finding]
 
 
 def _check_runs(workspace: Workspace) -> Iterator[Finding]:
-    readers = [(path, read_run) for path in workspace.run_files()]
+    readers: list[tuple[Path, Callable[[Path], object]]] = [(path, read_run) for path in workspace.run_files()]
     for folder in training_folders(workspace):
         readers += [(folder / "job.json", read_job)]
         readers += [(folder / name, read_records) for name in (METRICS, EVALUATIONS)]
