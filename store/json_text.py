@@ -21,10 +21,19 @@ def parse_json(text: str | bytes, **how: Any) -> Any:
         value = json.loads(text, **how)
     except RecursionError as error:
         raise ValueError(_TOO_DEEP) from error
+    except ValueError as error:
+        if (reason := reason_of(error)) != str(error):
+            raise ValueError(reason) from error
+        raise
     marks = ("[", "{") if isinstance(text, str) else (b"[", b"{")
     if sum(map(text.count, marks)) > DEEPEST_JSON:  # type: ignore[arg-type]  # few texts have so many at all
         require_shallow(value)
     return value
+
+
+def reason_of(error: ValueError) -> str:
+    """What a parser says; of numbers that Python refuses to read it speaks of Python's settings."""
+    return "a number has thousands of digits" if "set_int_max_str_digits" in str(error) else str(error)
 
 
 def require_shallow(value: Any) -> None:

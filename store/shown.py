@@ -35,6 +35,11 @@ def shown(value: object) -> str:
     return text if len(text) <= LONGEST_SHOWN else f"{text[:LONGEST_SHOWN]}..."
 
 
+def written(value: object) -> str:
+    """A value as it stands in a file: a short text without quotes, anything else as of `shown`."""
+    return value if isinstance(value, str) and len(value) <= _SHORT.maxstring and value.isprintable() else shown(value)
+
+
 def in_short(error: BaseException) -> str:
     """What another library says of a file: its message may quote the file, whatever length that has."""
     text = str(error).strip() or type(error).__name__

@@ -154,7 +154,7 @@ def test_an_index_names_plain_files(folder, secrets, named):
 def test_an_index_of_another_shape_is_refused(folder, weight_map):
     (folder / WEIGHTS).unlink()
     (folder / INDEX).write_text(json.dumps({"weight_map": weight_map}))
-    with pytest.raises(DataError, match="Download it again|has shards|plain name|lacks weights") as caught:
+    with pytest.raises(DataError, match=r"Download it again|has shards|plain name|lacks weights") as caught:
         find(folder)
     assert len(str(caught.value)) < 600
 

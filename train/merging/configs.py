@@ -101,8 +101,8 @@ def compare_tokenizers(reference: ModelSettings, other: ModelSettings) -> list[s
         if tokens[index] != other_tokens[index]:
             raise DataError(
                 f"Token {index} of {other.label} ({shown(other_tokens[index])}) must be that of {reference.label} "
-                f"({shown(tokens[index])}): their tokenizers differ, so a row of their embeddings means different things. Such models cannot "
-                "be merged."
+                f"({shown(tokens[index])}): their tokenizers differ, so a row of their embeddings means different "
+                "things. Such models cannot be merged."
             )
     differing = [index for index in sorted(added.keys() | other_added.keys()) if added.get(index) != other_added.get(index)]
     if tokens != other_tokens:
