@@ -63,9 +63,8 @@ def load_merge_file(path: Path) -> MergeRequest:
         return parse_mergekit(text, path=path)
     data = parse_toml(text, what=f"The merge file {path}", hint="(mergekit's files must end in .yaml or .yml.)")
     if set(data) != {"merge"} or not isinstance(data["merge"], dict):
-        raise UsageError(
-            f"The merge file {path} must have one section, [merge], with [[merge.models]]; it has {listed([written(key) for key in data], most=5) or 'none'}."
-        )
+        found = listed([written(key) for key in data], most=5) or "none"
+        raise UsageError(f"The merge file {path} must have one section, [merge], with [[merge.models]]; it has {found}.")
     problems: list[tuple[KeyPath, str]] = []
     request = _request(data["merge"], problems=problems)
     if request is None or problems:

@@ -19,9 +19,7 @@ def parse_json(text: str | bytes, **how: Any) -> Any:
     """
     try:
         value = json.loads(text, **how)
-    except RecursionError as error:
-        raise ValueError(_TOO_DEEP) from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         if (reason := reason_of(error)) != str(error):
             raise ValueError(reason) from error
         raise
@@ -31,8 +29,10 @@ def parse_json(text: str | bytes, **how: Any) -> Any:
     return value
 
 
-def reason_of(error: ValueError) -> str:
-    """What a parser says; of numbers that Python refuses to read it speaks of Python's settings."""
+def reason_of(error: Exception) -> str:
+    """Why a text cannot be parsed; of depths and of numbers with thousands of digits, parsers speak of Python's settings."""
+    if isinstance(error, RecursionError):
+        return _TOO_DEEP
     return "a number has thousands of digits" if "set_int_max_str_digits" in str(error) else str(error)
 
 

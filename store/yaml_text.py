@@ -6,7 +6,7 @@ import yaml
 
 from .json_text import reason_of, require_shallow
 
-MOST_YAML_NODES = 100_000  # keys and values, counted as often as aliases repeat them
+MOST_YAML_NODES = 1_000_000  # keys and values, counted as often as aliases repeat them
 
 
 def parse_yaml(text: str) -> Any:
