@@ -11,7 +11,7 @@ from .errors import DataError
 from .shown import shown
 
 LONGEST_NAME = 4096  # characters of a name; the limit of Linux for a path
-_CACHED_MODEL = "models--"  # how folders of models in the cache of the Hugging Face hub begin
+_CACHED = ("models--", "datasets--")  # how folders in the cache of the Hugging Face hub begin
 
 
 class OutsideFolder(DataError):
@@ -91,7 +91,7 @@ def _has_no_links(path: Path, *, below: Path) -> bool:
 
 
 def _is_snapshot(folder: Path) -> bool:
-    return folder.parent.name == "snapshots" and folder.parent.parent.name.startswith(_CACHED_MODEL)
+    return folder.parent.name == "snapshots" and folder.parent.parent.name.startswith(_CACHED)
 
 
 def _target(path: Path) -> str:

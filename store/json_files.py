@@ -13,14 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from .errors import DamagedPart
+from .json_text import parse_json
 
 MOST_JSON_BYTES = 64 << 20  # of a file; the plan of a corpus of a million parts has 60 MB
 MOST_LINE_BYTES = 1 << 20  # of a record that has a line to itself; a training step has less than 1 kB
-MOST_DEPTH = 64  # of nested lists and objects; a recipe's settings have about 6
 
 END_OF_TIME = 253_402_300_800.0  # seconds from 1970 to the year 10000, in which dates end
-_NESTED = re.compile(r"[\[\]{}]|\"(?:[^\"\\]|\\.)*+\"", re.DOTALL)
-_NO_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
@@ -42,7 +40,7 @@ def read_json(path: Path) -> Any:
 
     Raises:
         OSError: there is no such file, or it cannot be read.
-        ValueError: it is no JSON in UTF-8, larger than `MOST_JSON_BYTES`, or nested deeper than `MOST_DEPTH`.
+        ValueError: it is no JSON in UTF-8, larger than `MOST_JSON_BYTES`, or nested too deep (`json_text`).
     """
     return decode_json(read_bytes(path))
 
@@ -91,36 +89,13 @@ def decode_json(data: bytes) -> Any:
     """The value of a JSON document.
 
     Raises:
-        ValueError: it is no JSON in UTF-8, or nested deeper than `MOST_DEPTH`.
+        ValueError: it is no JSON in UTF-8, or nested too deep (`json_text`).
     """
     text = data.decode("utf-8")
-    if not _is_shallow(data):
-        _require_shallow(text)
-    value = json.loads(text)
+    value = parse_json(text)
     if "\\u" in text and _SURROGATE.search(text):  # half a character, which could not be written again
         json.dumps(value, ensure_ascii=False).encode()
     return value
-
-
-def _is_shallow(data: bytes) -> bool:
-    """Whether a document is nested no deeper than the limit, by a quick look. Where brackets stand in texts, it may not be able to tell."""
-    brackets = data.translate(None, _NO_BRACKETS)
-    for _ in range(MOST_DEPTH):
-        if not brackets:
-            return True
-        brackets = brackets.replace(b"[]", b"").replace(b"{}", b"")
-    return False
-
-
-def _require_shallow(text: str) -> None:
-    depth = 0
-    for found in _NESTED.finditer(text):
-        if found[0] in "[{":
-            depth += 1
-            if depth > MOST_DEPTH:
-                raise ValueError(f"it is nested deeper than {MOST_DEPTH} levels")
-        elif found[0] in "]}":
-            depth -= 1
 
 
 class Facts(dict[str, Any]):

@@ -3,6 +3,7 @@
 import reprlib
 
 LONGEST_SHOWN = 200  # characters of a value in a message
+LONGEST_MESSAGE = 1000  # characters of another library's message in ours
 
 
 class _Short(reprlib.Repr):
@@ -32,6 +33,17 @@ def shown(value: object) -> str:
     """A value as a message shows it: its `repr`, shortened in the middle or at the end; of nested values the first few."""
     text = _SHORT.repr(value)
     return text if len(text) <= LONGEST_SHOWN else f"{text[:LONGEST_SHOWN]}..."
+
+
+def written(value: object) -> str:
+    """A value as it stands in a file: a short text without quotes, anything else as of `shown`."""
+    return value if isinstance(value, str) and len(value) <= _SHORT.maxstring and value.isprintable() else shown(value)
+
+
+def in_short(error: BaseException) -> str:
+    """What another library says of a file: its message may quote the file, whatever length that has."""
+    text = str(error).strip() or type(error).__name__
+    return text if len(text) <= LONGEST_MESSAGE else f"{text[:LONGEST_MESSAGE]}..."
 
 
 def listed(values: list[str], *, most: int, what: str = "") -> str:

@@ -17,7 +17,8 @@ from fuseline.store.dataset import PartContent
 from fuseline.store.errors import FuselineError
 from fuseline.store.fingerprint import fingerprint, sealed
 from fuseline.store.journal import Journal, prepare, read_journals
-from fuseline.store.json_files import MOST_DEPTH, decode_json
+from fuseline.store.json_files import decode_json
+from fuseline.store.json_text import DEEPEST_JSON
 from fuseline.store.verify import verify
 from fuseline.store.workspace import Workspace
 from hypothesis import HealthCheck, given, settings
@@ -203,9 +204,9 @@ def shared_copy(made: Path, tmp_path_factory) -> Path:
 def test_documents_are_read_up_to_a_depth(opening):
     closing = "]" if opening == "[" else "}"
     middle = "1" if opening != "[" else ""
-    decode_json((opening * MOST_DEPTH + middle + closing * MOST_DEPTH).encode())
-    with pytest.raises(ValueError, match="nested deeper"):
-        decode_json((opening * (MOST_DEPTH + 1) + middle + closing * (MOST_DEPTH + 1)).encode())
+    decode_json((opening * DEEPEST_JSON + middle + closing * DEEPEST_JSON).encode())
+    with pytest.raises(ValueError, match="nested more than"):
+        decode_json((opening * (DEEPEST_JSON + 1) + middle + closing * (DEEPEST_JSON + 1)).encode())
     decode_json(json.dumps({"text": "[{" * 5000, "more": ['"]}\\' * 5] * 50}).encode())
 
 
