@@ -4,7 +4,6 @@ import json
 import os
 import shlex
 import shutil
-import tomllib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from .recipe import Recipe, load_recipe, parse_recipe
 from .store import durable
 from .store.errors import UsageError
 from .store.paths import expanded
+from .store.toml_text import parse_toml
 from .store.user_text import decode_user_text
 
 
@@ -97,13 +97,11 @@ def _with_table(before: bytes, entry: dict[str, str]) -> bytes:
 
 def _checked(after: bytes, *, entry: dict[str, str], before: bytes, path: Path) -> Recipe:
     was, text = (decode_user_text(data, what=f"The recipe {path}") for data in (before, after))
+    stored = parse_toml(was, what=f"The recipe {path}")
     try:
-        now = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        raise UsageError(
-            f"No table can be added to {path} ({error}). Write its sources as [[sources]] tables, and run it again."
-        ) from error
-    stored = tomllib.loads(was)
+        now = parse_toml(text, what="With the table, it")
+    except UsageError as error:
+        raise UsageError(f"No table can be added to {path} ({error}) Write its sources as [[sources]] tables, and run it again.") from error
     assert now == stored | {"sources": [*stored["sources"], entry]}
     try:
         return parse_recipe(text, path=path)

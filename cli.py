@@ -18,7 +18,7 @@ from .console import (
 )
 from .merge_command import merge_command
 from .opening import open_pipeline, open_workspace, workspace_of
-from .options import Group, StageGroup, executor_options, models_default, recipe_options, workspace_option
+from .options import SIZE, Group, StageGroup, executor_options, models_default, recipe_options, workspace_option
 from .store.errors import UsageError
 from .store.machine import wait_asleep
 from .store_commands import store
@@ -365,7 +365,18 @@ def status(recipe: Path | None, workspace: Path | None, as_json: bool, watch: bo
 @click.option("--output", "-o", type=click.Path(dir_okay=False, path_type=Path), help="File to write to; needed for parquet.")
 @click.option("--stats", is_flag=True, help="Say, on the error stream, how many chunks and bytes of stored arrays were read.")
 @click.option("--external-access", is_flag=True, help="Let queries read and write files outside the workspace.")
-def sql(query: str | None, workspace: Path | None, style: str | None, output: Path | None, stats: bool, external_access: bool) -> None:
+@click.option("--memory-limit", type=SIZE, help="Most memory that a query takes; by default 4GiB, or half of the machine's.")
+@click.option("--spill-limit", type=SIZE, help="Most that a query which needs more memory writes to temporary files; by default 32GiB.")
+def sql(
+    query: str | None,
+    workspace: Path | None,
+    style: str | None,
+    output: Path | None,
+    stats: bool,
+    external_access: bool,
+    memory_limit: int | None,
+    spill_limit: int | None,
+) -> None:
     """Ask everything that is stored with SQL (DuckDB's).
 
     Without QUERY it is read from the standard input, or, on a terminal, asked for again and again. Nothing in the workspace can be changed.
@@ -383,7 +394,8 @@ def sql(query: str | None, workspace: Path | None, style: str | None, output: Pa
     from .store.database import Database
 
     chosen = style_for(style, output=output)
-    database = Database(open_workspace(workspace), external_access=external_access)
+    limits = {name: value for name, value in (("memory_limit", memory_limit), ("spill_limit", spill_limit)) if value is not None}
+    database = Database(open_workspace(workspace), external_access=external_access, **limits)
 
     def show(text: str) -> None:
         with database.stream(text) as batches:

@@ -170,11 +170,13 @@ def _training_line(training: "TrainingStatus") -> str:
 def show_document(document: "ShownDocument", *, html_file: Path | None, details: bool) -> None:
     """A document under two tokenizers, in the terminal or as a page."""
     from .alignment_view import page, print_alignment
+    from .store.output_file import open_output
 
     if html_file is None:
         print_alignment(document, console=_console(), details=details)
         return
-    html_file.write_text(page(document), encoding="utf-8")
+    with open_output(html_file, what="--html") as file:
+        file.write(page(document).encode())
     say(f"Written to {html_file}: open it in a browser.")
 
 

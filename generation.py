@@ -33,6 +33,8 @@ class ChatModel:
             DataError: it cannot be used.
             UsageError: it has no chat template.
         """
+        from transformers import GenerationConfig
+
         from .ingest.forward import CausalModel
 
         if not folder.is_dir():
@@ -44,8 +46,11 @@ class ChatModel:
         self.context_length = files.context_length
         self._tokenizer, self._template = files.tokenizer, template
         self._reader = ConversationsReader(files.tokenizer, template=template, rendering="shared")
-        dtype = files.hf_config.get("dtype") or files.hf_config.get("torch_dtype") or "float32"
+        dtype = files.stored_dtype
         self._loaded = CausalModel(folder, dtype=dtype, arithmetic=arithmetic_for(dtype), trust_remote_code=False)
+        self._stops = self._stops_of(self._loaded.model.generation_config.eos_token_id)
+        # What the model's own generation_config.json says of penalties, beams and the like is left aside: transformers would apply it.
+        self._loaded.model.generation_config = GenerationConfig()
 
     def answer(
         self, conversation: Conversation, *, show: Callable[[str], None], max_tokens: int, temperature: float, seed: int | None = None
@@ -78,18 +83,15 @@ class ChatModel:
             torch.manual_seed(seed)
         text = _Text(self._tokenizer, show=show, n_skipped=len(prompt))
         sampling = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {"do_sample": False}
-        # All of it is said here: what the model's own generation_config.json says of penalties and the like is left aside.
         settings = GenerationConfig(max_new_tokens=max_tokens, eos_token_id=self._stops, pad_token_id=self._stops[0], **sampling)
         ids_BL = torch.tensor([prompt], device=self._loaded.device)
         self._loaded.model.generate(ids_BL, attention_mask=torch.ones_like(ids_BL), generation_config=settings, streamer=text)
         return text.so_far
 
-    @property
-    def _stops(self) -> list[int]:
-        """The tokens that end an answer."""
-        eos = self._loaded.model.generation_config.eos_token_id
+    def _stops_of(self, eos: Any) -> list[int]:
+        """The tokens that end an answer; `eos` is what generation_config.json says."""
         found = [self._reader.end_of_turn_id, self._tokenizer.roles["eos"], *(eos if isinstance(eos, list) else [eos])]
-        return list(dict.fromkeys(token_id for token_id in found if token_id is not None))
+        return list(dict.fromkeys(token_id for token_id in found if type(token_id) is int))
 
 
 class _Text:

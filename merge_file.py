@@ -1,6 +1,5 @@
 """The file of a merge: TOML, or mergekit's YAML (`mergekit_file.py`); read and checked as a whole."""
 
-import tomllib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -8,8 +7,10 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from .ingest.models import ModelConfig
-from .recipe import line_of
+from .recipe import said_of_problems
 from .store.errors import UsageError
+from .store.shown import listed, shown, written
+from .store.toml_text import KeyPath, parse_toml
 from .store.user_text import read_user_text
 from .train.merging.config import Density, Finite, MergeConfig
 
@@ -60,24 +61,20 @@ def load_merge_file(path: Path) -> MergeRequest:
         from .mergekit_file import parse_mergekit
 
         return parse_mergekit(text, path=path)
-    try:
-        data = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        raise UsageError(f"The merge file {path} is not valid TOML: {error}. (mergekit's files must end in .yaml or .yml.)") from error
+    data = parse_toml(text, what=f"The merge file {path}", hint="(mergekit's files must end in .yaml or .yml.)")
     if set(data) != {"merge"} or not isinstance(data["merge"], dict):
-        raise UsageError(
-            f"The merge file {path} must have one section, [merge], with [[merge.models]]; it has {', '.join(data) or 'none'}."
-        )
-    problems: list[str] = []
-    request = _request(data["merge"], problems=problems, text=text)
+        found = listed([written(key) for key in data], most=5) or "none"
+        raise UsageError(f"The merge file {path} must have one section, [merge], with [[merge.models]]; it has {found}.")
+    problems: list[tuple[KeyPath, str]] = []
+    request = _request(data["merge"], problems=problems)
     if request is None or problems:
-        raise UsageError(f"The merge file {path} has {len(problems)} problem{'s' * (len(problems) > 1)}:\n" + "\n".join(problems))
+        raise UsageError(said_of_problems(problems, text=text, what=f"The merge file {path}"))
     return request
 
 
-def _request(section: dict[str, Any], *, problems: list[str], text: str) -> MergeRequest | None:
-    def note(path: tuple[str | int, ...], what: str) -> None:
-        problems.append(f"  line {line_of(text, ('merge', *path))}: {'.'.join(map(str, ('merge', *path)))}: {what}")
+def _request(section: dict[str, Any], *, problems: list[tuple[KeyPath, str]]) -> MergeRequest | None:
+    def note(path: KeyPath, what: str) -> None:
+        problems.append((("merge", *path), what))
 
     for key, of_model in _PER_MODEL.items():
         if key in section:
@@ -121,7 +118,7 @@ def _validated(kind: type[BaseModel], data: dict[str, Any], *, note: Any) -> Any
                 case "value_error":
                     what = str(details["ctx"]["error"])
                 case _:
-                    what = f"{details['input']!r}: {details['msg'].removeprefix('Input ')}"
+                    what = f"{shown(details['input'])}: {details['msg'].removeprefix('Input ')}"
             note(tuple(details["loc"]), what)
         return None
 

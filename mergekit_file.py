@@ -1,23 +1,26 @@
 """mergekit's YAML, as far as it means the same here. What does not is refused by name: nothing is ignored."""
 
 import contextlib
+import itertools
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
-import yaml
 from pydantic import ValidationError
 
 from .ingest.models import ModelConfig
 from .merge_file import MergeRequest
 from .store.errors import UsageError
+from .store.shown import in_short, shown, written
+from .store.yaml_text import parse_yaml
 from .train.merging.config import MergeConfig
 
 _METHODS = ("linear", "slerp", "task_arithmetic", "ties", "dare_linear", "dare_ties", "sce")
 _DTYPES = ("float32", "bfloat16", "float16")
 # Parameters of the merge as a whole, and what they are called here.
 _SETTINGS = {"normalize": "normalize", "lambda": "scale", "t": "t", "select_topk": "density"}
+_OF_SLICE = {"sources", "parameters"}
 _DENSE = {"ties", "dare_linear", "dare_ties"}  # there, a density that is not said is 1
 _DARE = {"dare_linear", "dare_ties"}
 
@@ -42,18 +45,18 @@ class _Reader:
     def request(self, text: str) -> MergeRequest:
         """The merge that a file asks for."""
         try:
-            data = yaml.safe_load(text)
-        except (yaml.YAMLError, ValueError) as error:  # the latter of dates that are none
-            self.refuse("is not valid YAML:", " ".join(str(error).split()))
+            data = parse_yaml(text)
+        except ValueError as error:
+            self.refuse("is not valid YAML:", in_short(error))
         if not isinstance(data, dict):
             self.refuse("must", "hold keys and values, among them merge_method and models.")
         known = ("merge_method", "models", "slices", "base_model", "parameters", "dtype", "out_dtype", "tokenizer_source")
         for key in data:
             if key not in known:
-                self.refuse(key, f"is not offered: of mergekit's keys only these are read: {', '.join(known)}. Remove it.")
+                self.refuse(written(key), f"is not offered: of mergekit's keys only these are read: {', '.join(known)}. Remove it.")
         method = data.get("merge_method")
         if method not in _METHODS:
-            self.refuse(f"merge_method ({method})", f"must be one of those that mean the same here: {', '.join(_METHODS)}.")
+            self.refuse(f"merge_method ({written(method)})", f"must be one of those that mean the same here: {', '.join(_METHODS)}.")
         sources, common, n_layers = self.sources(data)
         settings: dict[str, Any] = {"method": method} | self.settings(common, method=method)
         base = self.model(data["base_model"], name="base") if data.get("base_model") else None
@@ -63,7 +66,7 @@ class _Reader:
         for key in ("dtype", "out_dtype"):  # the second wins
             if data.get(key) is not None:
                 if data[key] not in _DTYPES:
-                    self.refuse(f"{key} ({data[key]})", f"must be one of {', '.join(_DTYPES)}.")
+                    self.refuse(f"{key} ({written(data[key])})", f"must be one of {', '.join(_DTYPES)}.")
                 settings["dtype"] = data[key]
         try:
             config = MergeConfig.model_validate(settings | ({"variant": "mergekit"} if method == "sce" else {}))
@@ -71,7 +74,7 @@ class _Reader:
             details = error.errors()[0]
             if details["type"] == "value_error":  # a key of another method
                 self.refuse("parameters:", f"{details['ctx']['error']}.")
-            self.refuse(".".join(map(str, details["loc"])), f"({details['input']!r}): {details['msg'].removeprefix('Input ')}.")
+            self.refuse(".".join(map(str, details["loc"])), f"({shown(details['input'])}): {details['msg'].removeprefix('Input ')}.")
         models = tuple(model for model, _ in sources)
         if not models:
             self.refuse("models", "must name a model beside base_model.")
@@ -85,7 +88,7 @@ class _Reader:
         entries = data.get("models")
         if "slices" in data:
             slices = data["slices"]
-            if not isinstance(slices, list) or len(slices) != 1 or set(self.table("slices", slices[0])) - {"sources", "parameters"}:
+            if not isinstance(slices, list) or len(slices) != 1 or not isinstance(slices[0], dict) or slices[0].keys() - _OF_SLICE:
                 self.refuse("slices", "must be one slice over all layers, with sources: models are merged whole here, never in pieces.")
             common |= self.table("slices.parameters", slices[0].get("parameters"))
             entries = slices[0].get("sources")
@@ -96,8 +99,8 @@ class _Reader:
         found = []
         for entry in entries:
             for key in set(entry) - {"model", "parameters", *(["layer_range"] if n_layers else [])}:
-                self.refuse(f"models.{key}", "is not offered. Remove it.")
-            name = _free_name(str(entry["model"]).partition("@")[0], taken=names)
+                self.refuse(f"models.{written(key)}", "is not offered. Remove it.")
+            name = _free_name(written(entry["model"]).partition("@")[0], taken=names)
             names.append(name)
             parameters = self.table("models.parameters", entry.get("parameters"))
             found.append((self.model(entry["model"], name=name), parameters))
@@ -105,7 +108,7 @@ class _Reader:
 
     def layers(self, entries: Any) -> int:
         """How many layers the one slice has."""
-        ranges = [entry.get("layer_range") for entry in entries or [] if isinstance(entry, dict)]
+        ranges = [entry.get("layer_range") for entry in entries if isinstance(entry, dict)] if isinstance(entries, list) else []
         first = ranges[0] if ranges else None
         if not (
             isinstance(first, list)
@@ -115,7 +118,8 @@ class _Reader:
             and all(other == first for other in ranges)
         ):
             self.refuse(
-                "slices", f"must have the layer_range [0, number of layers] for each source, and has {ranges}: models are merged whole."
+                "slices",
+                f"must have the layer_range [0, number of layers] for each source, and has {shown(ranges)}: models are merged whole.",
             )
         return first[1]
 
@@ -128,7 +132,7 @@ class _Reader:
                 continue
             if key == "rescale" and method in _DARE and value is True:
                 continue
-            self.refuse(f"parameters.{key} ({value})", "is not offered. Remove it.")
+            self.refuse(f"parameters.{written(key)} ({written(value)})", "is not offered. Remove it.")
         return {ours: self.number(key, common[key]) for key, ours in _SETTINGS.items() if key in common}
 
     def per_model(
@@ -146,7 +150,9 @@ class _Reader:
                 settings[ours] = said
         for model, parameters in sources:
             for key in parameters.keys() - {"weight", "density"}:
-                self.refuse(f"models.parameters.{key} of {model.name}", "is not offered for one model. Remove it, or set it for all.")
+                self.refuse(
+                    f"models.parameters.{written(key)} of {model.name}", "is not offered for one model. Remove it, or set it for all."
+                )
 
     def number(self, where: str, value: Any) -> Any:
         """One value for all layers; of `normalize` a truth value."""
@@ -157,23 +163,23 @@ class _Reader:
         if isinstance(value, bool) and where == "normalize":
             return value
         if not isinstance(value, bool):
-            with contextlib.suppress(TypeError, ValueError):
+            with contextlib.suppress(TypeError, ValueError, OverflowError):
                 return float(value)
         what = "must be one number: gradients over layers and filters by tensor are not offered. Give all layers one value."
-        return self.refuse(where, f"({value}) {what}")
+        return self.refuse(where, f"({written(value)}) {what}")
 
     def table(self, where: str, value: Any) -> dict[str, Any]:
         """Keys and values; none where nothing is said."""
         if not isinstance(value, dict | None):
-            self.refuse(f"{where} ({value})", "must hold keys and values.")
+            self.refuse(f"{where} ({written(value)})", "must hold keys and values.")
         return dict(value or {})
 
     def model(self, said: Any, *, name: str) -> ModelConfig:
         """A model by its path or id."""
         if not isinstance(said, str):
-            self.refuse(f"model ({said})", "must be a path or an id on the Hugging Face hub, as text.")
+            self.refuse(f"model ({written(said)})", "must be a path or an id on the Hugging Face hub, as text.")
         if "+" in said:
-            self.refuse(f"model ({said})", "must be without an adapter: merge the adapter into its model first.")
+            self.refuse(f"model ({written(said)})", "must be without an adapter: merge the adapter into its model first.")
         path, _, revision = said.partition("@")
         return ModelConfig(name=name, model=path, revision=revision or None)
 
@@ -185,7 +191,7 @@ class _Reader:
         named = [model.name for model in models if model.model == said]
         if not named:
             self.refuse(
-                f"tokenizer_source ({said})",
+                f"tokenizer_source ({written(said)})",
                 "must be base, or one of the models: tokenizers are not united, because rows of the embeddings would have to be made up.",
             )
         return named[0]
@@ -198,4 +204,4 @@ def _same(one: ModelConfig, other: ModelConfig) -> bool:
 def _free_name(model: str, *, taken: list[str]) -> str:
     name = re.sub(r"[^A-Za-z0-9]*$", "", re.sub(r"[^A-Za-z0-9.]+", "-", model.rstrip("/").rsplit("/", 1)[-1]).lstrip("-.")) or "model"
     name = re.sub(r"([.-])[.-]+", r"\1", name)
-    return name if name not in taken else next(free for n in range(2, 1000) if (free := f"{name}-{n}") not in taken)
+    return name if name not in taken else next(free for n in itertools.count(2) if (free := f"{name}-{n}") not in taken)

@@ -3,6 +3,7 @@
 import errno
 import io
 import os
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +15,7 @@ from .store.errors import FuselineError
 from .store.paths import expanded
 from .terminal import harmless, say
 
+_LEAST_SIZE = 1_000_000  # bytes
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 
@@ -53,6 +55,26 @@ def prepare_streams() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
+
+
+class _Size(click.ParamType):
+    """A number of bytes: 500MB, 8GiB, 1.5TB."""
+
+    name = "size"
+    _FORM = re.compile(r"(\d{1,9}(?:\.\d{1,9})?) ?([kKMGT]?)(i?)B?", re.ASCII)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        """Bytes."""
+        if isinstance(value, int):
+            return value
+        found = self._FORM.fullmatch(value.strip())
+        n_bytes = int(float(found[1]) * (1024 if found[3] else 1000) ** " kMGT".index(found[2].replace("K", "k") or " ")) if found else 0
+        if n_bytes < _LEAST_SIZE:
+            self.fail(f"{value!r} must be a size of at least {_LEAST_SIZE // 1_000_000} MB, such as 500MB or 8GiB.", param, ctx)
+        return n_bytes
+
+
+SIZE = _Size()
 
 
 class Group(click.Group):

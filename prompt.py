@@ -89,7 +89,9 @@ def ask_repeatedly(database: Database, *, show: Callable[[str], None], show_stat
 def _history(path: Path) -> History:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.touch()
+        path.parent.chmod(0o700)  # queries may hold what nobody else should read
+        path.touch(0o600)
+        path.chmod(0o600)
     except OSError as error:
         say(f"{path} cannot be written ({error.strerror}): what is asked here is not kept for the next session.", err=True)
         return InMemoryHistory()

@@ -4,8 +4,7 @@ Each section is the config of the stage that owns it; this module only puts them
 """
 
 import difflib
-import tomllib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -18,6 +17,8 @@ from .ingest.corpus import CorpusConfig
 from .ingest.distributions import DistributionsConfig
 from .ingest.models import ModelConfig
 from .store.errors import UsageError
+from .store.shown import shown
+from .store.toml_text import KeyPath, Lines, holds, parse_toml
 from .store.user_text import read_user_text
 from .train.config import TrainingConfig
 from .train.merging.config import MergeConfig
@@ -144,7 +145,8 @@ class Recipe(BaseModel):
 
 
 _COMPARED = ("name", "path", "model", "revision")  # the keys that other sections are compared with, and those without which there is none
-KeyPath = tuple[str | int, ...]
+MOST_PROBLEMS = 10  # that a message lists
+_LONGEST_KEY = 80  # characters of a key that a message names
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,49 +173,30 @@ def parse_recipe(text: str, *, path: Path) -> Recipe:
     Raises:
         UsageError: as of `load_recipe`.
     """
-    try:
-        data = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        raise UsageError(f"The recipe {path} is not valid TOML: {error}.") from error
-    recipe, problems = _validated(data)
+    recipe, problems = _validated(parse_toml(text, what=f"The recipe {path}"))
     if problems or recipe is None:
-        placed = sorted((line_of(text, problem.path), ".".join(map(str, problem.path)) or "recipe", problem.text) for problem in problems)
-        listed = "\n".join(f"  line {line}: {where}: {what}" for line, where, what in placed)
-        raise UsageError(f"The recipe {path} has {len(problems)} problem{'s' * (len(problems) > 1)}:\n{listed}")
+        raise UsageError(said_of_problems([(each.path, each.text) for each in problems], text=text, what=f"The recipe {path}"))
     return recipe
 
 
-def line_of(text: str, path: KeyPath) -> int:
-    """The line (from 1) on which a key's value starts, or its section if the key is not there.
+def said_of_problems(problems: Sequence[tuple[KeyPath, str]], *, text: str, what: str) -> str:
+    """What is wrong in a file, with lines; of many problems the first `MOST_PROBLEMS`.
 
-    It is the line after the longest beginning of the text that is valid TOML without the key.
+    Args:
+        problems: the key, and what is wrong with it.
+        text: of the file, which is valid TOML.
+        what: names it, as in "The recipe x.toml".
     """
-    while path:
-        start = 1
-        lines = [f"{line}\n" for line in text.split("\n")]  # as TOML and editors count: not at form feeds and the like
-        for number in range(1, len(lines) + 1):
-            try:
-                data = tomllib.loads("".join(lines[:number]))
-            except tomllib.TOMLDecodeError:
-                continue  # inside a value of several lines
-            if _holds(data, path):
-                return _first_written(lines, start=start, end=number)
-            start = number + 1
-        path = path[:-1]
-    return 1
+    lines = Lines(text)
+    placed = sorted((lines.of(path), ".".join(map(_short_key, path)) or "recipe", said) for path, said in problems[:MOST_PROBLEMS])
+    listed = "\n".join(f"  line {line}: {where}: {said}" for line, where, said in placed)
+    more = f"\n  and {len(problems) - MOST_PROBLEMS:,} more" if len(problems) > MOST_PROBLEMS else ""
+    return f"{what} has {len(problems):,} problem{'s' * (len(problems) > 1)}:\n{listed}{more}"
 
 
-def _first_written(lines: list[str], *, start: int, end: int) -> int:
-    return next((number for number in range(start, end + 1) if lines[number - 1].strip()), end)
-
-
-def _holds(data: Any, path: KeyPath) -> bool:
-    for key in path:
-        try:
-            data = data[key]
-        except (KeyError, IndexError, TypeError):
-            return False
-    return True
+def _short_key(key: str | int) -> str:
+    text = str(key)
+    return text if len(text) <= _LONGEST_KEY else f"{text[:_LONGEST_KEY]}..."
 
 
 def _validated(data: dict[str, Any]) -> tuple[Recipe | None, list[Problem]]:
@@ -241,7 +224,7 @@ def _problem(details: dict[str, Any]) -> Problem:
     match details["type"]:
         case "extra_forbidden":
             valid = list(_fields_at(path[:-1]))
-            close = difflib.get_close_matches(str(path[-1]), valid, n=1)
+            close = difflib.get_close_matches(_short_key(path[-1]), valid, n=1)
             hint = f"Did you mean {close[0]}? " if close else ""
             return Problem(path, f"unknown key. {hint}Valid are: {', '.join(valid)}", is_unknown=True)
         case "missing":
@@ -250,7 +233,7 @@ def _problem(details: dict[str, Any]) -> Problem:
             return Problem(path, str(details["ctx"]["error"]))
         case _:
             message = details["msg"].removeprefix("Input ")
-            return Problem(path, f"{details['input']!r} {message if message.startswith('should') else 'is wrong: ' + message}")
+            return Problem(path, f"{shown(details['input'])} {message if message.startswith('should') else 'is wrong: ' + message}")
 
 
 def _fields_at(path: KeyPath) -> Mapping[str, Any]:
@@ -268,7 +251,7 @@ def _drop(data: dict[str, Any], problem: Problem) -> bool:
     """Take what is wrong out of the data. Of a section whose keys do not go together, those stay that other sections are compared with."""
     node: Any = data
     for key in problem.path[:-1]:
-        if not _holds(node, (key,)):
+        if not holds(node, (key,)):
             return False
         node = node[key]
     if not problem.path or not isinstance(node, dict) or problem.path[-1] not in node:

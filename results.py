@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import shutil
 import sys
 from collections.abc import Callable, Iterator
@@ -18,9 +17,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from .console import show_table
-from .store import durable
 from .store.answer import Answer
 from .store.errors import UsageError
+from .store.output_file import open_output, require_outside_workspaces
 from .terminal import binary_output, harmless, say
 
 _Write = Callable[[Answer, BinaryIO], None]
@@ -40,6 +39,7 @@ def style_for(style: str | None, *, output: Path | None) -> str:
         return style or "table"
     if not output.parent.is_dir():
         raise UsageError(f"--output ({output}): there is no folder {output.parent}.")
+    require_outside_workspaces(output, what="--output")
     chosen = style or output.suffix.removeprefix(".")
     if chosen not in {"csv", "json", "parquet"}:
         raise UsageError(f"--output ({output}) needs --format csv, json or parquet, or a name that ends so.")
@@ -68,19 +68,14 @@ def write_result(answer: Answer | None, *, style: str, output: Path | None) -> N
 
 @contextmanager
 def _opened(output: Path | None) -> Iterator[BinaryIO]:
-    """The standard output, or a file that appears under its name when it is complete."""
+    """The standard output, or a file."""
     if output is None:
         stream = binary_output()
         yield stream
         stream.flush()
-    elif output.exists() and not output.is_file():  # a pipe or a device: to be written to, not replaced
-        with output.open("wb") as file:
-            yield file
-    else:
-        with durable.temporary(output) as temporary:
-            with temporary.open("wb") as file:
-                yield file
-            os.replace(temporary, output)
+        return
+    with open_output(output, what="--output") as file:
+        yield file
 
 
 def _write_csv(answer: Answer, file: BinaryIO) -> None:

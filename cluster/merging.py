@@ -7,6 +7,7 @@ from typing import Any
 
 from ..ingest.models import ModelFolder
 from ..store.fingerprint import differences, fingerprint
+from ..store.json_files import read_object
 from ..train.merging.config import MergeConfig
 from ..train.merging.identity import REPORT, merge_identity
 from .conflicts import Conflict, require_free
@@ -121,7 +122,7 @@ def merge_differences(folder: Path, *, asked: Mapping[str, Any]) -> list[str]:
     if not folder.exists():
         return []
     try:
-        stored = json.loads((folder / REPORT).read_text(encoding="utf-8"))["identity"]
+        stored = dict(read_object(folder / REPORT)["identity"])
     except (OSError, ValueError, KeyError, TypeError):
         return [f"is no merge: {REPORT} cannot be read"]
     asked = json.loads(json.dumps(asked))

@@ -9,8 +9,8 @@ from ..align.maps import VocabularyMapStage
 from ..ingest.models import ModelFolder
 from ..recipe import Recipe
 from ..store import catalog, durable, journal
-from ..store.dataset import Manifest
 from ..store.errors import FuselineError, UsageError, WorkspaceBusy
+from ..store.manifest import Manifest
 from ..store.workspace import Workspace
 from ..train.config import TrainJob
 from ..train.launch import launch

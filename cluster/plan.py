@@ -1,6 +1,5 @@
 """What a recipe would take: parts, tokens, bytes on disk and operations of each stage, from what is at hand or expected; and how long."""
 
-import json
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,6 +10,7 @@ from ..ingest.corpus import choose_documents, corpus_source, parts_of
 from ..ingest.models import find_model, require_different_folders
 from ..ingest.places import find_place
 from ..recipe import Recipe
+from ..store.corpus_plan import read_plan
 from ..store.errors import DataError, UsageError
 from ..store.machine import arithmetic_for, flops, has_gpu, threads
 from ..store.workspace import Workspace
@@ -162,9 +162,10 @@ def _entry_bytes(model: _Model, codec: str) -> float:
 
 def _splits(recipe: Recipe, *, base: Path, workspace: Workspace, models_dir: Path) -> tuple[_Split, _Split]:
     """The split to train on and the held-out one: as planned in the workspace, else as the recipe expects, else by reading the corpus."""
-    config, path = recipe.corpus, workspace.folder("corpus", recipe.corpus.name) / "plan.json"
-    if path.exists():
-        parts = json.loads(path.read_text(encoding="utf-8"))["parts"]
+    config = recipe.corpus
+    planned = read_plan(workspace.folder("corpus", config.name))
+    if planned is not None:
+        parts = planned["parts"]
     elif config.expected_bytes and config.expected_documents:
         n_bytes = min(config.expected_bytes, config.max_train_bytes or config.expected_bytes)
         train = _Split(text_bytes=n_bytes, documents=config.expected_documents, parts=-(-n_bytes // config.part_bytes))

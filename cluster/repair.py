@@ -3,7 +3,6 @@
 Crash-safe: what is to be made again is written to `repair.json` first, and a repair that was interrupted goes on from there.
 """
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import chain
@@ -11,11 +10,15 @@ from pathlib import Path
 from typing import Any
 
 from ..store import catalog, durable
-from ..store.dataset import SCHEMA_VERSION, Dataset
+from ..store.dataset import Dataset
 from ..store.errors import DamagedPart, FuselineError
 from ..store.fingerprint import require_seal, sealed
+from ..store.inside import plain_name
+from ..store.json_files import is_count, read_object
+from ..store.manifest import MOST_PARTS, SCHEMA_VERSION, reason_of
+from ..store.shown import shown
 from ..store.verify import Finding, PartName, verify
-from ..store.workspace import Workspace
+from ..store.workspace import DATASET_KINDS, Workspace
 from .pipeline import Pipeline
 
 _Checksums = dict[str, tuple[int, int]]  # as in a manifest
@@ -112,7 +115,7 @@ def _remember(workspace: Workspace, lost: dict[PartName, _Checksums]) -> None:
     if lost:
         durable.write_json(path, sealed({"parts": [{"part": part, "files": files} for part, files in lost.items()]}))
     else:
-        path.unlink(missing_ok=True)
+        durable.discard(path)
 
 
 def _interrupted(workspace: Workspace) -> dict[PartName, _Checksums]:
@@ -123,20 +126,27 @@ def _interrupted(workspace: Workspace) -> dict[PartName, _Checksums]:
     """
     path = _record_path(workspace)
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
+        record = read_object(path)
         require_seal(record)
         return {_part_name(entry["part"]): {name: (size, crc) for name, (size, crc) in entry["files"].items()} for entry in record["parts"]}
     except FileNotFoundError:
         return {}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise DamagedPart(
-            f"{path}, what an interrupted repair wrote down, cannot be read ({error}). "
+            f"{path}, what an interrupted repair wrote down, cannot be read ({reason_of(error)}). "
             "Remove it: `fuseline run RECIPE` makes the parts that were set aside, though nobody compares them with what they were."
         ) from error
 
 
 def _part_name(entry: Sequence[Any]) -> PartName:
+    """The name of a part from the record, which may name nothing else than a part of a dataset in the workspace.
+
+    Raises:
+        ValueError, TypeError: it is no such name.
+    """
     kind, name, part = entry
+    if kind not in DATASET_KINDS or "/" in plain_name(name) or not is_count(part, below=MOST_PARTS):
+        raise ValueError(f"{shown(list(entry))} must be a kind of dataset, a name and a part")
     return kind, name, part
 
 

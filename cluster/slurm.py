@@ -11,7 +11,6 @@ and this Python under the same paths.
 """
 
 import getpass
-import json
 import os
 import shutil
 import subprocess
@@ -24,7 +23,9 @@ from typing import Any
 
 from ..store import durable, journal
 from ..store.dataset import Dataset
-from ..store.errors import FuselineError, UsageError
+from ..store.errors import DamagedPart, FuselineError, UsageError
+from ..store.json_files import is_count, read_object
+from ..store.manifest import MOST_PARTS, reason_of
 from .config import ExecutorConfig
 from .crew import work_alone
 from .ledger import Ledger, parts_failed, require_all
@@ -198,9 +199,18 @@ class _Job:
 def _jobs_at_work(runs_folder: Path, dataset: Dataset, *, queue: _Queue) -> Iterator[_Job]:
     """The jobs that an earlier coordinator submitted for this dataset, and that are not done yet."""
     for path in sorted(runs_folder.glob("*/slurm/*.json")):
-        record = json.loads(path.read_text(encoding="utf-8"))
-        if path.stem in queue and record["fingerprint"] == dataset.fingerprint:
-            yield _Job(name=path.stem, run_folder=path.parent.parent.absolute(), slices=record["slices"])
+        if path.stem not in queue:
+            continue
+        try:
+            record = read_object(path)
+            slices = record["slices"]
+            if not all(is_count(part, below=MOST_PARTS) for parts in slices for part in parts):
+                raise ValueError("slices must be lists of parts")
+            if record["fingerprint"] == dataset.fingerprint:
+                yield _Job(name=path.stem, run_folder=path.parent.parent.absolute(), slices=slices)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            remedy = f"Remove it, and cancel the job: scancel --name={path.stem}"
+            raise DamagedPart(f"{path} cannot be read ({reason_of(error)}).", remedy=remedy) from error
 
 
 def _queue() -> _Queue:

@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol, Self
 
-from ..store.dataset import Dataset, Manifest, PartContent
+from ..store.dataset import Dataset, PartContent
 from ..store.errors import FuselineError
 from ..store.journal import Journal, reason_of
 from ..store.machine import wait_asleep
+from ..store.manifest import Manifest
 
 
 class Stage(Protocol):

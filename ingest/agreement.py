@@ -4,6 +4,7 @@ transformers loads the model with stand-ins of the stored tensors that take no m
 missing (tenths of a second after its import, for a model of any size). Its tokenizer reads a probe text.
 """
 
+import contextlib
 import hashlib
 import importlib.metadata
 import json
@@ -15,8 +16,10 @@ from typing import Any
 
 from ..store import durable
 from ..store.errors import DataError
-from ..store.model_json import for_transformers
+from ..store.json_files import read_object
 from ..store.roles import ROLES
+from ..store.shown import in_short
+from ..store.transformers_folder import for_transformers
 from .models import ModelFolder
 
 PROBE = "The 3 cats sat on a mat, didn't they?\nYes: they did."
@@ -31,8 +34,10 @@ def disagreements(model: ModelFolder, *, cache: Path) -> list[str]:
         DataError: transformers cannot load the model, or would fill weights with random numbers.
     """
     path = cache / f"{_digest(model)}.json"
-    if path.exists():
-        return list(json.loads(path.read_text(encoding="utf-8"))["disagreements"])
+    with contextlib.suppress(OSError, ValueError, KeyError):  # what cannot be read is found again
+        kept = read_object(path)["disagreements"]
+        if isinstance(kept, list) and all(isinstance(text, str) for text in kept):
+            return kept
     found = [*_of_weights(model), *_of_tokenizer(model)]
     cache.mkdir(parents=True, exist_ok=True)
     durable.write_json(path, {"disagreements": found})
@@ -83,7 +88,7 @@ def _loading_info(model: ModelFolder) -> Mapping[str, Any]:
     stand_ins = {name: torch.zeros(1).expand(tensor["shape"]) for name, tensor in model.tensors.items()}
     with for_transformers(model.folder) as folder, _quiet():
         try:
-            config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
+            config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
             kind: Any = transformers.MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
             if kind is None:
                 raise ValueError(f"its model_type {config.model_type!r} is not a causal language model")
@@ -98,20 +103,23 @@ def _loading_info(model: ModelFolder) -> Mapping[str, Any]:
                 output_loading_info=True,
             )
         except Exception as error:  # transformers raises anything
-            raise DataError(f"The model {model.folder} cannot be loaded: {type(error).__name__}: {error}") from error
+            raise DataError(f"The model {model.folder} cannot be loaded: {type(error).__name__}: {in_short(error)}") from error
     return info
 
 
 def _of_tokenizer(model: ModelFolder) -> Iterator[str]:
     import transformers
 
-    ours, options = model.tokenizer, {"trust_remote_code": True} if model.config.trust_remote_code else {}
+    ours = model.tokenizer
     with for_transformers(model.folder) as folder, _quiet():
         try:
-            theirs = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True, **options)
+            theirs = transformers.AutoTokenizer.from_pretrained(
+                folder, local_files_only=True, trust_remote_code=model.config.trust_remote_code
+            )
             ids = list(theirs(PROBE)["input_ids"])
         except Exception as error:  # transformers raises anything
-            yield f"its tokenizer could not be compared with transformers, which does not load it ({type(error).__name__}: {error})"
+            why = f"{type(error).__name__}: {in_short(error)}"
+            yield f"its tokenizer could not be compared with transformers, which does not load it ({why})"
             return
     (text_ids,) = ours.encode([PROBE])
     while ids and ids[-1] in theirs.all_special_ids:  # an eos at the end: a segment does not end the document

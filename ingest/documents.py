@@ -7,6 +7,7 @@ from ..store.errors import DataError
 from .chat.config import ChatConfig
 from .chat.conversations import Conversation, find_reader
 from .chat.marked_text import MarkedText
+from .chat.sandbox import EndlessTemplate
 from .chat.template import ChatTemplate, RefusedConversation
 from .rows import Rows
 
@@ -62,8 +63,8 @@ class ChatDocuments:
 
     def read(self, rows: Rows) -> tuple[list[MarkedText], Mapping[int, str]]:
         """Refused are conversations without an answer, with an empty one, and those that the template does not write as they are."""
-        texts: list[MarkedText] = []
-        refused: dict[int, str] = {}
+        found: dict[int, MarkedText | RefusedConversation] = {}
+        conversations: dict[int, Conversation] = {}
         columns = (*self.required, *self.optional)
         for index, values in enumerate(zip(*(rows.columns[column] for column in columns), strict=True)):
             fields = dict(zip(columns, values, strict=True))
@@ -72,22 +73,29 @@ class ChatDocuments:
             except ValueError as error:
                 raise DataError(f"{rows.place(index)}, {', '.join(columns)}: {error}. Correct or remove this conversation.") from error
             try:
-                texts.append(self._written(conversation))
+                _require_answers(conversation)
+                conversations[index] = conversation
             except RefusedConversation as error:
-                texts.append(MarkedText(text=""))
-                refused[index] = str(error)
-        return texts, refused
+                found[index] = error
+        asked = [index for index, conversation in conversations.items() if conversation]
+        try:
+            written = self._template.render_all([conversations[index] for index in asked])
+        except EndlessTemplate as error:
+            raise DataError(f"{rows.place(asked[error.index])}: {error}") from error
+        found |= dict(zip(asked, written, strict=True))
+        each = [found.get(index, MarkedText(text="")) for index in range(len(rows))]
+        texts = [text if isinstance(text, MarkedText) else MarkedText(text="") for text in each]
+        return texts, {index: str(text) for index, text in enumerate(each) if isinstance(text, RefusedConversation)}
 
-    def _written(self, conversation: Conversation) -> MarkedText:
-        if not conversation:
-            return MarkedText(text="")
-        answers = [number for number, message in enumerate(conversation, start=1) if message.role == "assistant"]
-        if not answers:
-            raise RefusedConversation("it has no message of the assistant")
-        empty = [number for number in answers if not conversation[number - 1].text.strip()]
-        if empty:
-            raise RefusedConversation(f"message {empty[0]} (assistant) is empty")
-        return self._template.render(conversation)
+
+def _require_answers(conversation: Conversation) -> None:
+    """Raise RefusedConversation where the assistant says nothing, or a message of its is empty; a conversation without messages is none."""
+    answers = [number for number, message in enumerate(conversation, start=1) if message.role == "assistant"]
+    if conversation and not answers:
+        raise RefusedConversation("it has no message of the assistant")
+    empty = [number for number in answers if not conversation[number - 1].text.strip()]
+    if empty:
+        raise RefusedConversation(f"message {empty[0]} (assistant) is empty")
 
 
 def _text(value: object, *, place: Callable[[int], str], index: int) -> str:

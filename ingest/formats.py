@@ -6,8 +6,9 @@ What is written is what is read. Each kind has a module of its own, `read_parque
 import io
 from collections.abc import Iterator
 
+from ..store.errors import DataError
 from .files import CorpusFile
-from .opened_file import decoded, opened_file
+from .opened_file import LARGEST_TEXT, decoded, opened_file
 from .read_csv import csv_batches, csv_names
 from .read_json import json_batches, json_names
 from .read_parquet import parquet_batches, parquet_names
@@ -46,4 +47,7 @@ def read_rows(file: CorpusFile, columns: Columns) -> Iterator[Rows]:
 
 def _txt_batches(data: io.BufferedReader, file: CorpusFile, columns: Columns) -> Iterator[Rows]:
     require_columns(columns.required, names=["text"], where=f"{file.where}, a text file,")
-    yield Rows.of({"text": [decoded(data.read(), file=file)]}, where=file.where, unit="", numbers=[0], columns=columns)
+    text = data.read(LARGEST_TEXT + 1)
+    if len(text) > LARGEST_TEXT:
+        raise DataError(f"{file.where}: must have at most {LARGEST_TEXT >> 20:,} MiB, as one document. Split it into several files.")
+    yield Rows.of({"text": [decoded(text, file=file)]}, where=file.where, unit="", numbers=[0], columns=columns)

@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 
 from ..store.errors import DataError
 from ..store.machine import use_threads
-from ..store.model_json import for_transformers
+from ..store.shown import in_short
+from ..store.transformers_folder import for_transformers
 from ..store.weights import refuse_adapter
 
 _HEAD_BYTES = 256 << 20  # logits of one matrix product with the output embedding
@@ -68,8 +69,10 @@ class CausalModel:
                     local_files_only=True,
                     output_loading_info=True,
                 )
+        except DataError:
+            raise
         except Exception as error:  # transformers and the model's own code raise anything
-            raise DataError(f"The model {folder} cannot be loaded: {type(error).__name__}: {error}") from error
+            raise DataError(f"The model {folder} cannot be loaded: {type(error).__name__}: {in_short(error)}") from error
         model, loaded = found
         if loaded["missing_keys"]:  # transformers warns, and fills them with random numbers
             raise DataError(f"The model {folder} lacks weights: {', '.join(sorted(loaded['missing_keys']))}. Download it again.")

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -11,13 +12,18 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from ..store.errors import DataError
-from ..store.model_json import for_transformers, read_json
+from ..store.model_files import check_model_files
+from ..store.model_json import read_json
+from ..store.model_sizes import check_sizes
+from ..store.shown import shown
 from ..store.tied import has_own_head
 from ..store.tokenizer import Tokenizer
+from ..store.transformers_folder import completed_config
 from ..store.weights import EMBEDDINGS, refuse_adapter, tensors_of, unread_shards, weight_files
 from .digests import file_digest
 from .places import find_place
 
+_DTYPES = ("float32", "bfloat16", "float16", "float64")
 _NOTES_IN_CONFIG = {"_name_or_path", "transformers_version"}  # they say where a model came from, not what it is
 
 
@@ -57,7 +63,10 @@ class ModelFolder:
         """The model's `config.json`; of a multimodal model, the part about text."""
         try:
             config = read_json(self.folder / "config.json")
-            return config.get("text_config") or config
+            found = config.get("text_config") or config
+            if not isinstance(found, dict):
+                raise ValueError("text_config is not an object")
+            return found
         except (OSError, ValueError, AttributeError) as error:
             what = f"config.json cannot be read ({getattr(error, 'strerror', None) or error})"
             if next(self.folder.glob("*.gguf"), None) is not None:
@@ -121,27 +130,37 @@ class ModelFolder:
         return self.hf_config.get("max_position_embeddings") or self.hf_config.get("max_seq_len")
 
     @property
+    def stored_dtype(self) -> str:
+        """The number format of the weights, as `config.json` says.
+
+        Raises:
+            DataError: it is none of those in which models are run.
+        """
+        found = self.hf_config.get("dtype") or self.hf_config.get("torch_dtype") or "float32"
+        if found not in _DTYPES:
+            raise DataError(f"{self.folder}/config.json: dtype ({shown(found)}) must be one of {', '.join(_DTYPES)}. Correct config.json.")
+        return found
+
+    @property
     def n_parameters(self) -> int:
         """Number of weights in the files."""
-        total = 0
-        for tensor in self.tensors.values():
-            size = 1
-            for length in tensor["shape"]:
-                size *= length
-            total += size
-        return total
+        return sum(math.prod(tensor["shape"]) for tensor in self.tensors.values())
 
     def check(self) -> "ModelFolder":
-        """Raise DataError where config, weights and tokenizer disagree, the weights are not all there, or they are of a kind not read."""
+        """Raise DataError where config, weights and tokenizer disagree, the weights are not all there, or they are of a kind not read.
+
+        Nor is a folder read whose files lie elsewhere.
+        """
+        check_model_files(self.folder)
         refuse_adapter(self.folder)
         self._refuse_quantized()
-        if not isinstance(self.hf_config.get("vocab_size"), int):
-            raise DataError(f"{self.folder}/config.json says no vocab_size.")
+        self._check_config()
+        check_sizes(self.folder)
         for name, tensor in self.tensors.items():
-            if name.endswith(EMBEDDINGS) and tensor["shape"][0] != self.vocab_size:
+            if name.endswith(EMBEDDINGS) and tensor["shape"][:1] != [self.vocab_size]:
                 raise DataError(
                     f"{self.folder}: vocab_size of config.json ({self.vocab_size}) must equal the rows of {name} in the weights "
-                    f"({tensor['shape'][0]}). Correct config.json, or save the model again."
+                    f"({next(iter(tensor['shape']), 0)}). Correct config.json, or save the model again."
                 )
         if self.tokenizer.largest_id >= self.vocab_size:
             raise DataError(
@@ -150,12 +169,22 @@ class ModelFolder:
             )
         return self
 
+    def _check_config(self) -> None:
+        """The keys of config.json that are read here."""
+        size, length = self.hf_config.get("vocab_size"), self.context_length
+        if type(size) is not int:
+            raise DataError(f"{self.folder}/config.json says no vocab_size.")
+        if length is not None and (type(length) is not int or length < 1):
+            raise DataError(
+                f"{self.folder}/config.json: max_position_embeddings ({shown(length)}) must be a whole number above 0. Correct config.json."
+            )
+
     def _refuse_quantized(self) -> None:
         settings = self.hf_config.get("quantization_config") or read_json(self.folder / "config.json").get("quantization_config")
         if settings:
-            method = settings.get("quant_method") if isinstance(settings, dict) else None
+            method = shown(settings.get("quant_method") if isinstance(settings, dict) else None)
             raise DataError(
-                f"{self.folder}/config.json says that the weights are quantized (quantization_config, quant_method = {method!r}), and such "
+                f"{self.folder}/config.json says that the weights are quantized (quantization_config, quant_method = {method}), and such "
                 "weights are not read. Name the model in full precision, or save it so with transformers: model.dequantize(), then "
                 "model.save_pretrained(…). If its weights are not quantized, remove quantization_config from config.json."
             )
@@ -165,10 +194,7 @@ class ModelFolder:
         """Whether config.json says that the output layer is the embeddings, and another one is stored, which then counts (`store.tied`)."""
         if self.hf_config.get("tie_word_embeddings") is False or not has_own_head(self.folder):
             return False
-        from transformers import AutoConfig  # only here: few folders store both
-
-        with for_transformers(self.folder) as folder:
-            config = AutoConfig.from_pretrained(folder, trust_remote_code=self.config.trust_remote_code)
+        config = completed_config(self.folder, trust_remote_code=self.config.trust_remote_code)
         return bool(getattr(config, "tie_word_embeddings", False))
 
     @property

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..store.errors import DataError, UsageError
+from ..store.inside import OutsideFolder, inside, lies_inside
 from ..store.paths import expanded
 from ..store.weights import weight_files
 from .digests import snapshot_commit
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 _HUB_FILES = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "*.py"]
 # Files of a model that are read, beside its weights.
 _READ = ("config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja")
+_LONGEST_COMMIT = 100  # bytes of a line that names one
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -123,13 +125,21 @@ def _commits(folder: Path) -> set[str]:
         return {commit}
     read = {path.name for path in weight_files(folder)} | {name for name in _READ if (folder / name).exists()}
     paths = [folder / ".cache" / "huggingface" / "download" / f"{name}.metadata" for name in sorted(read)]
-    notes = [path for path in paths if path.exists()]
-    return {lines[0].strip() for lines in (note.read_text(encoding="utf-8").splitlines() for note in notes) if lines}
+    notes = [path for path in paths if path.is_file() and lies_inside(path, folder=folder)]
+    return {commit for commit in map(_first_line, notes) if commit.isalnum()}
+
+
+def _first_line(note: Path) -> str:
+    with note.open("rb") as file:
+        return file.readline(_LONGEST_COMMIT).decode(errors="replace").strip()
 
 
 def _commit_of_branch(folder: Path, *, revision: str) -> str | None:
     """The commit of a branch or tag, where the folder lies in the cache of the hub."""
     if snapshot_commit(folder) is None:
         return None
-    reference = folder.absolute().parent.parent / "refs" / revision
+    try:
+        reference = inside(folder.absolute().parent.parent / "refs", revision)
+    except OutsideFolder:
+        return None
     return reference.read_text(encoding="utf-8").strip() if reference.is_file() else None

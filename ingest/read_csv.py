@@ -5,7 +5,6 @@ The readers of pandas, polars and pyarrow guess types, and take "NA", "null" or 
 
 import csv
 import io
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import islice
@@ -13,12 +12,13 @@ from typing import Any, NamedTuple
 
 from ..store.errors import DataError
 from .files import CorpusFile
+from .opened_file import LARGEST_TEXT
 from .rows import BATCH_ROWS, Columns, Rows, require_columns
 
 
 @contextmanager
 def _csv_reader(data: io.BufferedReader) -> Iterator[Any]:
-    csv.field_size_limit(sys.maxsize)  # a document is a field
+    csv.field_size_limit(LARGEST_TEXT)  # a document is a field
     # What is not UTF-8 is noticed in the columns that are read.
     with io.TextIOWrapper(data, encoding="utf-8", errors="surrogateescape", newline="") as text:
         yield csv.reader(text, strict=True)

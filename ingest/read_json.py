@@ -10,8 +10,9 @@ from itertools import chain, islice
 from typing import Any, NamedTuple
 
 from ..store.errors import DataError
+from ..store.json_text import parse_json, reason_of, require_shallow
 from .files import CorpusFile
-from .opened_file import decoded
+from .opened_file import bounded_lines, decoded
 from .rows import BATCH_ROWS, Columns, Rows, Spelled, require_columns
 
 
@@ -48,19 +49,20 @@ def _json_value(row: _JsonRow, name: str, *, is_label: bool) -> Any:
 
 def _json_rows(data: io.BufferedReader, *, file: CorpusFile) -> Iterator[_JsonRow]:
     """Objects on lines of their own, in one array, or one after another."""
-    number, first = next(((number, line) for number, line in enumerate(data, start=1) if line.strip()), (1, b""))
+    lines = bounded_lines(data, file=file)
+    number, first = next(((number, line) for number, line in enumerate(lines, start=1) if line.strip()), (1, b""))
     if first.lstrip()[:1] == b"[" or (first and not _is_json(first)):
         yield from _json_values(decoded(first + data.read(), file=file, line=number), file=file, line=number)
         return
-    for line, content in enumerate(chain([first], data), start=number):
+    for line, content in enumerate(chain([first], lines), start=number):
         if content.strip():
             yield _json_row(decoded(content, file=file, line=line), file=file, line=line)
 
 
 def _is_json(line: bytes) -> bool:
     try:
-        json.loads(line)
-    except (ValueError, RecursionError):
+        parse_json(line)
+    except ValueError:
         return False
     return True
 
@@ -74,6 +76,7 @@ def _json_values(text: str, *, file: CorpusFile, line: int) -> Iterator[_JsonRow
         line, counted = line + text.count("\n", counted, place), place
         try:
             value, end = decoder.raw_decode(text, place)
+            require_shallow(value)
         except (ValueError, RecursionError) as error:
             raise _invalid(file, line=line, error=error) from error
         yield _object(value, source=text[place:end], file=file, line=line)
@@ -96,8 +99,8 @@ def _after_space(text: str, place: int) -> int:
 
 def _json_row(source: str, *, file: CorpusFile, line: int) -> _JsonRow:
     try:
-        value = json.loads(source)
-    except (ValueError, RecursionError) as error:
+        value = parse_json(source)
+    except ValueError as error:
         raise _invalid(file, line=line, error=error) from error
     return _object(value, source=source, file=file, line=line)
 
@@ -109,5 +112,5 @@ def _object(value: Any, *, source: str, file: CorpusFile, line: int) -> _JsonRow
 
 
 def _invalid(file: CorpusFile, *, line: int, error: Exception) -> DataError:
-    reason = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else str(error)
+    reason = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else reason_of(error)
     return DataError(f"{file.where}, line {line}: is not valid JSON ({reason}). Correct or remove it.")

@@ -9,6 +9,7 @@ import pyarrow.parquet
 
 from ..store.errors import DataError
 from .files import CorpusFile
+from .opened_file import require_small_expansion
 from .rows import BATCH_ROWS, Columns, Rows, require_columns
 
 
@@ -22,8 +23,11 @@ def parquet_batches(data: io.BufferedReader, file: CorpusFile, columns: Columns)
     opened = pyarrow.parquet.ParquetFile(data)
     names = opened.schema_arrow.names
     require_columns(columns.required, names=names, where=file.where)
-    wanted, row = [name for name in columns.all if name in names], 0
+    wanted, row, n_bytes = [name for name in columns.all if name in names], 0, 0
+    require_small_expansion(sum(opened.metadata.row_group(index).total_byte_size for index in range(opened.num_row_groups)), file=file)
     for batch in opened.iter_batches(batch_size=BATCH_ROWS, columns=wanted):
+        n_bytes += batch.nbytes  # rows with one text, stored once, count as often
+        require_small_expansion(n_bytes, file=file)
         numbers = range(row, row + len(batch))
         values = {name: _values(batch.column(name), file=file, first_row=row) for name in wanted}
         yield Rows.of(values, where=file.where, unit="row", numbers=numbers, columns=columns)

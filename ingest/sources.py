@@ -7,6 +7,7 @@ from typing import Any, Protocol
 
 from ..store.errors import DataError, UsageError
 from ..store.paths import as_text, expanded
+from .dataset_card import require_named_inside
 from .digests import snapshot_commit
 from .files import COMPRESSIONS, KINDS, CorpusFile, FileList, list_files
 from .formats import column_names, read_rows
@@ -181,9 +182,15 @@ class HubSource:
         """A commit does not change."""
 
     def _load(self) -> dict[str, Any]:
+        """The splits.
+
+        Raises:
+            DataError: they cannot be read, or the dataset's description names files outside its folder.
+        """
         import datasets
 
         datasets.disable_progress_bars()
+        require_named_inside(self.folder)
         try:
             return dict(datasets.load_dataset(str(self.folder), name=self.configuration))
         except Exception as error:  # `datasets` wraps whatever its readers raise

@@ -47,6 +47,8 @@ class Query:
                 raise cause from None
             if isinstance(error, FuselineError):
                 raise
+            if isinstance(error, duckdb.OutOfMemoryException):
+                raise UsageError(f"The query needs more than its limits allow. Raise --memory-limit or --spill-limit. ({error})") from error
             raise UsageError(f"The query failed: {error}") from error
 
     def close(self) -> None:

@@ -73,6 +73,12 @@ def decoded(array: NDArray[Any], *, attributes: Mapping[str, Any]) -> NDArray[An
     return decode_q8(array) if attributes.get("encoding") == "q8" else array
 
 
+def require_decodable(dtype: np.dtype[Any], *, attributes: Mapping[str, Any]) -> None:
+    """Raise ValueError where `decoded` could not decode an array of this type."""
+    if attributes.get("encoding") == "q8" and dtype != np.uint8:
+        raise ValueError(f"its encoding is q8, which takes uint8, and its type is {dtype}")
+
+
 def _write_array(group: zarr.Group, name: str, array: NDArray[Any], *, attributes: Mapping[str, Any]) -> None:
     rows = min(CHUNK_ROWS, max(1, len(array)))
     shard_rows = -(-max(1, len(array)) // rows) * rows

@@ -5,9 +5,7 @@ read-only, with patience.
 """
 
 import json
-import shutil
-import tempfile
-import time
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -18,41 +16,29 @@ import numpy as np
 import polars as pl
 
 from . import durable
+from .catalog_file import DEFAULT_LIMITS, ForeignCatalog, Limits, log_of, open_to_read, open_to_write
 from .corpus_plan import read_documents, read_plan
-from .dataset import Dataset, Manifest
-from .errors import DamagedPart, DataError, WorkspaceBusy
+from .dataset import Dataset
+from .errors import DamagedPart, DataError, FuselineError
+from .json_files import is_count, read_object
 from .lineage import tokenizer_digests
-from .migrations import migrate, require_current
+from .manifest import Manifest
 from .trainings import checkpoint_steps, read_evaluations, read_metrics, training_folders
 from .workspace import Workspace
 
-# So that DuckDB 1.5 can open what a later version wrote.
-_Config = dict[str, str | bool | int | float | list[str]]
-_STORAGE: _Config = {"storage_compatibility_version": "v1.5.0"}
-_READING: _Config = {"python_enable_replacements": False}  # a caller's variables are no tables
-_PATIENCE_SECONDS = 10.0
-
 
 @contextmanager
-def reading(workspace: Workspace, *, external_access: bool = False) -> Iterator[duckdb.DuckDBPyConnection]:
-    """The catalog, read-only and without access to other files unless that is asked for; waits while the coordinator writes it.
+def reading(workspace: Workspace, *, limits: Limits = DEFAULT_LIMITS, external_access: bool = False) -> Iterator[duckdb.DuckDBPyConnection]:
+    """The catalog, opened to be read (`catalog_file.open_to_read`).
 
     Raises:
-        DataError: there is no catalog yet, or it is of another version.
+        DataError: there is no catalog yet, or it is not one that this fuseline can ask.
         WorkspaceBusy: it stays locked.
     """
-    if not workspace.catalog_path.exists():
+    if not os.path.lexists(workspace.catalog_path):
         raise DataError(f"{workspace.root} has no catalog yet. It appears when the first stage has run: fuseline run RECIPE.")
-    with _plain(workspace.catalog_path) as file:
-        connection = _connect(file, read_only=True, config=_READING | {"enable_external_access": external_access})
-        try:
-            with suppress(duckdb.InvalidInputException):  # this process has it open already, and has locked it
-                connection.execute("SET enable_progress_bar = false")
-                connection.execute("SET lock_configuration = true")
-            require_current(connection, path=workspace.catalog_path)
-            yield connection
-        finally:
-            connection.close()
+    with open_to_read(workspace.catalog_path, limits=limits, external_access=external_access) as connection:
+        yield connection
 
 
 def known_parts(workspace: Workspace) -> set[tuple[str, str, int]]:
@@ -90,36 +76,39 @@ def _told(workspace: Workspace) -> Iterator[None]:
 
 def forget(workspace: Workspace, *, kind: str, name: str) -> None:
     """Forget a dataset, so that the next fold reads it anew. Only the coordinator may."""
-    with _writing(workspace.catalog_path) as connection:
-        migrate(connection)
-        connection.begin()
-        _forget(connection, kind, name)
-        connection.commit()
+    try:
+        with open_to_write(workspace.catalog_path) as connection:
+            connection.begin()
+            _forget(connection, kind, name)
+            connection.commit()
+    except ForeignCatalog:  # which the next fold makes again, from what is on disk
+        return
 
 
 def fold(workspace: Workspace) -> None:
     """Bring the catalog up to date with what is on disk. Only the coordinator may, between two runs of stages.
 
-    Parts are immutable, so those that the catalog knows are not read again.
+    Parts are immutable, so those that the catalog knows are not read again. A catalog that holds anything that is not fuseline's is made
+    again, without asking it.
     """
-    if workspace.catalog_path.exists():
-        _fold_into(workspace.catalog_path, workspace)
-    else:
-        rebuild(workspace)
+    if os.path.lexists(workspace.catalog_path):
+        with suppress(ForeignCatalog):
+            _fold_into(workspace.catalog_path, workspace)
+            return
+    rebuild(workspace)
 
 
 def rebuild(workspace: Workspace) -> None:
     """Make the catalog anew, in place of the one that may be there, when all of it is read. Only the coordinator may."""
     with durable.temporary(workspace.catalog_path) as path:
         _fold_into(path, workspace)
-        durable.discard(Path(f"{workspace.catalog_path}.wal"))  # what a crash left of the one before
+        durable.discard(log_of(workspace.catalog_path))  # what a crash left of the one before
         durable.publish(path, to=workspace.catalog_path)
 
 
 def _fold_into(path: Path, workspace: Workspace) -> None:
     try:
-        with _writing(path) as connection:
-            migrate(connection)
+        with open_to_write(path) as connection:
             connection.begin()
             _fold_all(connection, workspace)
             connection.commit()
@@ -141,54 +130,6 @@ def _fold_all(connection: duckdb.DuckDBPyConnection, workspace: Workspace) -> No
         _fold_dataset(connection, dataset)
     _fold_tokenizers(connection, workspace, needed={digest for dataset in present.values() for digest in tokenizer_digests(dataset)})
     _fold_runs(connection, workspace)
-
-
-@contextmanager
-def _writing(path: Path) -> Iterator[duckdb.DuckDBPyConnection]:
-    """The catalog, or one that is begun, opened to be written; only the coordinator may."""
-    with _plain(path, replace=True) as file:
-        connection = _connect(file, read_only=False, config=_STORAGE)
-        try:
-            yield connection
-        finally:
-            connection.close()
-
-
-@contextmanager
-def _plain(path: Path, *, replace: bool = False) -> Iterator[Path]:
-    """The file itself, or a copy of it under a name that DuckDB takes for a path; with `replace`, the copy takes the file's place.
-
-    DuckDB takes what follows a `?` for the options of an address, and a backslash for a slash; other characters stand for themselves.
-    """
-    if not set("?\\") & set(str(path.absolute())):
-        yield path.absolute()
-        return
-    with tempfile.TemporaryDirectory(prefix="fuseline-") as folder:
-        copy = Path(folder, "catalog.duckdb")
-        if path.exists():
-            shutil.copyfile(path, copy)
-        yield copy
-        if replace:
-            with durable.temporary(path) as changed:
-                shutil.copyfile(copy, changed)
-                durable.publish(changed, to=path)
-
-
-def _connect(path: Path, *, read_only: bool, config: _Config) -> duckdb.DuckDBPyConnection:
-    deadline = time.monotonic() + _PATIENCE_SECONDS
-    while True:
-        try:
-            return duckdb.connect(str(path.absolute()), read_only=read_only, config=config)
-        except duckdb.ConnectionException as error:
-            raise WorkspaceBusy(f"{path} is open in this process already, for another purpose. Close that first.") from error
-        except duckdb.IOException as error:
-            if "lock" not in str(error).lower():
-                raise DataError(
-                    f"{path} cannot be opened: {error}\nIt is only an index: make it again with `fuseline store rebuild`."
-                ) from error
-            if time.monotonic() > deadline:
-                raise WorkspaceBusy(f"{path} is open in another process, which holds it. Try again in a moment.") from error
-            time.sleep(0.1)
 
 
 # Tables that hold rows of a dataset of each kind, and their column with its name.
@@ -260,7 +201,14 @@ def _part_row(dataset: Dataset, manifest: Manifest) -> pl.DataFrame:
 def _part_frames(dataset: Dataset, manifest: Manifest) -> dict[str, pl.DataFrame]:
     """The rows that one part adds to the tables of its kind."""
     fold_kind = _FOLDS.get(dataset.kind)
-    return fold_kind(dataset, manifest.part) if fold_kind else {}
+    try:
+        return fold_kind(dataset, manifest.part) if fold_kind else {}
+    except (ValueError, TypeError, KeyError, IndexError, AttributeError, OverflowError, pl.exceptions.PolarsError) as error:
+        if isinstance(error, FuselineError):
+            raise
+        reason = str(error).split("\n")[0]
+        remedy = "Fix it with: fuseline store repair RECIPE --full."
+        raise DamagedPart(f"{dataset.manifest_path(manifest.part)}: its arrays do not fit together ({reason}).", remedy=remedy) from error
 
 
 def _forward_frames(dataset: Dataset, part: int) -> dict[str, pl.DataFrame]:
@@ -337,9 +285,11 @@ def _fold_tokenizers(connection: duckdb.DuckDBPyConnection, workspace: Workspace
         if not folder.exists():
             continue  # `verify` tells
         try:
-            settings = json.loads((folder / "settings.json").read_text(encoding="utf-8"))
+            settings = read_object(folder / "settings.json")
             vocab_size = len(durable.read_parquet(folder / "token_bytes.parquet", columns=["token_id"]))
             row = [folder.name, vocab_size, settings["roles"]["bos"], settings["roles"]["eos"], settings["prepends_bos"]]
+            if not all(value is None or is_count(value) for value in row[2:4]) or not isinstance(row[4], bool):
+                raise ValueError("roles must be ids of tokens, and prepends_bos true or false")
         except (OSError, ValueError, KeyError, TypeError, pl.exceptions.PolarsError) as error:
             raise DamagedPart(f"The tokenizer {folder} cannot be read ({error}). Mend it with: fuseline store repair RECIPE.") from error
         connection.execute("INSERT INTO tokenizers VALUES (?, ?, ?, ?, ?)", row)

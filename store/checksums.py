@@ -4,6 +4,8 @@ import os
 import zlib
 from pathlib import Path
 
+from .json_files import open_file
+
 
 def checksums(payload: Path) -> dict[str, tuple[int, int]]:
     """Bytes and CRC-32 of each file of a folder by its path in it, sorted; of a file under the path `""`."""
@@ -20,7 +22,7 @@ def checksums(payload: Path) -> dict[str, tuple[int, int]]:
 def size_and_crc(path: Path) -> tuple[int, int]:
     """Bytes and CRC-32 of one file."""
     crc = size = 0
-    with path.open("rb") as file:
+    with open_file(path) as file:
         while block := file.read(1 << 20):
             crc = zlib.crc32(block, crc)
             size += len(block)

@@ -4,7 +4,7 @@ Axes: T tokens of a part, S its segments, K entries of a distribution.
 """
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from . import durable
 from .dataset import Dataset
-from .errors import DamagedPart
+from .errors import DamagedPart, FuselineError
 from .targets import ONE_HOT, SEVERAL
 from .tokenizer import Tokenizer
 
@@ -32,16 +32,27 @@ def check_content(dataset: Dataset, part: int) -> None:
     where = dataset.folder / manifest.payload
     if manifest.payload.endswith(".parquet"):
         table = dataset.table(part)
-        problem = _PROBLEMS_OF_TABLES.get(dataset.kind, lambda table: None)(table)
+        problem = _problem_or_none(lambda: _PROBLEMS_OF_TABLES.get(dataset.kind, lambda table: None)(table))
     else:
         arrays = dataset.arrays(part)
         found = {name: arrays.read(name) for name in arrays.names}
-        problem = _problem_of_arrays(found, counts=manifest.counts, vocab_size=dataset.description.get("vocab_size"))
+        vocab_size = dataset.description.get("vocab_size")
+        problem = _problem_or_none(lambda: _problem_of_arrays(found, counts=manifest.counts, vocab_size=vocab_size))
         if dataset.kind == "targets":
             sources: Any = arrays.attributes["sources"]
-            problem = problem or _problem_of_sources(found, n_sources=len(sources))
+            problem = problem or _problem_or_none(lambda: _problem_of_sources(found, n_sources=len(sources)))
     if problem:
         raise DamagedPart(f"{where}: {problem}.")
+
+
+def _problem_or_none(look: Callable[[], str | None]) -> str | None:
+    """What is wrong; also where it cannot even be looked at, because a column, an array or a count is missing or of another type."""
+    try:
+        return look()
+    except (ValueError, TypeError, KeyError, IndexError, AttributeError, pl.exceptions.PolarsError) as error:
+        if isinstance(error, FuselineError):
+            raise
+        return f"it lacks something, or has it in another form ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''})"
 
 
 def check_tokenizer_table(folder: Path) -> None:
@@ -60,11 +71,7 @@ def check_tokenizer_table(folder: Path) -> None:
 
 
 def _problem_of_arrays(arrays: Mapping[str, NDArray[Any]], *, counts: Mapping[str, int], vocab_size: int | None) -> str | None:
-    sizes = {"T": counts.get("tokens"), "TK": counts.get("tokens"), "S": counts.get("segments"), "SN": counts.get("segments")}
     for name, array in arrays.items():
-        expected = sizes.get(name.rpartition("_")[2])
-        if expected is not None and len(array) != expected:
-            return f"{name} has {len(array)} rows, and the manifest says {expected}"
         if name in {"token_ids_T", "topk_ids_TK"} and vocab_size is not None and array.size and int(array.max()) >= vocab_size:
             return f"{name} has the id {int(array.max())}, which must be below vocab_size ({vocab_size})"
     offsets = arrays.get("segment_offsets")

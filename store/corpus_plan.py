@@ -1,7 +1,6 @@
 """The plan of a corpus as it lies beside its parts: `plan.json`, and the table of documents whose checksum it holds."""
 
 import hashlib
-import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,9 @@ from numpy.typing import NDArray
 from . import durable
 from .errors import DamagedPart, DataError, UsageError
 from .fingerprint import require_seal, sealed
+from .json_files import is_count, open_file, read_object
+from .manifest import reason_of
+from .shown import shown
 
 
 def write_plan(folder: Path, *, documents: pl.DataFrame, summary: dict[str, Any]) -> None:
@@ -31,15 +33,27 @@ def read_plan(folder: Path) -> dict[str, Any] | None:
     """
     path = folder / "plan.json"
     try:
-        summary = json.loads(path.read_text(encoding="utf-8"))
+        summary = read_object(path)
         require_seal(summary)
-        [part["documents"] for part in summary["parts"]]
+        _check_plan(summary)
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         remedy = "Remove it and run the recipe again: the same plan is then made."
-        raise DamagedPart(f"{path} cannot be read ({error}).", remedy=remedy) from error
+        raise DamagedPart(f"{path} cannot be read ({reason_of(error)}).", remedy=remedy) from error
     return summary
+
+
+def _check_plan(summary: dict[str, Any]) -> None:
+    """Raise ValueError or KeyError unless a plan has what its readers take from it."""
+    for part in summary["parts"]:
+        if not isinstance(part["split"], str) or not is_count(part["documents"]) or not is_count(part.get("text_bytes", 0)):
+            raise ValueError(f"parts ({shown(part)}) must each have a split, documents and text_bytes")
+    for name in ("documents", "duplicates", "empty", "refused", "text_bytes"):
+        if not is_count(summary.get(name, 0)):
+            raise ValueError(f"{name} ({shown(summary[name])}) must be a whole number from 0")
+    if not isinstance(summary["sha256"], str):
+        raise ValueError("sha256 must be a text")
 
 
 def read_documents(folder: Path, *, summary: dict[str, Any]) -> pl.DataFrame:
@@ -49,10 +63,13 @@ def read_documents(folder: Path, *, summary: dict[str, Any]) -> pl.DataFrame:
         DamagedPart: it is missing or not what was written.
     """
     path = folder / "documents.parquet"
-    if not path.exists() or _sha256(path) != summary["sha256"]:
-        remedy = f"Remove {folder / 'plan.json'}: the same plan is then made again."
-        raise DamagedPart(f"{path} is missing or damaged.", remedy=remedy)
-    return durable.read_parquet(path)
+    try:
+        if _sha256(path) == summary["sha256"]:
+            return durable.read_parquet(path)
+    except (OSError, pl.exceptions.PolarsError):
+        pass
+    remedy = f"Remove {folder / 'plan.json'}: the same plan is then made again."
+    raise DamagedPart(f"{path} is missing or damaged.", remedy=remedy)
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,5 +108,5 @@ def require_domains(asked: Iterable[str], *, field: str, known: Iterable[str | N
 
 
 def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
+    with open_file(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -23,11 +23,15 @@ from numpy.typing import NDArray
 
 from . import catalog
 from .answer import Answer, Query
+from .catalog_file import MEMORY_LIMIT, SPILL_LIMIT, Limits
 from .dataset import Dataset
-from .errors import UsageError
+from .errors import DamagedPart
+from .inside import is_plain_name
 from .lazy_table import LABEL, LazyTable, ScanStats
 from .parquet_tables import PARQUET_TABLES
 from .part import PartArrays, Reads
+from .shown import shown
+from .statement import Statement, checked, require_no_writing
 from .tables import SOURCES
 from .tokenizer import token_texts
 
@@ -109,6 +113,7 @@ class Store:
     def dataset(self, kind: str, name: str) -> Dataset:
         """A dataset, opened once."""
         if (kind, name) not in self._datasets:
+            _require_name(name)
             self._datasets[kind, name] = Dataset.open(self.workspace.folder(kind, name))
         return self._datasets[kind, name]
 
@@ -127,9 +132,16 @@ class Store:
     def token_texts(self, digest: str) -> pa.Array:
         """The text of each token of a tokenizer, and a null after the last."""
         if digest not in self._texts:
+            _require_name(digest)
             texts = token_texts(self.workspace.folder("tokenizers", digest))
             self._texts[digest] = pa.array([*texts, None], pa.string())
         return self._texts[digest]
+
+
+def _require_name(name: str) -> None:
+    """Raise DamagedPart unless a name from the catalog can be the name of a folder in the workspace."""
+    if "/" in name or not is_plain_name(name):
+        raise DamagedPart(f"The catalog names {shown(name)}, which is no name of a dataset.", remedy="Run `fuseline store rebuild`.")
 
 
 _DOCUMENTS = pa.schema([("corpus", LABEL), ("domain", LABEL), ("split", LABEL), ("part", pa.int32()), ("doc_id", pa.int64())])
@@ -138,9 +150,19 @@ _DOCUMENTS = pa.schema([("corpus", LABEL), ("domain", LABEL), ("split", LABEL), 
 class Database:
     """SQL over a workspace. Between two queries nothing is held, so that a run going on can bring the catalog up to date."""
 
-    def __init__(self, workspace: "Workspace", *, external_access: bool = False) -> None:
-        """With `external_access` queries may read and write files that are not the workspace's."""
+    def __init__(
+        self, workspace: "Workspace", *, external_access: bool = False, memory_limit: int = MEMORY_LIMIT, spill_limit: int = SPILL_LIMIT
+    ) -> None:
+        """Ask a workspace.
+
+        Args:
+            workspace: what is asked.
+            external_access: queries may read and write files that are not the workspace's.
+            memory_limit: bytes of memory that DuckDB takes for a query; by default at most half of the machine's.
+            spill_limit: bytes that a query which needs more may write to temporary files.
+        """
         self.workspace, self._external_access = workspace, external_access
+        self._limits = Limits(memory=memory_limit, spill=spill_limit)
         self.stats = QueryStats()  # of the last query
         self._store: Store | None = None
         self._version: tuple[int, ...] | None = None
@@ -169,7 +191,8 @@ class Database:
     @contextmanager
     def stream(self, query: str, parameters: Parameters = None) -> Iterator[Answer | None]:
         """The result of a query batch by batch; None for a statement that has none. See `sql` for the errors."""
-        statement, stats = _one_statement(query), QueryStats()
+        statement = checked(query, external_access=self._external_access, workspace=self.workspace.root)
+        stats = QueryStats()
         with self._hold() as store, self._free_connection(store) as (connection, told):
             told.scans, told.causes, self.stats = stats.scans, [], stats
             before, started = (store.reads.chunks, store.reads.stored_bytes), time.perf_counter()
@@ -209,7 +232,7 @@ class Database:
                     self._held.close()
 
     def _open(self) -> Store:
-        connection = self._held.enter_context(catalog.reading(self.workspace, external_access=self._external_access))
+        connection = self._held.enter_context(catalog.reading(self.workspace, limits=self._limits, external_access=self._external_access))
         facts = self.workspace.catalog_path.stat()
         version = (facts.st_ino, facts.st_mtime_ns, facts.st_size)
         if self._store is None or version != self._version:
@@ -258,19 +281,7 @@ def _register(connection: duckdb.DuckDBPyConnection, store: Store, *, told: _Tol
         connection.register(table.name, table(store, on_scan=told.on_scan, on_error=told.on_error))
 
 
-def _begun(connection: duckdb.DuckDBPyConnection, statement: str, parameters: Parameters) -> pa.RecordBatchReader | None:
-    relation = connection.sql(statement, params=parameters)
+def _begun(connection: duckdb.DuckDBPyConnection, statement: Statement, parameters: Parameters) -> pa.RecordBatchReader | None:
+    require_no_writing(connection, statement)
+    relation = connection.sql(statement.text, params=parameters)
     return None if relation is None else relation.to_arrow_reader(_BATCH_ROWS)
-
-
-def _one_statement(query: str) -> str:
-    try:
-        query.encode()
-        n_statements = len(duckdb.extract_statements(query))
-    except UnicodeEncodeError as error:
-        raise UsageError(f"The query is not valid UTF-8: {error}.") from error
-    except duckdb.Error as error:
-        raise UsageError(f"The query failed: {error}") from error
-    if n_statements != 1:
-        raise UsageError("QUERY must be one statement.")
-    return query

@@ -11,12 +11,10 @@ names is ever read.
 
 import contextlib
 import itertools
-import json
 import os
 import platform
-import re
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -28,14 +26,15 @@ from .. import __version__
 from . import durable
 from .arrays import Arrays, Encoding, write_group
 from .checksums import checksums, size_and_crc
-from .errors import DamagedPart, FingerprintMismatch, NewerPart
+from .errors import DamagedPart, FingerprintMismatch
 from .fingerprint import Identity, differences, fingerprint, require_seal, sealed
+from .inside import OutsideFolder, require_inside
+from .json_files import Facts, is_count, read_object
 from .machine import threads
+from .manifest import Manifest, part_of, payload_named_by, read_manifest, reason_of
 from .part import PartArrays, Reads
+from .shown import shown
 
-# Versions of manifests. 2: it has a checksum; and an array may be encoded in q8, which a reader of version 1 would take for numbers.
-SCHEMA_VERSION = 2
-_MANIFEST = re.compile(r"part-(?P<part>\d{5,})\.json")
 _REMEDY_OF_RECORD = "Remove it and run the recipe again: it is written anew, and the parts stay if they are of the same inputs."
 
 
@@ -47,24 +46,6 @@ class PartContent:
     counts: Mapping[str, int]  # documents, segments, tokens, …: summed by `status`
     attributes: Mapping[str, Any] | None = None  # small facts stored beside the arrays
     encodings: Mapping[str, Encoding] | None = None  # of arrays of log-probabilities; of others what is given is stored
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Manifest:
-    """The small file that makes a part exist."""
-
-    fingerprint: str
-    part: int
-    payload: str  # name of the folder or file beside the manifest
-    counts: dict[str, int]
-    files: dict[str, tuple[int, int]]  # path inside the payload ("" for a file) -> bytes, CRC-32
-    producer: dict[str, Any]  # version, host, threads of a process, time of commit, seconds of computing
-    schema_version: int = SCHEMA_VERSION
-
-    @property
-    def n_bytes(self) -> int:
-        """Bytes on disk of the part's payload."""
-        return sum(size for size, _ in self.files.values())
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,16 +80,20 @@ class Dataset:
         Raises:
             DamagedPart: there is no readable `dataset.json`.
         """
+        path = folder / "dataset.json"
         try:
-            record = json.loads((folder / "dataset.json").read_text(encoding="utf-8"))
+            record = read_object(path)
             require_seal(record)
-            dataset, stored = cls(folder, record["identity"], record["description"]), record["fingerprint"]
+            stored, is_sound = record["fingerprint"], fingerprint(record["identity"]) == record["fingerprint"]
+            facts = [Facts(record[name], path=path, what=name, remedy=_REMEDY_OF_RECORD) for name in ("identity", "description")]
+            _check_facts(*facts)
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise DamagedPart(f"{folder / 'dataset.json'} cannot be read ({_reason(error)}).", remedy=_REMEDY_OF_RECORD) from error
-        if dataset.fingerprint != stored:
-            problem = f"{folder / 'dataset.json'} was changed by hand: its identity does not hash to its fingerprint."
-            raise DamagedPart(problem, remedy=_REMEDY_OF_RECORD)
-        return dataset
+            raise DamagedPart(f"{path} cannot be read ({reason_of(error)}).", remedy=_REMEDY_OF_RECORD) from error
+        if not is_sound:
+            raise DamagedPart(
+                f"{path} was changed by hand: its identity does not hash to its fingerprint ({shown(stored)}).", remedy=_REMEDY_OF_RECORD
+            )
+        return cls(folder, *facts)
 
     @property
     def fingerprint(self) -> str:
@@ -138,8 +123,8 @@ class Dataset:
 
     def parts(self) -> list[int]:
         """Indices of the committed parts, ascending."""
-        names = (_MANIFEST.fullmatch(path.name) for path in self.folder.glob("part-*.json"))
-        return sorted(int(name["part"]) for name in names if name)
+        found = (part_of(path.name) for path in self.folder.glob("part-*.json"))
+        return sorted(part for part in found if part is not None)
 
     def missing(self, parts: Iterable[int]) -> list[int]:
         """Which of these parts are not committed, ascending."""
@@ -153,17 +138,7 @@ class Dataset:
             FingerprintMismatch: it belongs to a dataset of another identity.
         """
         path = self._path(part, ".json")
-        try:
-            record = json.loads(path.read_text(encoding="utf-8"))
-            require_seal(record)
-            files = {name: (size, crc) for name, (size, crc) in record.pop("files").items()}
-            if record["schema_version"] > SCHEMA_VERSION:
-                raise NewerPart(f"{path} was written by a newer fuseline ({record['producer']['fuseline']}).", remedy="Use that one.")
-            manifest = Manifest(**record, files=files)
-        except NewerPart:
-            raise
-        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-            raise DamagedPart(f"{path} cannot be read ({_reason(error)}).", remedy="Remove it: the part is then made again.") from error
+        manifest = read_manifest(path, part=part)
         if manifest.fingerprint != self.fingerprint:
             problem = f"{path} belongs to another dataset (fingerprint {manifest.fingerprint[:12]}…)."
             raise FingerprintMismatch(problem, remedy="Remove it.")
@@ -225,13 +200,11 @@ class Dataset:
 
     def drop(self, part: int) -> None:
         """Undo the commit of a part: its manifest goes first, then the payload that it names, if it can still be read."""
-        path = self.manifest_path(part)
-        try:
-            payload = json.loads(path.read_text(encoding="utf-8"))["payload"]
-        except (OSError, ValueError, KeyError, TypeError):
-            payload = None
+        path, payload = self.manifest_path(part), None
+        with contextlib.suppress(OSError):
+            payload = payload_named_by(path, part=part)
         durable.remove(path)
-        if isinstance(payload, str) and payload.startswith(path.stem) and (self.folder / payload).exists():
+        if payload is not None:
             durable.remove(self.folder / payload)
 
     def arrays(self, part: int, *, reads: Reads | None = None) -> PartArrays:
@@ -241,9 +214,9 @@ class Dataset:
             DamagedPart: the manifest or the folder it names is missing, or the metadata in it are not what was committed.
         """
         manifest = self.manifest(part)
-        self.require_file(part, "zarr.json")  # the metadata of all its arrays, which Zarr has no checksum for
-        sizes = {path: size for path, (size, _) in manifest.files.items()}
-        return PartArrays(self.folder / manifest.payload, sizes=sizes, remedy=self._remedy(part), reads=reads)
+        payload = self.folder / manifest.payload
+        self._require_inside(payload, part=part)
+        return PartArrays(payload, manifest=manifest, remedy=self._remedy(part), reads=reads)
 
     def read(self, part: int, *names: str) -> tuple[NDArray[Any], ...]:
         """Whole arrays of a committed part, decoded and checked against their checksums.
@@ -265,7 +238,7 @@ class Dataset:
             return durable.read_parquet(path)
         except (OSError, pl.exceptions.PolarsError) as error:
             raise DamagedPart(
-                f"{path} is named by its manifest but cannot be read ({_reason(error)}).", remedy=self._remedy(part)
+                f"{path} is named by its manifest but cannot be read ({reason_of(error)}).", remedy=self._remedy(part)
             ) from error
 
     def table_path(self, part: int) -> Path:
@@ -274,14 +247,16 @@ class Dataset:
         Raises:
             DamagedPart: it is missing, or not what was committed.
         """
-        self.require_file(part, "")  # of 300 flipped bits in a Parquet file without checksums, 174 changed its text silently
-        return self.folder / self.manifest(part).payload
+        manifest = self.manifest(part)
+        self.require_file(manifest, "")  # of 300 flipped bits in a Parquet file without checksums, 174 changed its text silently
+        return self.folder / manifest.payload
 
     def require_payload(self, part: int) -> None:
         """Raise DamagedPart unless what the manifest of a committed part names is there; whether it is whole, `verify` says."""
         payload = self.folder / self.manifest(part).payload
         if not payload.exists():
             raise DamagedPart(f"{payload} is named by its manifest and is gone.", remedy=self._remedy(part))
+        self._require_inside(payload, part=part)
 
     def manifest_path(self, part: int) -> Path:
         """Where the manifest of a part is, or would be."""
@@ -290,18 +265,25 @@ class Dataset:
     def _path(self, part: int, suffix: str) -> Path:
         return self.folder / f"part-{part:05d}{suffix}"
 
-    def require_file(self, part: int, name: str) -> None:
-        """Raise DamagedPart unless a file of the payload (by its path in it) has the size and checksum that the manifest says."""
-        manifest = self.manifest(part)
-        path = self.folder / manifest.payload / name
+    def require_file(self, manifest: Manifest, name: str) -> None:
+        """Raise DamagedPart unless a file of a part's payload (by its path in it) has the size and checksum that the manifest says."""
+        part, path = manifest.part, self.folder / manifest.payload / name
+        self._require_inside(path, part=part)
         try:
             is_same = size_and_crc(path) == manifest.files[name]
         except (OSError, KeyError) as error:
             raise DamagedPart(
-                f"{path} is named by its manifest but cannot be read ({_reason(error)}).", remedy=self._remedy(part)
+                f"{path} is named by its manifest but cannot be read ({reason_of(error)}).", remedy=self._remedy(part)
             ) from error
         if not is_same:
             raise DamagedPart(f"{path} is not what was committed: its checksum differs from the manifest's.", remedy=self._remedy(part))
+
+    def _require_inside(self, path: Path, *, part: int) -> None:
+        """Raise DamagedPart if a file of a part is a link that leads out of the dataset. The dataset's folder itself may be one."""
+        try:
+            require_inside(path, folder=self.folder)
+        except OutsideFolder as error:
+            raise DamagedPart(str(error), remedy=self._remedy(part)) from error
 
     def _remedy(self, part: int) -> str:
         manifest = self._path(part, ".json")
@@ -319,9 +301,40 @@ def as_ranges(parts: Iterable[int]) -> str:
     return ", ".join("-".join(map(str, ends)) for ends in found)
 
 
-def _reason(error: Exception) -> str:
-    """What an error says; of one of the system without the path, which stands beside it."""
-    return (error.strerror if isinstance(error, OSError) else None) or str(error)
+def _check_facts(identity: Facts, description: Facts) -> None:
+    """Raise ValueError where a fact that any kind of dataset has is of another type than its readers take it for."""
+    for facts in (identity, description):
+        for name, value in facts.items():
+            is_right = _KINDS_OF_FACTS.get(name)
+            if is_right is not None and not is_right(value):
+                raise ValueError(f"{name} ({shown(value)}) is of the wrong type")
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str)
+
+
+def _is_text_or_none(value: object) -> bool:
+    return value is None or isinstance(value, str)
+
+
+def _are_texts(value: object) -> bool:
+    return isinstance(value, list) and all(map(_is_text, value))
+
+
+def _are_lists_of_texts(value: object) -> bool:
+    return isinstance(value, list) and all(value) and all(map(_are_texts, value))
+
+
+# Of facts of whichever kind of dataset; what is not here is shown or compared, and may be anything.
+_KINDS_OF_FACTS: Mapping[str, Callable[[Any], bool]] = {
+    **dict.fromkeys(("corpus", "tokenizer", "target", "source", "matches", "model", "split", "positions"), _is_text),
+    **dict.fromkeys(("arithmetic", "dtype"), _is_text_or_none),
+    "segmented_for": _are_texts,
+    "sources": _are_lists_of_texts,
+    "top_k": is_count,
+    "vocab_size": is_count,
+}
 
 
 def _adopt(payload: Path, *, files: dict[str, tuple[int, int]]) -> bool:

@@ -14,10 +14,11 @@ import platform
 import re
 import secrets
 import shutil
+import stat
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 if TYPE_CHECKING:
     import polars as pl
@@ -56,10 +57,17 @@ def temporary(path: Path) -> Iterator[Path]:
 def publish(temporary: Path, *, to: Path) -> None:
     """Make a finished temporary file or folder appear under its name, in one step and for good, in place of what is there."""
     _flush(temporary)
-    if temporary.is_dir() and to.exists():
-        remove(to)
+    _make_way(to, is_folder=temporary.is_dir())
     os.replace(temporary, to)
     fsync(to.parent)
+
+
+def publish_link(path: Path, *, to: str) -> None:
+    """Make a link to a sibling appear under its name in one step, in place of what is there."""
+    with temporary(path) as name:
+        name.symlink_to(to)
+        _make_way(path, is_folder=False)
+        os.replace(name, path)
 
 
 def publish_new(temporary: Path, *, to: Path) -> None:
@@ -124,9 +132,30 @@ def write_new_json(path: Path, value: Any) -> None:
         publish_new(name, to=path)
 
 
+def open_lock(path: Path) -> TextIO:
+    """Open a file to be locked, making it if need be. What else lies under its name, a link for example, is removed.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    while True:
+        if os.path.lexists(path) and not stat.S_ISREG(path.lstat().st_mode):
+            remove(path)
+        try:
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
+        except OSError as error:
+            if error.errno in {errno.ELOOP, errno.EISDIR, errno.ENXIO}:  # since a moment ago
+                continue
+            raise
+        return os.fdopen(descriptor, "r+", encoding="utf-8", errors="replace")
+
+
 def remove(path: Path) -> None:
-    """Remove a file or a folder; a folder is renamed first, so that a crash cannot leave half of it under its name."""
-    if path.is_dir():
+    """Remove a file, a folder or a link; never what a link leads to.
+
+    A folder is renamed first, so that a crash cannot leave half of it under its name.
+    """
+    if is_real_folder(path):
         doomed = temporary_sibling(path)
         path.rename(doomed)
         path = doomed
@@ -134,12 +163,17 @@ def remove(path: Path) -> None:
 
 
 def discard(path: Path) -> None:
-    """Remove a file or a folder that nobody reads, if it is there."""
+    """Remove a file, a folder or a link that nobody reads, if it is there; never what a link leads to."""
     with contextlib.suppress(FileNotFoundError):  # somebody else is at it too
-        if path.is_dir():
+        if is_real_folder(path):
             shutil.rmtree(path)
         else:
             path.unlink()
+
+
+def is_real_folder(path: Path) -> bool:
+    """Whether a folder lies there, and not a link to one."""
+    return path.is_dir() and not path.is_symlink()
 
 
 def sweep(folder: Path, *, alone: bool = False) -> None:
@@ -171,17 +205,23 @@ def is_abandoned(path: Path) -> bool:
 
 
 def last_touched(path: Path) -> float:
-    """When a file, or the newest file or folder in a folder, was last changed (seconds since 1970).
+    """When a file or a link, or the newest file or folder in a folder, was last changed (seconds since 1970). Links are not followed.
 
     Raises:
         FileNotFoundError: there is nothing of that name.
     """
-    newest = path.stat().st_mtime
-    for folder, _, names in os.walk(path):
+    newest = path.lstat().st_mtime
+    for folder, _, names in os.walk(path) if is_real_folder(path) else ():
         for name in (".", *names):
             with contextlib.suppress(FileNotFoundError):
-                newest = max(newest, Path(folder, name).stat().st_mtime)
+                newest = max(newest, Path(folder, name).lstat().st_mtime)
     return newest
+
+
+def _make_way(path: Path, *, is_folder: bool) -> None:
+    """Remove what a rename of a file, a link or a folder onto this name would not replace."""
+    if os.path.lexists(path) and (is_folder or is_real_folder(path)):
+        remove(path)
 
 
 def _flush(path: Path) -> None:

@@ -22,10 +22,17 @@ from pathlib import Path
 from typing import Any, Self
 
 from .errors import FuselineError
+from .json_files import decode_json, is_number, read_lines
 
 BEAT_SECONDS = 5.0
 DEAD_SECONDS = 60.0
 _FOLDERS = ("workers", "failures", "logs")
+_NEEDED: dict[str, dict[str, type]] = {  # of each event in a journal
+    "started": {"host": str, "pid": int},
+    "begun": {"part": int},
+    "committed": {"part": int},
+    "failed": {"part": int, "reason": str},
+}
 
 
 def prepare(run_folder: Path) -> None:
@@ -147,14 +154,26 @@ class WorkerState:
 def read_journals(run_folder: Path) -> Iterator[WorkerState]:
     """What every worker of a run wrote of itself, by name. A last line that a crash cut short is left out."""
     for path in sorted((run_folder / "workers").glob("*.jsonl")):
-        state = WorkerState(worker=path.stem, refreshed_at=path.stat().st_mtime)
-        for line in path.read_bytes().splitlines(keepends=True):
-            if line.endswith(b"\n"):
-                try:
-                    state.add(json.loads(line))
-                except ValueError:  # the line after one that was cut short continues it
-                    continue
+        state = WorkerState(worker=path.stem, refreshed_at=path.lstat().st_mtime)
+        with contextlib.suppress(OSError, ValueError):  # it is no journal: what follows is not known
+            for line in read_lines(path):
+                with contextlib.suppress(ValueError):  # the line after one that was cut short continues it
+                    state.add(_checked(decode_json(line)))
         yield state
+
+
+def _checked(record: Any) -> dict[str, Any]:
+    """A line of a journal, if it is what `Journal` writes.
+
+    Raises:
+        ValueError: it is not.
+    """
+    if not isinstance(record, dict) or not isinstance(record.get("event"), str) or not is_number(record.get("at")):
+        raise ValueError("it must hold an object with event and at")
+    needed = _NEEDED.get(record["event"], {})
+    if any(type(record.get(name)) is not kind for name, kind in needed.items()):
+        raise ValueError(f"what it says of {record['event']} is not what a worker writes")
+    return record
 
 
 def _journal_path(run_folder: Path, worker: str) -> Path:

@@ -1,10 +1,6 @@
 """The catalog's tables, as ordered migrations: each is applied in one transaction together with its record."""
 
-from pathlib import Path
-
 import duckdb
-
-from .errors import DataError
 
 _TABLES = """
 CREATE TABLE datasets (
@@ -76,22 +72,12 @@ ALTER TABLE metrics ADD COLUMN warning VARCHAR;
 MIGRATIONS = (_TABLES, _TARGET_SEGMENTS, _TARGET_SOURCES, _TRAINING_EVALUATIONS)
 
 
-def migrate(connection: duckdb.DuckDBPyConnection) -> None:
-    """Apply the migrations that this catalog has not seen."""
+def migrate(connection: duckdb.DuckDBPyConnection, *, n_migrations: int = len(MIGRATIONS)) -> None:
+    """Apply those of the first `n_migrations` migrations that this catalog has not seen."""
     connection.execute("CREATE TABLE IF NOT EXISTS migrations (version INTEGER PRIMARY KEY, applied_at TIMESTAMP)")
     (done,) = connection.execute("SELECT count(*) FROM migrations").fetchone() or (0,)
-    for version, statements in enumerate(MIGRATIONS[done:], start=done + 1):
+    for version, statements in enumerate(MIGRATIONS[done:n_migrations], start=done + 1):
         connection.begin()
         connection.execute(statements)
         connection.execute("INSERT INTO migrations VALUES (?, now()::TIMESTAMP)", [version])
         connection.commit()
-
-
-def require_current(connection: duckdb.DuckDBPyConnection, *, path: Path) -> None:
-    """Raise DataError unless exactly this version's migrations have been applied to the catalog."""
-    ((applied,),) = connection.execute("SELECT count(*) FROM migrations").fetchall()
-    if applied != len(MIGRATIONS):
-        raise DataError(
-            f"{path} is of version {applied}, and this fuseline reads version {len(MIGRATIONS)}. It is only an index: make it anew with "
-            "`fuseline store rebuild`."
-        )

@@ -1,6 +1,6 @@
 """Reading the arrays of a committed part: whole or by rows, checked against the manifest, with what was read counted."""
 
-import json
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from threading import Lock
@@ -8,9 +8,15 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from .arrays import decoded
+from .arrays import decoded, require_decodable
 from .errors import DamagedPart
+from .inside import require_inside
+from .json_files import Facts, decode_json, read_bytes
+from .manifest import Manifest, reason_of
 from .shard import Shard
+from .shown import shown
+
+_COUNTED = {"T": "tokens", "TK": "tokens", "S": "segments", "SN": "segments"}  # axes in arrays' names -> what the manifest counts
 
 
 class Reads:
@@ -30,21 +36,31 @@ class Reads:
 class PartArrays:
     """The arrays of one part, opened once. Parts are immutable, so it stays valid as long as the part is there."""
 
-    def __init__(self, folder: Path, *, sizes: Mapping[str, int], remedy: str, reads: Reads | None = None) -> None:
-        """`sizes` are bytes of each file in the folder, by path, as the manifest says; `remedy` is what to do about damage; `reads` counts.
+    def __init__(self, folder: Path, *, manifest: Manifest, remedy: str, reads: Reads | None = None) -> None:
+        """`folder` is the payload that `manifest` names; `remedy` is what to do about damage; `reads` counts what is read.
 
         Raises:
-            DamagedPart: the folder is missing or holds no Zarr group.
+            DamagedPart: the folder is missing, holds no Zarr group, or the metadata in it are not what was committed.
         """
-        self.folder, self._reads = folder, reads or Reads()
-        self._sizes, self._remedy = sizes, remedy
+        self.folder, self._manifest, self._remedy, self._reads = folder, manifest, remedy, reads or Reads()
         self._shards: dict[str, Shard] = {}
+        path = folder / "zarr.json"  # the metadata of all arrays, which Zarr has no checksum for
         try:
-            group = json.loads((folder / "zarr.json").read_text(encoding="utf-8"))
-            self.attributes: Mapping[str, Any] = group["attributes"]  # the small facts that are stored beside the arrays
-            self._metadata: Mapping[str, Any] = group["consolidated_metadata"]["metadata"]
+            require_inside(path, folder=folder)
+            data = read_bytes(path)
+            if (len(data), zlib.crc32(data)) != manifest.files["zarr.json"]:
+                raise DamagedPart(f"{path} is not what was committed: its checksum differs from the manifest's.", remedy=remedy)
+            group = decode_json(data)
+            facts, self._metadata = group["attributes"], group["consolidated_metadata"]["metadata"]
+            for name, entry in {"attributes": facts, "metadata": self._metadata, **self._metadata}.items():
+                if not isinstance(entry, dict):
+                    raise ValueError(f"its {shown(name)} must be an object")
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise DamagedPart(f"{folder} is named by its manifest but cannot be opened ({error}).", remedy=remedy) from error
+            if isinstance(error, DamagedPart):
+                raise
+            raise DamagedPart(f"{path} is named by its manifest but cannot be read ({reason_of(error)}).", remedy=remedy) from error
+        # The small facts that are stored beside the arrays.
+        self.attributes: Mapping[str, Any] = Facts(facts, path=path, what="attributes", remedy=remedy)
 
     @property
     def names(self) -> list[str]:
@@ -67,20 +83,27 @@ class PartArrays:
             shard = self._shards.get(name) or self._open(name)
             stop = shard.shape[0] if stop is None else stop
             rows, n_bytes = shard.read(start, stop)
-        except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
+        except (OSError, ValueError, RuntimeError, KeyError, IndexError, TypeError, AttributeError) as error:
             if isinstance(error, DamagedPart):
                 raise
-            raise DamagedPart(f"{self.folder}: the array {name} cannot be read ({error}).", remedy=self._remedy) from error
+            raise DamagedPart(f"{self.folder}: the array {name} cannot be read ({reason_of(error)}).", remedy=self._remedy) from error
         if stop > start:
             self._reads.add(chunks=(stop - 1) // shard.chunk_rows - start // shard.chunk_rows + 1, stored_bytes=n_bytes)
         return decoded(rows, attributes=self._metadata[name]["attributes"])
 
     def _open(self, name: str) -> Shard:
-        files = {self.folder / path: size for path, size in self._sizes.items() if path.startswith(f"{name}/c/")}
+        files = {self.folder / path: size for path, (size, _) in self._manifest.files.items() if path.startswith(f"{name}/c/")}
         for path, size in files.items():
             if not _has_size(path, size):
                 raise DamagedPart(f"{path} of the array {name} is missing or cut short.", remedy=self._remedy)
-        shard = self._shards[name] = Shard(next(iter(files), None), self._metadata[name])
+            require_inside(path, folder=self.folder)
+        metadata = self._metadata[name]
+        shard = Shard(next(iter(files), None), metadata)
+        counted = self._manifest.counts.get(_COUNTED.get(name.rpartition("_")[2], ""))
+        if counted is not None and shard.shape[0] != counted:
+            raise ValueError(f"it has {shard.shape[0]:,} rows, and the manifest says {counted:,}")
+        require_decodable(shard.dtype, attributes=metadata["attributes"])
+        self._shards[name] = shard
         return shard
 
 

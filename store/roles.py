@@ -76,7 +76,7 @@ def _leading_ids(backend: tokenizers.Tokenizer) -> list[int]:
 
 
 def _class_of(config: dict[str, Any], *, model: dict[str, Any], is_byte_level: bool) -> str | None:
-    name = _named_class(config) or _named_class(model) or CLASS_OF_MODEL_TYPE.get(model.get("model_type", ""))
+    name = _named_class(config) or _named_class(model) or CLASS_OF_MODEL_TYPE.get(str(model.get("model_type")))
     return None if name == "LlamaTokenizer" and is_byte_level else name
 
 

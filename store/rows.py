@@ -13,11 +13,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
+from .errors import DamagedPart
 from .part import PartArrays
 
 if TYPE_CHECKING:
     from .tables import Source
 
+MOST_SEGMENT_ROWS = 1 << 24  # tokens; no model's context is longer
 Maker = Callable[["Rows"], pa.Array]
 
 
@@ -159,6 +161,9 @@ class Part:
         self.doc_id_S: NDArray[np.int64] = segments["doc_id"]
         self.segment_S: NDArray[np.int64] = segments["segment"]
         self.n_rows_S = segments["n_rows"].astype(np.int64)
+        if len(self.n_rows_S) and not 0 <= self.n_rows_S.min() <= self.n_rows_S.max() <= MOST_SEGMENT_ROWS:
+            problem = f"The catalog says of a segment of {self.kind}/{self.name} that it has {self.n_rows_S.max():,} positions."
+            raise DamagedPart(problem, remedy="Run `fuseline store rebuild`.")
         self.starts_S = np.cumsum(self.n_rows_S) - self.n_rows_S
         self.facts = segments
 

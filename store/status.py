@@ -10,8 +10,9 @@ from statistics import median
 from typing import Any
 
 from .corpus_plan import read_plan
-from .dataset import Manifest
 from .journal import WorkerState, read_journals
+from .json_files import open_file
+from .manifest import Manifest
 from .trainings import checkpoint_steps, read_machine, read_metrics, training_folders
 from .workspace import Workspace
 
@@ -142,14 +143,15 @@ def training_statuses(workspace: Workspace) -> list[TrainingStatus]:
         records = read_metrics(folder)
         last = records[-1] if records else {}
         machine = read_machine(folder) or {}
-        per_step = median(record["tokens"] / record["tokens_per_second"] for record in records[-50:]) if records else None
+        lately = [record for record in records[-50:] if record.get("tokens") and record.get("tokens_per_second")]
+        per_step = median(record["tokens"] / record["tokens_per_second"] for record in lately) if lately else None
         statuses.append(
             TrainingStatus(
                 name=folder.name,
                 step=last.get("step", 0),
                 steps=last.get("steps"),
                 loss=last.get("loss"),
-                seconds_left=None if per_step is None else per_step * (last["steps"] - last["step"]),
+                seconds_left=None if per_step is None or not last.get("steps") else per_step * (last["steps"] - last["step"]),
                 last_checkpoint=max(checkpoint_steps(folder), default=None),
                 running=_is_locked(folder / ".lock"),
                 done=(folder / "done.json").exists(),
@@ -162,9 +164,11 @@ def training_statuses(workspace: Workspace) -> list[TrainingStatus]:
 
 def _is_locked(path: Path) -> bool:
     """Whether a trainer holds the lock of its run folder."""
-    if not path.exists():
+    try:
+        file = open_file(path)
+    except OSError:
         return False
-    with path.open() as file:
+    with file:
         try:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except BlockingIOError:

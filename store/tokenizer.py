@@ -28,7 +28,10 @@ from . import durable
 from .arrays import id_dtype
 from .equivalence import WORD_START, places_in_text
 from .errors import DataError
+from .model_files import check_model_files
+from .model_json import LARGEST_MODEL_JSON
 from .roles import ROLES, read_roles
+from .tokenizer_limits import backend_of, panics_as_errors, require_quick, require_small_ids
 
 BYTE_LEVEL_WORD_START = "Ġ"  # how byte-level BPE does
 NOT_LOSSLESS = "the tokens' bytes are not the text's: the tokenizer cannot represent this text"
@@ -108,7 +111,7 @@ class Tokenizer:
             DataError: the definition is not a tokenizer, or one that does not keep the text (WordPiece).
         """
         self.definition, self.roles, self.prepends_bos = definition, roles, prepends_bos
-        self.backend = _backend(definition)
+        self.backend = backend_of(definition)
         self.is_byte_level = "ByteLevel" in repr(self.backend.pre_tokenizer) + repr(self.backend.decoder)
         if not self.is_byte_level and not any(mark in definition for mark in (WORD_START, r"\u2581", '"Metaspace"')):
             raise DataError(
@@ -138,18 +141,24 @@ class Tokenizer:
         Raises:
             DataError: the folder holds no tokenizer, or not one that can be used.
         """
+        check_model_files(folder)
         path = folder / "tokenizer.json"
         if not path.exists():
             raise DataError(f"{folder} has no tokenizer.json. Save the model's fast tokenizer into it (tokenizer.save_pretrained).")
         try:
+            if path.stat().st_size > LARGEST_MODEL_JSON:
+                raise DataError(f"tokenizer.json is larger than {LARGEST_MODEL_JSON >> 20} MiB.")
             tokenizer = cls(path.read_text(encoding="utf-8-sig"), roles=dict.fromkeys(ROLES), prepends_bos=False)
-            roles, starts_with_bos = read_roles(
-                folder, backend=tokenizer.backend, is_byte_level=tokenizer.is_byte_level, prepends_bos=prepends_bos
-            )
+            require_quick(tokenizer.backend)
+            with panics_as_errors():
+                roles, starts_with_bos = read_roles(
+                    folder, backend=tokenizer.backend, is_byte_level=tokenizer.is_byte_level, prepends_bos=prepends_bos
+                )
+            tokenizer.roles, tokenizer.prepends_bos = roles, starts_with_bos
+            tokenizer._encode_control_tokens_as_text()
+            _ = tokenizer.token_bytes  # which every use needs, and which large ids make impossible
         except (DataError, ValueError) as error:
             raise DataError(f"{folder}: {error}") from error
-        tokenizer.roles, tokenizer.prepends_bos = roles, starts_with_bos
-        tokenizer._encode_control_tokens_as_text()
         if starts_with_bos and roles["bos"] is None:
             raise DataError(
                 f"{folder}: texts must start with bos, but the tokenizer names no bos_token. Name it in tokenizer_config.json, or set "
@@ -191,6 +200,7 @@ class Tokenizer:
     def token_bytes(self) -> TokenBytes:
         """The bytes of every token of the vocabulary."""
         vocabulary = self.backend.get_vocab(with_added_tokens=True)
+        require_small_ids(vocabulary)
         added = self.backend.get_added_tokens_decoder()
         table = [b""] * (max(vocabulary.values()) + 1)
         special_V = np.zeros(len(table), np.bool_)
@@ -244,7 +254,8 @@ class Tokenizer:
             DataError: a text is not valid Unicode.
         """
         try:
-            return [encoding.ids for encoding in self.backend.encode_batch_fast(texts, add_special_tokens=False)]
+            with panics_as_errors():
+                return [encoding.ids for encoding in self.backend.encode_batch_fast(texts, add_special_tokens=False)]
         except TypeError:  # all that the library says of a lone surrogate
             _require_unicode(texts)
             raise
@@ -392,16 +403,6 @@ def _require_unicode(texts: Sequence[str]) -> None:
             text.encode()
         except UnicodeEncodeError as error:
             raise DataError(f"Text {index} of {len(texts)} is not valid Unicode ({error}). Correct or remove it.") from error
-
-
-def _backend(definition: str) -> tokenizers.Tokenizer:
-    try:
-        backend = tokenizers.Tokenizer.from_str(definition)
-    except Exception as error:  # the library raises a bare Exception
-        raise DataError(f"tokenizer.json cannot be read: {error}") from error
-    backend.no_truncation()
-    backend.no_padding()
-    return backend
 
 
 def _byte_level_alphabet() -> dict[str, int]:

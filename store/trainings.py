@@ -1,16 +1,44 @@
 """What a training leaves in its run folder for others to read: the records of its steps, and its checkpoints."""
 
-import json
+import math
+import re
 from pathlib import Path
 from typing import Any
 
 from . import durable
 from .checksums import size_and_crc
+from .errors import DamagedPart
+from .inside import inside
+from .json_files import decode_json, is_count, is_number, read_lines, read_object
+from .manifest import reason_of
+from .shown import shown
 from .workspace import Workspace
 
 METRICS = "metrics.jsonl"
 EVALUATIONS = "evaluations.jsonl"
 MACHINE = "machine.json"
+
+_CHECKPOINT = re.compile(r"step-(?P<step>\d{8,15})")
+_MOST_STEPS = 10**15
+# What records have that others compute or store; other entries may be anything.
+_TEXTS = frozenset({"domain", "warning"})
+_COUNTS = frozenset({"steps", "peak_memory_bytes", "n_scored", "scored_bytes"})
+_NEEDED = frozenset({"tokens", "tokens_per_second"})  # for the time that is left
+_FIGURES = frozenset(
+    {
+        "loss",
+        "clm_loss",
+        "fusion_loss",
+        "grad_norm",
+        "learning_rate",
+        "data_wait_seconds",
+        "clm_weight",
+        "held_out_bpb",
+        "mfu",
+        "nll",
+        "bpb",
+    }
+)
 
 
 def training_folders(workspace: Workspace) -> list[Path]:
@@ -20,13 +48,56 @@ def training_folders(workspace: Workspace) -> list[Path]:
 
 def text_only(workspace: Workspace) -> list[str]:
     """Names of the trainings that learn from the text alone, the baselines of the others."""
-    jobs = {folder.name: json.loads((folder / "job.json").read_text(encoding="utf-8"))["config"] for folder in training_folders(workspace)}
+    jobs = {folder.name: read_job(folder / "job.json") for folder in training_folders(workspace)}
     return [name for name, config in jobs.items() if config["clm_weight"] == 1 and config.get("clm_weight_end") in (None, 1)]
 
 
+def read_job(path: Path) -> dict[str, Any]:
+    """The settings of a training, by its `job.json`.
+
+    Raises:
+        DamagedPart: they cannot be read.
+    """
+    try:
+        config = read_object(path)["config"]
+        config["clm_weight"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        remedy = "Run the recipe again: it is then written again."
+        raise DamagedPart(f"{path} cannot be read ({reason_of(error)}).", remedy=remedy) from error
+    return config
+
+
 def read_records(path: Path) -> list[dict[str, Any]]:
-    """The records of a file with one on each line; one that a crash cut short is left out."""
-    return [json.loads(line) for line in path.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")] if path.exists() else []
+    """The records of a file with one on each line; one that a crash cut short is left out.
+
+    Raises:
+        DamagedPart: one cannot be read.
+    """
+    found: list[dict[str, Any]] = []
+    try:
+        for line in read_lines(path):
+            record = decode_json(line)
+            _check_record(record)
+            found.append(record)
+    except (OSError, ValueError) as error:
+        remedy = f"Remove the line, or {path.parent} to start the training over."
+        raise DamagedPart(f"{path}, line {len(found) + 1}, cannot be read ({reason_of(error)}).", remedy=remedy) from error
+    return found
+
+
+def _check_record(record: Any) -> None:
+    """Raise ValueError unless a line holds what a step or an evaluation writes; figures may be anything that is a number."""
+    if not isinstance(record, dict) or not is_count(record.get("step"), below=_MOST_STEPS):
+        raise ValueError("it must hold an object with a step")
+    for name, value in record.items():
+        if name in _TEXTS and not isinstance(value, str | None):
+            raise ValueError(f"{name} ({shown(value)}) must be a text")
+        if name in _COUNTS and value is not None and not is_count(value):
+            raise ValueError(f"{name} ({shown(value)}) must be a whole number from 0")
+        if name in _FIGURES and type(value) not in (int, float, type(None)):
+            raise ValueError(f"{name} ({shown(value)}) must be a number")
+        if name in _NEEDED and not is_number(value or 0, below=math.inf):
+            raise ValueError(f"{name} ({shown(value)}) must be a number from 0")
 
 
 def read_metrics(run_folder: Path) -> list[dict[str, Any]]:
@@ -45,10 +116,11 @@ def read_machine(folder: Path) -> dict[str, Any] | None:
     None where it was not written, or is damaged: of a checkpoint its checksums tell that.
     """
     try:
-        found = json.loads((folder / MACHINE).read_text(encoding="utf-8"))
-    except (FileNotFoundError, ValueError):
+        found = read_object(folder / MACHINE)
+    except (OSError, ValueError):
         return None
-    return found if isinstance(found, dict) else None
+    is_right = isinstance(found.get("arithmetic"), str | None) and is_count(found.get("threads") or 0)
+    return found if is_right else None
 
 
 def seal_checkpoint(folder: Path, *, share: int = 0, shares: int = 1) -> None:
@@ -60,12 +132,12 @@ def seal_checkpoint(folder: Path, *, share: int = 0, shares: int = 1) -> None:
 def checkpoint_damage(folder: Path, *, share: int = 0, shares: int = 1, full: bool = True) -> str | None:
     """What is wrong with a checkpoint's files, if anything; with `full` their contents are read. `share` as in `seal_checkpoint`."""
     try:
-        sealed = [json.loads(path.read_text(encoding="utf-8")) for path in folder.glob("checksums-*.json")]
+        sealed = [read_object(path) for path in folder.glob("checksums-*.json")]
         expected = {name: tuple(facts) for files in sealed for name, facts in files.items()}
         if not expected:
             return "its checksums are missing"
         for name in sorted(expected)[share::shares]:
-            path = folder / name
+            path = inside(folder, name, what="a name in its checksums")
             if not path.is_file():
                 return f"{name} is missing"
             if path.stat().st_size != expected[name][0]:
@@ -73,7 +145,7 @@ def checkpoint_damage(folder: Path, *, share: int = 0, shares: int = 1, full: bo
             if full and size_and_crc(path) != expected[name]:
                 return f"{name} is not what was written"
     except (OSError, ValueError, TypeError, AttributeError, IndexError) as error:
-        return f"its checksums cannot be read: {error}"
+        return f"its checksums cannot be read: {reason_of(error)}"
     return None
 
 
@@ -89,4 +161,5 @@ def checkpoint_folder(run_folder: Path, *, step: int) -> Path:
 
 def checkpoint_steps(run_folder: Path) -> list[int]:
     """Steps of the complete checkpoints, ascending."""
-    return sorted(int(path.name.removeprefix("step-")) for path in (run_folder / "checkpoints").glob("step-*"))
+    found = [(_CHECKPOINT.fullmatch(path.name), path) for path in (run_folder / "checkpoints").glob("step-*")]
+    return sorted(int(name["step"]) for name, path in found if name is not None and path.is_dir())

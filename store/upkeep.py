@@ -1,7 +1,6 @@
 """What the parts of a workspace take up, and what lies in it that nobody needs any more."""
 
 import contextlib
-import json
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -10,7 +9,9 @@ from pathlib import Path
 from . import durable
 from .dataset import Dataset
 from .errors import FuselineError
+from .json_files import read_object
 from .lineage import tokenizer_digests
+from .manifest import part_of_payload
 from .workspace import Workspace
 
 _YOUNG_SECONDS = 3600.0  # a worker may be about to name it
@@ -68,15 +69,17 @@ def usage(workspace: Workspace) -> list[Usage]:
 def leftovers(workspace: Workspace) -> list[Leftover]:
     """What nothing refers to: of dead writers, payloads without a manifest, files that no manifest lists, tokenizers without a dataset.
 
-    What was touched within the last hour is left out: a worker may be between a payload and its manifest.
+    What was touched within the last hour is left out: a worker may be between a payload and its manifest. Links are leftovers themselves,
+    never what they lead to; nor is anything in a dataset or a set of tokenizers that is reached through one: others may need it.
     """
     found = list(_temporaries(workspace))
     datasets = list(workspace.datasets())
     for dataset in datasets:
-        found += _unnamed(dataset)
+        if not dataset.folder.is_symlink():
+            found += _unnamed(dataset)
     needed = {digest for dataset in datasets for digest in tokenizer_digests(dataset)}
-    for folder in workspace.tokenizer_folders():
-        if folder.name not in needed and _is_old(folder):
+    for folder in workspace.tokenizer_folders() if not workspace.folder("tokenizers", ".").is_symlink() else ():
+        if folder.name not in needed and _is_old(folder) and _is_tokenizer(folder):
             found.append(_leftover(folder, "no dataset was made with this tokenizer"))
     return found
 
@@ -133,14 +136,14 @@ def _unnamed(dataset: Dataset) -> Iterator[Leftover]:
             listed[manifest.payload] = set(manifest.files)
         except FuselineError:
             unknown.add(dataset.manifest_path(part).stem)
-    for payload in sorted((*dataset.folder.glob("part-*.zarr"), *dataset.folder.glob("part-*.parquet"))):
+    for payload in sorted(path for path in dataset.folder.glob("part-*") if part_of_payload(path.name) is not None):
         if payload.name.split(".")[0] in unknown or not _is_old(payload):
             continue
         if payload.name not in listed:
             if not _is_named(payload):
                 yield _leftover(payload, "no manifest names it", is_payload=True)
-        elif payload.is_dir():
-            for path in sorted(path for path in payload.rglob("*") if path.is_file()):
+        elif durable.is_real_folder(payload):
+            for path in sorted(path for path in payload.rglob("*") if not durable.is_real_folder(path)):
                 if path.relative_to(payload).as_posix() not in listed[payload.name] and _is_old(path):
                     yield _leftover(path, "the part's manifest does not list it")
 
@@ -149,10 +152,10 @@ def _is_named(payload: Path) -> bool:
     """Whether a manifest has come to name it since the manifests were read."""
     path = payload.with_name(f"{payload.name.split('.')[0]}.json")
     try:
-        return json.loads(path.read_text(encoding="utf-8"))["payload"] == payload.name
+        return bool(read_object(path)["payload"] == payload.name)
     except FileNotFoundError:
         return False
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError):
         return True
 
 
@@ -164,5 +167,10 @@ def _is_old(path: Path) -> bool:
 
 
 def _leftover(path: Path, why: str, *, is_payload: bool = False) -> Leftover:
-    files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
-    return Leftover(path=path, n_bytes=sum(file.stat().st_size for file in files), why=why, is_payload=is_payload)
+    files = [file for file in path.rglob("*") if not durable.is_real_folder(file)] if durable.is_real_folder(path) else [path]
+    return Leftover(path=path, n_bytes=sum(file.lstat().st_size for file in files), why=why, is_payload=is_payload)
+
+
+def _is_tokenizer(folder: Path) -> bool:
+    """Whether a folder is what `Tokenizer.save` made, or a link."""
+    return folder.is_symlink() or (folder / "settings.json").is_file()

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from .errors import UsageError
 
+LARGEST_USER_TEXT = 1 << 20  # bytes; the largest recipes and templates have some ten thousand
 _UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")
 
 
@@ -15,12 +16,15 @@ def read_user_text(path: Path, *, what: str) -> str:
         what: names it in messages, as in "The recipe x.toml".
 
     Raises:
-        UsageError: it cannot be read, or is in another encoding.
+        UsageError: it cannot be read, has more than `LARGEST_USER_TEXT` bytes, or is in another encoding.
     """
     try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise UsageError(f"{what} cannot be read: {error.strerror}.") from error
+        with path.open("rb") as file:
+            data = file.read(LARGEST_USER_TEXT + 1)
+    except (OSError, ValueError) as error:  # the latter of paths that cannot be, with NUL
+        raise UsageError(f"{what} cannot be read: {getattr(error, 'strerror', None) or error}.") from error
+    if len(data) > LARGEST_USER_TEXT:
+        raise UsageError(f"{what} must have at most {LARGEST_USER_TEXT >> 20} MiB, and has more. Name the right file.")
     if data.startswith(_UTF16_MARKS):
         raise UsageError(f"{what} is in UTF-16, not UTF-8. Save it as UTF-8.")
     return decode_user_text(data, what=what)

@@ -4,8 +4,8 @@ It reads only, without the coordinator's lock, also while a run is going on: a p
 looked at. The catalog is read before the parts, so that what it knows must be there.
 """
 
-import json
-from collections.abc import Iterator
+import os
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -13,12 +13,23 @@ from typing import Literal
 from . import catalog
 from .content import check_content, check_tokenizer_table
 from .corpus_plan import read_documents, read_plan
-from .dataset import Dataset, Manifest
+from .dataset import Dataset
 from .errors import DamagedPart, FuselineError, NewerPart, WorkspaceBusy
+from .json_files import open_file, read_object
 from .lineage import check_counts, check_inputs
+from .manifest import Manifest
 from .tokenizer import tokenizer_digest
-from .trainings import checkpoint_damage, checkpoint_folder, checkpoint_steps, training_folders
-from .workspace import DATASET_KINDS, Workspace
+from .trainings import (
+    EVALUATIONS,
+    METRICS,
+    checkpoint_damage,
+    checkpoint_folder,
+    checkpoint_steps,
+    read_job,
+    read_records,
+    training_folders,
+)
+from .workspace import DATASET_KINDS, Workspace, folders_in, read_run
 
 PartName = tuple[str, str, int]  # kind and name of the dataset, index of the part
 _REMAKE = "Mend it with: fuseline store repair RECIPE."
@@ -75,7 +86,7 @@ def verify(workspace: Workspace, *, full: bool = False) -> Verification:
             findings += _check_plan(dataset)
         for part in dataset.parts():
             found = list(_check_part(dataset, part, full=full))
-            if found and not dataset.manifest_path(part).exists():
+            if found and not os.path.lexists(dataset.manifest_path(part)):
                 continue  # it was dropped meanwhile, by a repair
             findings += found
             parts += 1
@@ -88,6 +99,7 @@ def verify(workspace: Workspace, *, full: bool = False) -> Verification:
     findings += [_damaged(dataset, part, problem) for dataset, part, problem in check_counts(sound)]
     for folder in workspace.tokenizer_folders():
         findings += _check_tokenizer(folder, full=full)
+    findings += _check_runs(workspace)
     findings += _check_checkpoints(workspace, full=full)
     if (workspace.root / "repair.json").exists():
         problem = "a repair is under way or was interrupted: parts that it set aside are not made again yet"
@@ -98,8 +110,8 @@ def verify(workspace: Workspace, *, full: bool = False) -> Verification:
 
 def _dataset_folders(workspace: Workspace) -> Iterator[Path]:
     for kind in reversed(DATASET_KINDS):  # what something was made of is there before it, also while a run is going on
-        for folder in sorted((workspace.root / kind).glob("[!.]*/")):
-            if (folder / "dataset.json").exists() or any(folder.glob("part-*.json")):
+        for folder in folders_in(workspace.root / kind):
+            if os.path.lexists(folder / "dataset.json") or any(folder.glob("part-*.json")):
                 yield folder
 
 
@@ -151,14 +163,24 @@ def _check_part(dataset: Dataset, part: int, *, full: bool) -> Iterator[Finding]
     """At most one finding: it makes no difference to a part how much of it is damaged."""
     try:
         manifest = dataset.manifest(part)
-        if manifest.part != part:
-            raise DamagedPart(f"{dataset.manifest_path(part)} is the manifest of part {manifest.part}.")
-        _check_files(dataset, part, manifest=manifest, full=full)
+        _check_files(dataset, manifest=manifest, full=full)
         if full:
             check_content(dataset, part)
     except FuselineError as error:
         mend: Literal["by hand", "remake"] = "by hand" if isinstance(error, NewerPart) else "remake"
         yield _finding(dataset.manifest_path(part), error, part=(*_key(dataset), part), mend=mend)
+
+
+def _check_runs(workspace: Workspace) -> Iterator[Finding]:
+    readers: list[tuple[Path, Callable[[Path], object]]] = [(path, read_run) for path in workspace.run_files()]
+    for folder in training_folders(workspace):
+        readers += [(folder / "job.json", read_job)]
+        readers += [(folder / name, read_records) for name in (METRICS, EVALUATIONS)]
+    for path, read in readers:
+        try:
+            read(path)
+        except DamagedPart as error:
+            yield _finding(path, error)
 
 
 def _check_checkpoints(workspace: Workspace, *, full: bool) -> Iterator[Finding]:
@@ -170,7 +192,7 @@ def _check_checkpoints(workspace: Workspace, *, full: bool) -> Iterator[Finding]
                 yield Finding(path=folder, problem=damage, remedy="Remove it: the training goes on from the checkpoint before.")
 
 
-def _check_files(dataset: Dataset, part: int, *, manifest: Manifest, full: bool) -> None:
+def _check_files(dataset: Dataset, *, manifest: Manifest, full: bool) -> None:
     for name, (size, _) in manifest.files.items():
         path = dataset.folder / manifest.payload / name
         if not path.is_file():
@@ -178,13 +200,14 @@ def _check_files(dataset: Dataset, part: int, *, manifest: Manifest, full: bool)
         if path.stat().st_size != size:
             raise DamagedPart(f"{path} has {path.stat().st_size} bytes, and had {size} when it was committed.")
         if full or name.endswith("zarr.json"):
-            dataset.require_file(part, name)
+            dataset.require_file(manifest, name)
 
 
 def _check_tokenizer(folder: Path, *, full: bool) -> Iterator[Finding]:
     try:
-        settings = json.loads((folder / "settings.json").read_text(encoding="utf-8"))
-        definition = (folder / "tokenizer.json").read_text(encoding="utf-8")
+        settings = read_object(folder / "settings.json")
+        with open_file(folder / "tokenizer.json") as file:
+            definition = file.read().decode()
         digest = tokenizer_digest(definition, roles=settings["roles"], prepends_bos=settings["prepends_bos"])
         if digest != folder.name:
             raise DamagedPart(f"its content hashes to {digest[:12]}…, not to its name")

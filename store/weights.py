@@ -3,14 +3,17 @@
 The rules are those of transformers, which runs the models: what it would not load is refused here, before anything is computed.
 """
 
-import json
+import math
 import re
 import struct
 from pathlib import Path
 from typing import Any
 
 from .errors import DataError
+from .inside import OutsideFolder, inside, require_inside
+from .json_text import parse_json
 from .model_json import read_json
+from .shown import listed, shown
 
 # Ends of the names of input embeddings in published folders; their rows are the vocabulary.
 EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "embed_in.weight", "word_embeddings.weight")
@@ -19,6 +22,31 @@ _ADAPTER = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.b
 _SHARD = re.compile(r"model-(\d+)-of-(\d+)\.safetensors")
 _GIT_LFS = b"version https://git-lfs"
 _LISTED = 4  # files that a message names
+LARGEST_HEADER = 100_000_000  # bytes; the limit of the safetensors library
+_DTYPE_BITS = {
+    "BOOL": 8,
+    "U8": 8,
+    "I8": 8,
+    "I16": 16,
+    "U16": 16,
+    "I32": 32,
+    "U32": 32,
+    "I64": 64,
+    "U64": 64,
+    "F64": 64,
+    "C64": 64,
+    "F32": 32,
+    "F16": 16,
+    "BF16": 16,
+    "F8_E5M2": 8,
+    "F8_E4M3": 8,
+    "F8_E8M0": 8,
+    "F8_E4M3FNUZ": 8,
+    "F8_E5M2FNUZ": 8,
+    "F4": 4,
+    "F6_E2M3": 6,
+    "F6_E3M2": 6,
+}
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -32,17 +60,42 @@ def weight_files(folder: Path) -> list[Path]:
     refuse_adapter(folder)
     single, index = folder / _SINGLE, folder / _INDEX
     if single.exists():
+        require_inside(single, folder=folder)
         return [single]
     if not index.exists():
         raise DataError(_why_no_weights(folder))
     try:
-        named = sorted(set(read_json(index)["weight_map"].values()))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        named = _named_in(index)
+    except OutsideFolder:
+        raise
+    except (OSError, ValueError) as error:
         raise DataError(f"{index} cannot be read ({error}). Download it again.") from error
     absent = [name for name in named if not (folder / name).exists()]
     if absent:
-        raise DataError(f"{folder} lacks weights: {index.name} names {_listed(absent)}. Download the missing files.")
+        raise DataError(f"{folder} lacks weights: {index.name} names {listed(absent, most=_LISTED)}. Download the missing files.")
     return [folder / name for name in named]
+
+
+def _named_in(index: Path) -> list[str]:
+    """The files that an index names, sorted; each of them is, or would be, in its folder.
+
+    Raises:
+        OutsideFolder: a name leads out of the folder.
+        OSError, ValueError: it cannot be read, or it is no index.
+    """
+    require_inside(index, folder=index.parent)
+    content = read_json(index)
+    weight_map = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(weight_map, dict):
+        raise ValueError("it has no object weight_map")
+    names = [name for name in weight_map.values() if isinstance(name, str)]
+    if len(names) < len(weight_map):
+        raise ValueError(f"weight_map holds {shown(next(name for name in weight_map.values() if not isinstance(name, str)))}, not a name")
+    for name in (unique := sorted(set(names))):
+        inside(index.parent, name, what=f"weight_map of {index}")
+        if not name.endswith(".safetensors"):
+            raise ValueError(f"weight_map names {shown(name)}, not a file of the kind *.safetensors")
+    return unique
 
 
 def unread_shards(folder: Path) -> bool:
@@ -50,8 +103,8 @@ def unread_shards(folder: Path) -> bool:
     if not ((folder / _SINGLE).exists() and (folder / _INDEX).exists()):
         return False
     try:
-        return any((folder / name).exists() for name in set(read_json(folder / _INDEX)["weight_map"].values()) - {_SINGLE})
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return any((folder / name).exists() for name in _named_in(folder / _INDEX) if name != _SINGLE)
+    except (OSError, ValueError):
         return False
 
 
@@ -70,9 +123,10 @@ def refuse_adapter(folder: Path) -> None:
 
 def _base_of_adapter(folder: Path) -> str:
     try:
-        return f" of the base model {read_json(folder / _ADAPTER[0])['base_model_name_or_path']}"
+        name = read_json(folder / _ADAPTER[0])["base_model_name_or_path"]
     except (OSError, ValueError, KeyError, TypeError):
         return ""
+    return f" of the base model {name:.100}" if isinstance(name, str) else ""
 
 
 def _why_no_weights(folder: Path) -> str:
@@ -83,20 +137,16 @@ def _why_no_weights(folder: Path) -> str:
         width, total = len(shards[0][2]), int(shards[0][2])
         there = {int(match[1]) for match in shards}
         missing = [f"model-{i:0{width}d}-of-{total:0{width}d}.safetensors" for i in range(1, total + 1) if i not in there]
-        return f"{folder} has shards of a model and no {_INDEX}. Download {_listed([_INDEX, *missing])} into it."
+        return f"{folder} has shards of a model and no {_INDEX}. Download {listed([_INDEX, *missing], most=_LISTED)} into it."
     if files:
         return (
-            f"{folder} has no {_SINGLE} and no {_INDEX}, only {_listed(files)}. If that is the model in the Hugging Face format, rename it "
-            f"to {_SINGLE}; otherwise download the model in that format."
+            f"{folder} has no {_SINGLE} and no {_INDEX}, only {listed(files, most=_LISTED)}. If that is the model in the Hugging Face "
+            f"format, rename it to {_SINGLE}; otherwise download the model in that format."
         )
     return (
         f"{folder} has no *.safetensors file. Weights in other formats (pickles) are not read: convert them first, with "
         "AutoModelForCausalLM.from_pretrained(…).save_pretrained(…) of transformers."
     )
-
-
-def _listed(names: list[str]) -> str:
-    return ", ".join(names[:_LISTED]) + (f" and {len(names) - _LISTED} more" if len(names) > _LISTED else "")
 
 
 def tensors_of(path: Path) -> dict[str, dict[str, Any]]:
@@ -114,11 +164,52 @@ def tensors_of(path: Path) -> dict[str, dict[str, Any]]:
     try:
         with path.open("rb") as file:
             (length,) = struct.unpack("<Q", file.read(8))
+            if length > LARGEST_HEADER:
+                raise ValueError(f"its header would have {length:,} bytes")
             header = file.read(min(length, size))
-        tensors = {name: tensor for name, tensor in json.loads(header).items() if name != "__metadata__"}
-        expected = 8 + length + max((tensor["data_offsets"][1] for tensor in tensors.values()), default=0)
-    except (ValueError, struct.error, AttributeError, KeyError, TypeError) as error:
+        tensors = {name: tensor for name, tensor in _header(header).items() if name != "__metadata__"}
+        expected = 8 + length + _require_gapless(tensors)
+    except (ValueError, struct.error) as error:
         raise DataError(f"{path} is cut short, or not a safetensors file ({error}). Download it again.") from error
     if size != expected:
         raise DataError(f"{path} must have {expected} bytes, and has {size}: it was cut short. Download it again.")
     return tensors
+
+
+def _header(data: bytes) -> dict[str, Any]:
+    """The header as an object: of two entries with one name neither can be trusted."""
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            raise ValueError("its header has a name twice")
+        return found
+
+    header = parse_json(data, object_pairs_hook=unique)
+    if not isinstance(header, dict):
+        raise ValueError("its header is not an object")
+    return header
+
+
+def _require_gapless(tensors: dict[str, Any]) -> int:
+    """The bytes of all tensors, which follow each other without gaps, each as long as its dtype and shape say.
+
+    Raises:
+        ValueError: they do not, or an entry is not one of a tensor.
+    """
+    places = []
+    for name, tensor in tensors.items():
+        match tensor:
+            case {"dtype": str(dtype), "shape": [*shape], "data_offsets": [int(start), int(end)]} if dtype in _DTYPE_BITS:
+                n_bits = _DTYPE_BITS[dtype] * math.prod(shape) if all(type(side) is int and side >= 0 for side in shape) else -1
+            case _:
+                raise ValueError(f"the entry {shown(tensor)} of {shown(name)} is not one of a tensor")
+        if 8 * (end - start) != n_bits:
+            raise ValueError(f"the bytes {shown([start, end])} of {shown(name)} are not as many as its dtype and shape {shown(shape)} say")
+        places.append((start, end, name))
+    place = 0
+    for start, end, name in sorted(places):
+        if start != place:
+            raise ValueError(f"{shown(name)} does not begin where the tensor before it ends")
+        place = end
+    return place

@@ -11,7 +11,6 @@
 """
 
 import fcntl
-import json
 import os
 import platform
 import time
@@ -27,7 +26,10 @@ from . import durable
 from .dataset import Dataset
 from .errors import DamagedPart, DataError, UsageError, WorkspaceBusy
 from .fingerprint import Identity
+from .json_files import END_OF_TIME, is_number, read_object
 from .machine import usable_cores
+from .manifest import reason_of
+from .shown import shown
 
 if TYPE_CHECKING:
     import polars as pl
@@ -38,6 +40,7 @@ if TYPE_CHECKING:
 DATASET_KINDS = ("corpus", "distributions", "token_matches", "vocab_maps", "alignments", "targets", "evaluations")
 
 _RUN_KEYS = ("run", "stage", "dataset", "parameters", "fuseline", "host", "started_at", "ended_at", "status", "metrics")  # of a run.json
+_SHOWN_HOLDER = 200  # characters of what the coordinator says of itself
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,8 +114,9 @@ class Workspace:
     def datasets(self) -> Iterator[Dataset]:
         """Every dataset of the workspace, in the order of the pipeline."""
         for kind in DATASET_KINDS:
-            for record in sorted((self.root / kind).glob("*/dataset.json")):
-                yield Dataset.open(record.parent)
+            for folder in folders_in(self.root / kind):
+                if os.path.lexists(folder / "dataset.json"):
+                    yield Dataset.open(folder)
 
     @contextmanager
     def coordinator(self) -> Iterator[None]:
@@ -120,14 +124,19 @@ class Workspace:
 
         Raises:
             WorkspaceBusy: another process is. The lock is the kernel's, so a killed coordinator holds nothing.
+            DataError: the workspace cannot be written.
         """
-        with (self.root / ".coordinator").open("a+") as file:
+        try:
+            file = durable.open_lock(self.root / ".coordinator")
+        except OSError as error:
+            raise DataError(f"The workspace {self.root} cannot be written: {error.strerror or error}.") from error
+        with file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 file.seek(0)
                 raise WorkspaceBusy(
-                    f"The workspace {self.root} is in use by {file.read().strip() or 'another process'}. "
+                    f"The workspace {self.root} is in use by {file.read(_SHOWN_HOLDER).strip() or 'another process'}. "
                     "Wait for it or stop it; `fuseline status` and `fuseline sql` work meanwhile."
                 ) from None
             file.truncate(0)
@@ -139,15 +148,18 @@ class Workspace:
 
     def tokenizer_folders(self) -> list[Path]:
         """The folders of all stored tokenizers, by digest."""
-        return sorted((self.root / "tokenizers").glob("[!.]*/"))
+        return folders_in(self.root / "tokenizers")
 
     def swept_folders(self) -> Iterator[Path]:
-        """The folders into which stages publish, and in which a dead one leaves temporaries. Trainers sweep theirs themselves."""
+        """The folders into which stages publish, and in which a dead one leaves temporaries. Trainers sweep theirs themselves.
+
+        The folder of a kind may be a link, to another disk; one of a dataset that is a link is not swept.
+        """
         yield self.root
         for folder in ("tokenizers", "models", *DATASET_KINDS):
             yield self.root / folder
         for kind in DATASET_KINDS:
-            yield from sorted((self.root / kind).glob("[!.]*/"))
+            yield from (folder for folder in folders_in(self.root / kind) if not folder.is_symlink())
 
     @contextmanager
     def run(self, stage: str, *, name: str, parameters: Mapping[str, Any]) -> Iterator["Run"]:
@@ -186,13 +198,41 @@ class Workspace:
         Raises:
             DamagedPart: one cannot be read.
         """
-        for path in sorted((self.root / "runs").glob("*/run.json")):
-            try:
-                record = json.loads(path.read_text(encoding="utf-8"))
-                missing = [key for key in _RUN_KEYS if key not in record]
-                if missing:
-                    raise ValueError(f"it lacks {', '.join(missing)}")
-            except (ValueError, TypeError) as error:
-                remedy = "Remove it: it is only a record of what was done."
-                raise DamagedPart(f"{path} cannot be read ({error}).", remedy=remedy) from error
-            yield record
+        yield from map(read_run, self.run_files())
+
+    def run_files(self) -> list[Path]:
+        """The `run.json` of every run, oldest first."""
+        return sorted((self.root / "runs").glob("*/run.json"))
+
+
+def folders_in(folder: Path) -> list[Path]:
+    """The folders in a folder, by name, also where they are links; nothing where there is no folder."""
+    return sorted(path for path in folder.glob("[!.]*") if path.is_dir())
+
+
+def read_run(path: Path) -> dict[str, Any]:
+    """The record of a run, by its `run.json`; its name is that of its folder.
+
+    Raises:
+        DamagedPart: it cannot be read, or lacks something.
+    """
+    try:
+        record = read_object(path)
+        _check_run(record)
+    except (OSError, ValueError) as error:
+        raise DamagedPart(
+            f"{path} cannot be read ({reason_of(error)}).", remedy="Remove it: it is only a record of what was done."
+        ) from error
+    return record | {"run": path.parent.name}
+
+
+def _check_run(record: dict[str, Any]) -> None:
+    """Raise ValueError unless a record has what a run's has."""
+    missing = [key for key in _RUN_KEYS if key not in record]
+    if missing:
+        raise ValueError(f"it lacks {', '.join(missing)}")
+    for key in ("stage", "dataset", "fuseline", "host", "status"):
+        if not isinstance(record[key], str):
+            raise ValueError(f"{key} ({shown(record[key])}) must be a text")
+    if not is_number(record["started_at"], below=END_OF_TIME) or not is_number(record["ended_at"] or 0, below=END_OF_TIME):
+        raise ValueError("started_at and ended_at must be numbers of seconds from 0")

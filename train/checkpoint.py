@@ -54,7 +54,7 @@ class Checkpoints:
     def save(self, step: int, *, keep: int) -> None:
         """Save the state after `step` steps and remove all but the `keep` newest checkpoints. Every rank must call it."""
         folder = checkpoint_folder(self.run_folder, step=step)
-        if folder.exists():
+        if folder.is_dir():
             return
         temporary = folder.with_name(durable.TEMPORARY + folder.name)  # the same name on every rank
         if self._runtime.leads:
@@ -76,9 +76,7 @@ class Checkpoints:
 
     def _point_at(self, folder: Path) -> None:
         """Let `latest` beside the checkpoints be a link to one of them; it is never absent in between."""
-        link = durable.temporary_sibling(folder.with_name(records.LATEST))
-        link.symlink_to(folder.name)
-        link.rename(folder.with_name(records.LATEST))
+        durable.publish_link(folder.with_name(records.LATEST), to=folder.name)
 
     def resume(self) -> int:
         """Load the newest checkpoint, sweep up what a crash left, and return its step; 0 if there is none. Every rank must call it.

@@ -4,7 +4,6 @@ The weights have the dtype of the training (`TrainingConfig.dtype`), to which it
 written is bit for bit what was trained.
 """
 
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +33,7 @@ def export(model: nn.Module, *, job: TrainJob, architecture: Architecture, runti
     folder = job.export_folder
     temporary = folder.with_name(f"{durable.TEMPORARY}new-{folder.name}")  # always the same: the next export clears what a crash left
     if runtime.leads:
-        shutil.rmtree(temporary, ignore_errors=True)
+        durable.discard(temporary)
         temporary.mkdir(parents=True)
     if runtime.data_rank == 0:
         dtype = getattr(torch, job.config.dtype)

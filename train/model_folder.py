@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from ..store import durable
-from ..store.model_json import for_transformers, read_json, without_mark
+from ..store.model_files import check_model_files
+from ..store.model_json import read_json, without_mark
+from ..store.transformers_folder import completed_config
 
 _TOKENIZER_FILES = (
     "tokenizer.json",
@@ -21,15 +23,28 @@ _TOKENIZER_FILES = (
 )
 
 
+_SETTINGS = "tokenizer_config.json"
+_CODE = "auto_map"  # names classes of the Python files in a folder, or on the hub
+
+
 def copy_tokenizer(model_folder: Path, *, to: Path, chat_template: str | None = None) -> None:
-    """Copy the files of the tokenizer; `chat_template` is the one that the model was trained in, if that is not its own."""
+    """Copy the files of the tokenizer, without what names code (`copy_config`).
+
+    `chat_template` is the one that the model was trained in, if that is not its own.
+    """
+    check_model_files(model_folder)
     _copy(_TOKENIZER_FILES, model_folder, to=to)
+    settings = read_json(to / _SETTINGS) if (to / _SETTINGS).exists() else {}
+    if _CODE in settings:
+        del settings[_CODE]
+        durable.write_json(to / _SETTINGS, settings)
     if chat_template is not None:
         (to / "chat_template.jinja").write_text(chat_template, encoding="utf-8")
 
 
 def tokenizer_files_digest(model_folder: Path) -> str:
     """SHA-256 (hex) of what `copy_tokenizer` copies."""
+    check_model_files(model_folder)
     digest = hashlib.sha256()
     for name in _TOKENIZER_FILES:
         if (model_folder / name).exists():
@@ -39,25 +54,23 @@ def tokenizer_files_digest(model_folder: Path) -> str:
 
 
 def copy_config(model_folder: Path, *, to: Path, dtype: str, is_tied: bool | None = None) -> None:
-    """Copy config.json, which then says the dtype of the weights, what the model says of generation, and code that comes with it.
+    """Copy config.json, which then says the dtype of the weights, and what the model says of generation.
 
-    Where config.json says something else than `is_tied` of the output layer, that is corrected.
+    Where config.json says something else than `is_tied` of the output layer, that is corrected. Code that comes with a model is not copied,
+    and what names it (`auto_map`) is left out: whoever loads the new model would run it.
     """
+    check_model_files(model_folder)
     config = read_json(model_folder / "config.json")
     if is_tied is not None and is_tied != _says_tied(model_folder):
         config["tie_word_embeddings"] = is_tied
-    for key in ("_name_or_path", "torch_dtype"):  # the second is the old name of dtype
+    for key in ("_name_or_path", "torch_dtype", _CODE):  # the second is the old name of dtype
         config.pop(key, None)
     durable.write_json(to / "config.json", config | {"dtype": dtype})
-    code = sorted(path.name for path in model_folder.glob("*.py")) if "auto_map" in config else []
-    _copy(("generation_config.json", *code), model_folder, to=to)
+    _copy(("generation_config.json",), model_folder, to=to)
 
 
 def _says_tied(model_folder: Path) -> bool:
-    from transformers import AutoConfig  # completes config.json with the defaults of the model's class
-
-    with for_transformers(model_folder) as folder:
-        return bool(AutoConfig.from_pretrained(folder).tie_word_embeddings)
+    return bool(completed_config(model_folder).tie_word_embeddings)
 
 
 def write_model_card(folder: Path, *, name: str, text: str, tags: str, sections: Mapping[str, Any]) -> None:

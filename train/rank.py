@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
+from ..store import durable
 from ..store.errors import FuselineError, UsageError, WorkspaceBusy
 from ..store.machine import wait_asleep
 from . import records
@@ -64,7 +65,7 @@ def die_with_parent() -> None:
 
 @contextlib.contextmanager
 def _locked(run_folder: Path) -> Iterator[None]:
-    with (run_folder / ".lock").open("w") as file:
+    with durable.open_lock(run_folder / ".lock") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

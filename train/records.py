@@ -17,9 +17,11 @@ from pathlib import Path
 from typing import Any
 
 from ..store import durable
-from ..store.errors import FingerprintMismatch
+from ..store.errors import DamagedPart, FingerprintMismatch
 from ..store.fingerprint import differences
+from ..store.json_files import Facts, read_object
 from ..store.machine import arithmetic_for, threads
+from ..store.manifest import reason_of
 from ..store.trainings import EVALUATIONS, MACHINE, METRICS, checkpoint_folder, checkpoint_steps, read_machine, read_records
 
 Record = dict[str, Any]
@@ -41,9 +43,23 @@ def cut(path: Path, *, step: int) -> None:
 
 
 def read_done(run_folder: Path) -> Record | None:
-    """`done.json`, if the run is finished."""
+    """`done.json`, if the run is finished.
+
+    Raises:
+        DamagedPart: it cannot be read.
+    """
     path = run_folder / "done.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+    try:
+        record = read_object(path)
+        identity = record["identity"]
+        if not isinstance(identity, dict) or not isinstance(identity.get("config", {}), dict):
+            raise ValueError("identity must be an object, and its config one")
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError) as error:
+        remedy = "Remove it and run the recipe again: the training then goes on from its last checkpoint."
+        raise DamagedPart(f"{path} cannot be read ({reason_of(error)}).", remedy=remedy) from error
+    return {**record, "identity": Facts(identity, path=path, what="identity", remedy=f"Remove {run_folder} to train again.")}
 
 
 def arithmetic_of(run_folder: Path, *, dtype: str) -> str:

@@ -1,9 +1,9 @@
 """Chat templates: how a model writes conversations down.
 
-A template is a Jinja program that comes with the tokenizer; transformers runs it, sandboxed. Message text must never become a control
-token, and what is trained on must be known to the byte, so a conversation is rendered twice: once as it is, and once with a placeholder for
-each message, which tells what the template itself writes. In that alone control tokens are looked for; and the first rendering must be just
-that with the messages' texts filled in, or their texts without white space around.
+A template is a Jinja program that comes with the tokenizer; it runs in a process of its own (`sandbox`). Message text must never become
+a control token, and what is trained on must be known to the byte, so a conversation is rendered twice: once as it is, and once with a
+placeholder for each message, which tells what the template itself writes. In that alone control tokens are looked for; and the first
+rendering must be just that with the messages' texts filled in, or their texts without white space around.
 """
 
 import datetime
@@ -16,14 +16,18 @@ from pathlib import Path
 from typing import Any
 
 from ...store.errors import DataError
+from ...store.model_files import check_model_files
 from ...store.model_json import read_json
 from ...store.roles import ROLES
+from ...store.shown import shown
 from ...store.tokenizer import Tokenizer
 from .conversations import Conversation, Message, Role
 from .marked_text import MarkedText, MessageSpan, Span
+from .sandbox import SANDBOX, EndlessTemplate, Messages
 
 _PLACEHOLDER = re.compile("\ue000(\\d+)\ue001")
 _TODAY = re.compile(r"strftime_now\(\s*(['\"])(.*?)\1\s*\)")  # formats that are written out
+_LONGEST_REFUSAL = 1000  # characters of what a template says
 _ASKS_FOR_TODAY = "strftime_now("
 _PROBES: tuple[tuple[Role, ...], ...] = (("user", "assistant"), ("user", "assistant", "user", "assistant"), ("system", "user", "assistant"))
 
@@ -51,10 +55,11 @@ class ChatTemplate:
     special: frozenset[str]  # the tokenizer's special tokens
     added: frozenset[str]  # its other added tokens: those that the template writes around messages are control tokens too
     date: str  # the day that templates which ask for the date are told, YYYY-MM-DD
+    where: str = field(default="", compare=False)  # the model's folder, for messages
     _layouts: dict[tuple[Role, ...], "_Layout | str"] = field(default_factory=dict, repr=False, compare=False)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: getattr(self, name) for name in ("source", "variables", "special", "added", "date")} | {"_layouts": {}}
+        return {name: getattr(self, name) for name in ("source", "variables", "special", "added", "date", "where")} | {"_layouts": {}}
 
     @classmethod
     def of_model(cls, folder: Path, *, tokenizer: Tokenizer, date: str, source: str | None = None) -> "ChatTemplate | None":
@@ -63,15 +68,24 @@ class ChatTemplate:
         Raises:
             DataError: it cannot be read, or does not run.
         """
+        check_model_files(folder)
         path = folder / "tokenizer_config.json"
-        config = read_json(path) if path.exists() else {}
+        try:
+            config = read_json(path) if path.exists() else {}
+        except ValueError as error:
+            raise DataError(f"{path} cannot be read: {error}. Download it again.") from error
+        if not isinstance(config, dict):
+            raise DataError(f"{path} is not an object. Download it again.")
         program = source or _stored_template(folder, config=config)
         if program is None:
             return None
         names = _named_tokens(tokenizer, program=program) | {
             name: config.get(name) for name in (f"{role}_token" for role in ROLES) if config.get(name)
         }
-        variables = {name: token["content"] if isinstance(token, dict) else token for name, token in names.items()}
+        variables = {name: token.get("content") if isinstance(token, dict) else token for name, token in names.items()}
+        for name, token in variables.items():
+            if not isinstance(token, str):
+                raise DataError(f"{path}: {name} ({shown(token)}) must be a text. Correct it.")
         added = tokenizer.backend.get_added_tokens_decoder().values()
         template = cls(
             source=program,
@@ -79,6 +93,7 @@ class ChatTemplate:
             special=frozenset(token.content for token in added if token.special),
             added=frozenset(token.content for token in added if not token.special and token.content.strip()),
             date=date,
+            where=str(folder),
         )
         try:
             template._layout(_PROBES[0])
@@ -122,8 +137,38 @@ class ChatTemplate:
         Raises:
             RefusedConversation: the template does not take it, leaves out or repeats a message, or changes a message's text.
         """
-        layout = self._layout(tuple(message.role for message in conversation))
-        text = self._apply([{"role": message.role, "content": message.text} for message in conversation])
+        (rendered,) = self.render_all([conversation])
+        if isinstance(rendered, RefusedConversation):
+            raise rendered
+        return rendered
+
+    def render_all(self, conversations: Sequence[Conversation]) -> list[MarkedText | RefusedConversation]:
+        """Write many conversations down, which is quicker than one by one; where `render` would raise, the error stands instead.
+
+        Raises:
+            EndlessTemplate: one of them takes the template too long.
+        """
+        found: dict[int, MarkedText | RefusedConversation] = {}
+        taken: list[tuple[int, _Layout]] = []
+        for index, conversation in enumerate(conversations):
+            try:
+                taken.append((index, self._layout(tuple(message.role for message in conversation))))
+            except RefusedConversation as error:
+                found[index] = error
+        try:
+            written = self._apply_all([_as_messages(conversations[index]) for index, _ in taken])
+        except EndlessTemplate as error:
+            error.index = taken[error.index][0]
+            raise
+        for (index, layout), text in zip(taken, written, strict=True):
+            try:
+                found[index] = text if isinstance(text, RefusedConversation) else self._marked(conversations[index], text, layout=layout)
+            except RefusedConversation as error:
+                found[index] = error
+        return [found[index] for index in range(len(conversations))]
+
+    def _marked(self, conversation: Conversation, text: str, *, layout: _Layout) -> MarkedText:
+        """What is what in the text that was written for a conversation."""
         controls: list[Span] = []
         assistant: list[Span] = []
         messages: list[MessageSpan] = []
@@ -159,17 +204,23 @@ class ChatTemplate:
 
     # ---- running the program -----------------------------------------------------------------------------------------------------------
 
-    def _apply(self, messages: Sequence[Mapping[str, str]], *, prompt: bool = False) -> str:
-        from transformers.utils import chat_template_utils
+    def _apply(self, messages: Messages, *, prompt: bool = False) -> str:
+        (text,) = self._apply_all([messages], prompt=prompt)
+        if isinstance(text, RefusedConversation):
+            raise text
+        return text
 
-        run: Any = chat_template_utils.render_jinja_template  # its annotation says str, and it is a pair
+    def _apply_all(self, conversations: Sequence[Messages], *, prompt: bool = False) -> list[str | RefusedConversation]:
         try:
-            rendered, _ = run(conversations=[list(messages)], chat_template=self._program, add_generation_prompt=prompt, **self.variables)
-        except Exception as error:  # templates raise what they like, and so does Jinja
-            raise RefusedConversation(
-                f"the chat template says: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
-            ) from error
-        return rendered[0]
+            answers = SANDBOX.render(self._program, variables=self.variables, conversations=conversations, prompt=prompt)
+        except EndlessTemplate as error:
+            error.problem = f"The chat template of {self.where} {error.problem}."
+            error.args = (f"{error.problem} {error.remedy}",)
+            raise
+        return [
+            answer["text"] if "text" in answer else RefusedConversation(f"the chat template says: {answer['refused'][:_LONGEST_REFUSAL]}")
+            for answer in answers
+        ]
 
     @cached_property
     def _program(self) -> str:
@@ -240,6 +291,10 @@ class ChatTemplate:
     @cached_property
     def _control_pattern(self) -> re.Pattern[str]:
         return re.compile("|".join(re.escape(token) for token in sorted(self.controls, key=len, reverse=True)) or r"(?!)")
+
+
+def _as_messages(conversation: Conversation) -> Messages:
+    return [{"role": message.role, "content": message.text} for message in conversation]
 
 
 def _named_tokens(tokenizer: Tokenizer, *, program: str) -> dict[str, Any]:

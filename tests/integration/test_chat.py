@@ -224,7 +224,7 @@ def test_a_mistake_is_told(project, tmp_path, old, new, said):
         plain.mkdir()
         for path in (project / "models" / "smollm2").iterdir():
             if path.name != "chat_template.jinja":
-                (plain / path.name).symlink_to(path)
+                shutil.copy(path, plain)
     recipe = project / f"mistake-{abs(hash((old, new)))}.toml"
     recipe.write_text(RECIPE.replace(old, new, 1))
     assert said in refused("ingest", "corpus", recipe, "-w", tmp_path / "workspace")

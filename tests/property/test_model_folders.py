@@ -9,10 +9,10 @@ import torch
 from fuseline.ingest.agreement import disagreements
 from fuseline.ingest.models import ModelConfig, ModelFolder
 from fuseline.store.errors import DataError
-from fuseline.store.model_json import for_transformers
 from fuseline.store.roles import CLASS_DEFAULTS, CLASS_OF_MODEL_TYPE, ROLES
 from fuseline.store.tied import HEADS
 from fuseline.store.tokenizer import Tokenizer
+from fuseline.store.transformers_folder import for_transformers
 from fuseline.store.weights import EMBEDDINGS
 from fuseline.train.config import TrainingConfig
 from fuseline.train.cost import count_parameters
@@ -84,7 +84,12 @@ def opened(folder: Path) -> list[str]:
 def load(folder: Path):
     """The model and the tensors that transformers filled with random numbers."""
     with for_transformers(folder) as readable:
-        model, info = AutoModelForCausalLM.from_pretrained(readable, dtype=torch.float32, output_loading_info=True, use_safetensors=True)
+        return load_unchecked(readable)
+
+
+def load_unchecked(folder: Path):
+    """As transformers loads a folder by itself."""
+    model, info = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, output_loading_info=True, use_safetensors=True)
     return model, info["missing_keys"]
 
 
@@ -160,7 +165,7 @@ def test_the_weights_are_in_the_files_that_transformers_reads(sources, fresh, n_
     if extra is not None:
         save_file(tensors, folder / extra, metadata={"format": "pt"})
     try:
-        model, missing = load(folder)
+        model, missing = load_unchecked(folder)
     except (OSError, RuntimeError, KeyError):
         model, missing = None, {"all"}
     if missing:

@@ -26,7 +26,8 @@ import numpy as np
 import polars as pl
 import zarr
 from fuseline.store import durable
-from fuseline.store.dataset import Dataset, Manifest, PartContent
+from fuseline.store.dataset import Dataset, PartContent
+from fuseline.store.manifest import Manifest
 
 CALLS = {"os.rename", "os.link", "os.mkdir", "os.rmdir", "os.remove", "os.truncate", "os.utime"}  # as `sys.addaudithook` names them
 IDENTITY = {"stage": "test/1"}
@@ -35,14 +36,14 @@ SMALL = np.arange(1, 50, dtype=np.uint16)
 
 def content(kind: str, value: int) -> PartContent:
     data = pl.DataFrame({"text": [f"text {value}", "y"] * 50}) if kind == "table" else {"ids_T": SMALL + value, "zeros_T": np.zeros(7)}
-    return PartContent(data=data, counts={"tokens": value}, attributes={"a": value})
+    return PartContent(data=data, counts={"documents": value}, attributes={"a": value})
 
 
 def check(dataset: Dataset, part: int, *, kind: str, values: set[int]) -> Manifest:
     """The part is there, whole, and of one of these contents."""
     manifest = dataset.manifest(part)
-    assert manifest.counts["tokens"] in values, manifest
-    expected = content(kind, manifest.counts["tokens"]).data
+    assert manifest.counts["documents"] in values, manifest
+    expected = content(kind, manifest.counts["documents"]).data
     if isinstance(expected, pl.DataFrame):
         assert dataset.table(part).equals(expected)
     else:
@@ -206,7 +207,7 @@ def beside(dataset: Dataset, kind: str, *, values: tuple[int, int]) -> tuple[int
         if codes == [0, 0]:
             return n - 1, other_first
         assert codes == [3, 0], n
-        other_first += dataset.manifest(n).counts["tokens"] == values[1]
+        other_first += dataset.manifest(n).counts["documents"] == values[1]
         # Of equal payloads one is kept. Of different ones a second may stay: only `store gc` can know that nobody is about to name it.
         require_only(dataset, range(1, n + 1), kind=kind, payloads=1 if values[0] == values[1] else 2)
     raise AssertionError

@@ -34,7 +34,7 @@ def dataset(tmp_path) -> Dataset:
 
 
 def commit(dataset: Dataset, part: int = 0, **arrays) -> None:
-    dataset.commit(part, content=PartContent(data=arrays or ARRAYS, counts={"tokens": 1}), seconds=0.5)
+    dataset.commit(part, content=PartContent(data=arrays or ARRAYS, counts={"documents": 1}), seconds=0.5)
 
 
 @pytest.mark.parametrize("shape", [(0,), (1,), (16_384,), (16_385,), (40_000,), (0, 3), (7, 0), (0, 0), (100, 3), (20_000, 2)])

@@ -14,8 +14,9 @@ from fuseline.cluster.local import LocalCrew
 from fuseline.cluster.work import Assignment, Committed, Failed, Worker
 from fuseline.recipe import load_recipe
 from fuseline.store import journal
-from fuseline.store.dataset import Dataset, Manifest, PartContent
+from fuseline.store.dataset import Dataset, PartContent
 from fuseline.store.errors import DataError, UsageError
+from fuseline.store.manifest import Manifest
 
 
 def committed(part: int) -> Committed:

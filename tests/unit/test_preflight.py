@@ -82,11 +82,9 @@ def test_targets_of_another_vocabulary_are_refused(folder):
 
 
 def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(folder, tmp_path):
-    for path in (folder / "model").iterdir():
-        (tmp_path / path.name).symlink_to(path)
+    shutil.copytree(folder / "model", tmp_path, dirs_exist_ok=True)
     tokenizer = json.loads((folder / "model" / "tokenizer.json").read_text())
     first = max(tokenizer["model"]["vocab"].values()) + 1
-    (tmp_path / "tokenizer.json").unlink()
 
     def write(*, special: bool) -> None:
         flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)

@@ -7,8 +7,9 @@ import fuseline
 import pytest
 from fuseline.align.config import AlignmentConfig
 from fuseline.cluster.plan import plan
-from fuseline.recipe import line_of, load_recipe
+from fuseline.recipe import load_recipe
 from fuseline.store.errors import UsageError
+from fuseline.store.toml_text import Lines
 from fuseline.store.workspace import Workspace
 
 RECIPES = sorted((Path(fuseline.__file__).parent / "recipes").glob("*.toml"))
@@ -378,10 +379,10 @@ def test_a_value_of_several_lines_at_the_very_beginning_has_line_one(tmp_path):
 
 
 def test_line_of_what_is_not_there_is_the_line_of_its_section():
-    assert line_of(GOOD, ("target", "dtype")) == line(GOOD, "[target]")
-    assert line_of(GOOD, ("sources", 1, "dtype")) == line(GOOD, "[[sources]]", nth=2)
-    assert line_of(GOOD, ("nowhere", "at", "all")) == 1
-    assert line_of(GOOD, ("sources", 0, "model")) == line(GOOD, 'model = "org/one"')
+    assert Lines(GOOD).of(("target", "dtype")) == line(GOOD, "[target]")
+    assert Lines(GOOD).of(("sources", 1, "dtype")) == line(GOOD, "[[sources]]", nth=2)
+    assert Lines(GOOD).of(("nowhere", "at", "all")) == 1
+    assert Lines(GOOD).of(("sources", 0, "model")) == line(GOOD, 'model = "org/one"')
 
 
 @pytest.mark.parametrize(

@@ -8,12 +8,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoConfig, PretrainedConfig
+from transformers import PretrainedConfig
 
 from ...store.errors import DataError, UsageError
-from ...store.model_json import for_transformers, read_json
+from ...store.model_json import read_json
+from ...store.shown import shown
 from ...store.tied import is_tied
+from ...store.transformers_folder import completed_config
 from ...store.weights import tensors_of, weight_files
 from ..architecture import Architecture
 from ..config import TrainingConfig
@@ -46,15 +47,15 @@ def read_architecture(model_folder: Path, *, training: TrainingConfig) -> Archit
         model_type = read_json(path).get("model_type")
     except (OSError, ValueError, AttributeError) as error:
         raise DataError(f"{path} cannot be read as the configuration of a model: {error}") from error
-    if model_type not in FAMILIES:
-        raise DataError(f"{path}: model_type {model_type!r} cannot be trained. Supported: {', '.join(FAMILIES)}.")
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
+        raise DataError(f"{path}: model_type {shown(model_type)} cannot be trained. Supported: {', '.join(FAMILIES)}.")
     try:
-        with for_transformers(model_folder) as folder:
-            config = AutoConfig.from_pretrained(folder)
-        architecture = FAMILIES[model_type](config)
+        architecture = FAMILIES[model_type](completed_config(model_folder))
+    except DataError:
+        raise
     except (KeyError, AttributeError) as error:
         raise DataError(f"{path} lacks a field that {model_type} models need: {error}") from error
-    except (ValueError, TypeError, StrictDataclassError) as error:
+    except (ValueError, TypeError, ArithmeticError) as error:
         raise DataError(f"{path}: {error}") from error
     _require_fit(architecture, model_folder=model_folder, training=training)
     _require_known_tensors(architecture, model_folder=model_folder)

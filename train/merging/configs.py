@@ -1,13 +1,15 @@
 """Whether the configurations and the tokenizers of models allow to merge them."""
 
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ...store.errors import DataError
-from ...store.model_json import for_transformers, read_json, without_mark
+from ...store.json_text import parse_json
+from ...store.model_json import read_json, without_mark
+from ...store.shown import shown
+from ...store.transformers_folder import completed_config
 
 # Ends of keys that say nothing of what a weight means: where a model is from, how it is trained or sampled.
 _NOTES = (
@@ -52,19 +54,18 @@ def read_settings(folder: Path, *, label: str) -> ModelSettings:
     """
     path = folder / "config.json"
     try:
-        settings = read_json(path)
+        settings = read = read_json(path)
         model_type = settings["model_type"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{label}: {path} cannot be read as the configuration of a model ({error!r}).") from error
-    from transformers import CONFIG_MAPPING, AutoConfig
+        raise DataError(f"{label}: {path} cannot be read as the configuration of a model ({shown(error)}).") from error
+    from transformers import CONFIG_MAPPING
 
-    if model_type in CONFIG_MAPPING:
+    if isinstance(model_type, str) and model_type in CONFIG_MAPPING:
         try:
-            with for_transformers(folder) as readable:
-                settings = AutoConfig.from_pretrained(readable).to_dict()
-        except Exception as error:  # whatever its checks raise
-            raise DataError(f"{label}: {path} is not a valid configuration of {model_type}: {error}") from error
-    return ModelSettings(label=label, folder=folder, flat=dict(_flat(settings)), is_complete=model_type in CONFIG_MAPPING)
+            settings = completed_config(folder).to_dict()
+        except DataError as error:
+            raise DataError(f"{label}: {error}") from error
+    return ModelSettings(label=label, folder=folder, flat=dict(_flat(settings)), is_complete=settings is not read)
 
 
 def require_one_architecture(reference: ModelSettings, other: ModelSettings) -> None:
@@ -75,7 +76,7 @@ def require_one_architecture(reference: ModelSettings, other: ModelSettings) -> 
         expected, found = reference.flat.get(key), other.flat.get(key)
         if expected != found:
             raise DataError(
-                f"{key} of {other.label} ({found!r}) must equal that of {reference.label} ({expected!r}): "
+                f"{key} of {other.label} ({shown(found)}) must equal that of {reference.label} ({shown(expected)}): "
                 "only models of one architecture can be merged. If config.json says it wrongly, correct it."
             )
 
@@ -99,8 +100,9 @@ def compare_tokenizers(reference: ModelSettings, other: ModelSettings) -> list[s
     for index in sorted(tokens.keys() & other_tokens.keys()):
         if tokens[index] != other_tokens[index]:
             raise DataError(
-                f"Token {index} of {other.label} ({other_tokens[index]!r}) must be that of {reference.label} ({tokens[index]!r}): their "
-                "tokenizers differ, so a row of their embeddings means different things. Such models cannot be merged."
+                f"Token {index} of {other.label} ({shown(other_tokens[index])}) must be that of {reference.label} "
+                f"({shown(tokens[index])}): their tokenizers differ, so a row of their embeddings means different "
+                "things. Such models cannot be merged."
             )
     differing = [index for index in sorted(added.keys() | other_added.keys()) if added.get(index) != other_added.get(index)]
     if tokens != other_tokens:
@@ -111,7 +113,7 @@ def compare_tokenizers(reference: ModelSettings, other: ModelSettings) -> list[s
         index = differing[0]
         return [
             f"the tokenizers of {reference.label} and {other.label} differ in {len(differing)} added tokens, first {index} "
-            f"({added.get(index)!r}, {other_added.get(index)!r})"
+            f"({shown(added.get(index))}, {shown(other_added.get(index))})"
         ]
     return []
 
@@ -119,12 +121,12 @@ def compare_tokenizers(reference: ModelSettings, other: ModelSettings) -> list[s
 def _tokens(content: bytes, *, label: str) -> tuple[dict[int, str], dict[int, str]]:
     """Tokens by id: of the vocabulary, and those that were added to it."""
     try:
-        definition = json.loads(content)
+        definition = parse_json(content)
         vocabulary = definition["model"]["vocab"]
         pairs = vocabulary.items() if isinstance(vocabulary, dict) else ((entry[0], index) for index, entry in enumerate(vocabulary))
         return {index: token for token, index in pairs}, {token["id"]: token["content"] for token in definition.get("added_tokens", [])}
-    except (ValueError, KeyError, TypeError, IndexError) as error:
-        raise DataError(f"{label}: tokenizer.json cannot be read ({error!r}).") from error
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
+        raise DataError(f"{label}: tokenizer.json cannot be read ({shown(error)}).") from error
 
 
 def _flat(value: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

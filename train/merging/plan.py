@@ -75,7 +75,7 @@ def plan_merge(
     folders = ([("the base", base)] if base else []) + [(f"model {name}", models[name]) for name in sorted(models)]
     read = [_read(folder, label=label, stack=stack) for label, folder in folders]
     reference, others = read[0], read[1:]
-    warnings = []
+    warnings = list(_left_out(reference.settings))
     for other in others:
         require_one_architecture(reference.settings, other.settings)
         _require_same_names(reference, other)
@@ -87,6 +87,14 @@ def plan_merge(
         _planned(name, reference=reference, models=merged, has_base=base is not None, config=config) for name in reference.tensors
     )
     return MergePlan(reference=folders[0][1], tensors=tensors, warnings=tuple(warnings))
+
+
+def _left_out(settings: ModelSettings) -> Iterator[str]:
+    if not settings.is_complete and any(key.startswith("auto_map") for key in settings.flat):
+        yield (
+            f"config.json of {settings.label} names Python code of the model's own (auto_map), which is not copied. To load the merged "
+            "model, copy auto_map and the *.py files into it, if you trust them"
+        )
 
 
 def _require_fit(config: MergeConfig, *, has_base: bool, names: list[str]) -> None:

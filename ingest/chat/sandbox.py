@@ -1,0 +1,131 @@
+"""Runs chat templates, which are programs of strangers, in a process of their own (`template_process`), with limits.
+
+One such process serves all templates of this one, and ends with it. Conversations are sent many at a time, so that it renders while this
+process works on what came back.
+"""
+
+import atexit
+import json
+import os
+import selectors
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from ...store.errors import DataError
+from .template_process import read_frame, write_frame
+
+TEMPLATE_SECONDS = 60  # for one conversation, which takes a millisecond or less
+TEMPLATE_BYTES = 4 << 30  # of memory
+_GRACE_SECONDS = 2  # after which the process ends itself, where this one is no more
+_TIME, _MEMORY = f"{TEMPLATE_SECONDS} seconds", f"{TEMPLATE_BYTES >> 30} GiB of memory"
+_BATCH = 64  # conversations in a request
+_BATCH_CHARACTERS = 4 << 20
+
+Messages = Sequence[Mapping[str, str]]
+
+
+class EndlessTemplate(DataError):
+    """A template that needs more time or memory than a conversation may take; `index` is that of the conversation."""
+
+    def __init__(self, index: int, *, limit: str) -> None:
+        super().__init__(f"needs more than {limit} for one conversation", remedy="Use another chat template, or remove the conversation.")
+        self.index = index
+
+
+class Sandbox:
+    """The process that renders, started when it is first needed."""
+
+    def __init__(self) -> None:
+        self._process: subprocess.Popen[bytes] | None = None
+        self._owner = 0  # a process that is forked from this one has pipes to a process that is not its own
+        self._lock = threading.Lock()
+
+    def render(
+        self, program: str, *, variables: Mapping[str, Any], conversations: Sequence[Messages], prompt: bool
+    ) -> list[dict[str, str]]:
+        """What a template writes for each conversation: `{"text": …}`, or `{"refused": what it says}`.
+
+        Raises:
+            EndlessTemplate: it needs too long, or too much memory.
+        """
+        answers: list[dict[str, str]] = []
+        with self._lock:
+            for batch in _batches(conversations):
+                request = {"program": program, "variables": dict(variables), "conversations": batch, "prompt": prompt}
+                try:
+                    self._send(json.dumps(request).encode(), index=len(answers))
+                    for _ in batch:
+                        answers.append(self._answer(len(answers)))
+                except BaseException:  # also Ctrl-C: what is still to come would answer the next request
+                    self.close()
+                    raise
+        return answers
+
+    def _send(self, data: bytes, *, index: int) -> None:
+        if self._process is not None and self._owner == os.getpid() and self._process.poll() is not None:
+            self.close()  # the system ended it, while there was nothing to do
+        if self._process is None or self._owner != os.getpid():
+            self._process, self._owner = _started(), os.getpid()
+        assert self._process.stdin is not None
+        try:
+            write_frame(self._process.stdin, data)
+        except BrokenPipeError as error:
+            raise EndlessTemplate(index, limit=_MEMORY) from error
+
+    def _answer(self, index: int) -> dict[str, str]:
+        assert self._process is not None
+        assert self._process.stdout is not None
+        with selectors.DefaultSelector() as selector:
+            selector.register(self._process.stdout, selectors.EVENT_READ)
+            is_there = bool(selector.select(TEMPLATE_SECONDS))
+        data = read_frame(self._process.stdout) if is_there else b""
+        if not data:
+            # It was ended by its alarm, by the limit of its memory, or by the system.
+            raise EndlessTemplate(index, limit=_MEMORY if is_there else _TIME)
+        answer = json.loads(data)
+        if "memory" in answer:
+            raise EndlessTemplate(index, limit=_MEMORY)
+        return answer
+
+    def close(self) -> None:
+        """End the process; another one is started when it is needed."""
+        process, self._process = self._process, None
+        if process is None or self._owner != os.getpid():
+            return
+        process.kill()
+        for stream in (process.stdin, process.stdout):
+            with suppress(OSError):
+                if stream is not None:
+                    stream.close()
+        process.wait()
+
+
+def _started() -> subprocess.Popen[bytes]:
+    program = Path(__file__).with_name("template_process.py")
+    limits = [str(TEMPLATE_SECONDS + _GRACE_SECONDS), str(TEMPLATE_BYTES)]
+    # -P: the folder of the program is not searched for modules.
+    return subprocess.Popen(
+        [sys.executable, "-P", str(program), *limits], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, bufsize=0
+    )
+
+
+def _batches(conversations: Sequence[Messages]) -> Iterator[list[Messages]]:
+    batch: list[Messages] = []
+    n_characters = 0
+    for conversation in conversations:
+        batch.append(conversation)
+        n_characters += sum(len(message["content"]) for message in conversation)
+        if len(batch) == _BATCH or n_characters >= _BATCH_CHARACTERS:
+            yield batch
+            batch, n_characters = [], 0
+    if batch:
+        yield batch
+
+
+SANDBOX = Sandbox()
+atexit.register(SANDBOX.close)

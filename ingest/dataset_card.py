@@ -1,0 +1,59 @@
+"""The README.md of a hub's dataset, whose header says which files are its splits. `datasets` opens whatever it names, also elsewhere."""
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from ..store.errors import DataError
+from ..store.inside import OutsideFolder, plain_name, require_inside
+from ..store.shown import shown
+from ..store.yaml_text import parse_yaml
+
+CARD = "README.md"
+LARGEST_CARD = 16 << 20  # bytes; some list statistics of hundreds of configurations
+_HEADER = re.compile(r"\s*---[ \t]*\r?\n(.*?)\r?\n---[ \t]*(\r?\n|$)", re.DOTALL)
+_FILES = ("data_files", "data_dir")
+
+
+def require_named_inside(folder: Path) -> None:
+    """Check what the description of a dataset names.
+
+    Raises:
+        OutsideFolder: a file of the snapshot is a link out of it.
+        DataError: the description cannot be read, or names a file outside the snapshot, or at an address.
+    """
+    for path in folder.rglob("*"):
+        require_inside(path, folder=folder)
+    card = folder / CARD
+    if not card.exists():
+        return
+    try:
+        if card.stat().st_size > LARGEST_CARD:
+            raise ValueError(f"it has more than {LARGEST_CARD >> 20} MiB")
+        header = _HEADER.match(card.read_text(encoding="utf-8-sig"))
+        settings = parse_yaml(header[1]) if header else None
+    except ValueError as error:
+        raise DataError(f"{card} cannot be read: {error}. Download the dataset again.") from error
+    configs = settings.get("configs") if isinstance(settings, dict) else None
+    for config in configs if isinstance(configs, list) else []:
+        for name in _texts([config.get(key) for key in _FILES] if isinstance(config, dict) else None):
+            if not _is_inside(name):
+                raise DataError(f"{card} names {shown(name)}, which is outside the dataset's folder. Use another dataset.")
+
+
+def _texts(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, list | dict):
+        for each in value.values() if isinstance(value, dict) else value:
+            yield from _texts(each)
+
+
+def _is_inside(name: str) -> bool:
+    """Whether a name, in which `*` and the like may stand for others, is one of the dataset's own files."""
+    try:
+        plain_name(name.removeprefix("./").rstrip("/") or "data")
+    except OutsideFolder:
+        return False
+    return ":" not in name

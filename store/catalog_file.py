@@ -1,0 +1,239 @@
+"""The file of the catalog: the one place that opens DuckDB.
+
+Whoever sends a workspace may have put anything into its catalog: views over files, macros that stand for the functions of DuckDB. So no
+connection has access to other files, and a catalog that holds anything else than what the migrations make is never asked.
+"""
+
+import atexit
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import duckdb
+import psutil
+
+from . import durable
+from .errors import DamagedPart, DataError, WorkspaceBusy
+from .migrations import MIGRATIONS, migrate
+
+MEMORY_LIMIT = 4 << 30  # bytes of a query; half of the machine's memory where that is less
+SPILL_LIMIT = 32 << 30  # bytes that a query may write to the spill folder
+
+_Config = dict[str, str | bool | int | float | list[str]]
+_NO_VARIABLES: _Config = {"python_enable_replacements": False}  # a caller's variables are no tables
+_PATIENCE_SECONDS = 10.0
+_STORAGE = "v1.5.0"  # so that DuckDB 1.5 can open what a later version wrote
+_REMEDY = "It is only an index: make it again with `fuseline store rebuild`."
+# By their full names, which nothing in a catalog can take over.
+_OBJECTS = """
+    SELECT schema_name || '.' || table_name, sql FROM system.main.duckdb_tables() WHERE NOT internal
+    UNION ALL SELECT schema_name || '.' || view_name, sql FROM system.main.duckdb_views() WHERE NOT internal
+    UNION ALL SELECT schema_name || '.' || index_name, sql FROM system.main.duckdb_indexes()
+    UNION ALL SELECT schema_name || '.' || sequence_name, 'sequence' FROM system.main.duckdb_sequences()
+    UNION ALL SELECT schema_name || '.' || type_name, 'type' FROM system.main.duckdb_types() WHERE NOT internal
+    UNION ALL SELECT schema_name || '.', 'schema' FROM system.main.duckdb_schemas() WHERE NOT internal
+"""
+_FUNCTIONS = "SELECT schema_name || '.' || function_name, 'function' FROM system.main.duckdb_functions() WHERE NOT internal"
+_TRIGGERS = "SELECT 'trigger ' || trigger_name, 'trigger' FROM system.main.duckdb_triggers()"
+_Objects = dict[str, str]
+_sound: dict[Path, tuple[int, ...]] = {}  # catalogs that this process has looked at, and their files' state then
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """What a query may take."""
+
+    memory: int = MEMORY_LIMIT  # bytes
+    spill: int = SPILL_LIMIT  # bytes of temporary files
+
+    def config(self, *, spill_folder: Path | None) -> _Config:
+        """The settings of DuckDB; without a spill folder, a query that needs more memory fails."""
+        memory = min(self.memory, psutil.virtual_memory().total // 2) if self.memory == MEMORY_LIMIT else self.memory
+        spilling: _Config = {"temp_directory": "", "max_temp_directory_size": "0B"}
+        if spill_folder is not None:
+            spilling = {"temp_directory": str(spill_folder / "duckdb"), "max_temp_directory_size": f"{self.spill}B"}
+        return {"memory_limit": f"{memory}B", **spilling}
+
+
+DEFAULT_LIMITS = Limits()
+
+
+class ForeignCatalog(DamagedPart):
+    """A catalog that holds something else than what the migrations make."""
+
+
+@contextmanager
+def open_to_read(path: Path, *, limits: Limits, external_access: bool = False) -> Iterator[duckdb.DuckDBPyConnection]:
+    """The catalog, read-only and without access to other files unless that is asked for; waits while the coordinator writes it.
+
+    Raises:
+        DataError: it cannot be opened, or is of another version.
+        ForeignCatalog: it holds what no migration makes.
+        WorkspaceBusy: it stays locked.
+    """
+    require_file(path)
+    with (
+        _plain(path) as file,
+        _opened(file, read_only=True, limits=limits, config=_NO_VARIABLES, external_access=external_access) as connection,
+    ):
+        with suppress(duckdb.InvalidInputException):  # this process has it open already, and has locked it
+            connection.execute("SET enable_progress_bar = false")
+            connection.execute("SET lock_configuration = true")
+        state = _state(path)
+        if _sound.get(path) != state:
+            applied = _require_known(connection, path=path)
+            if applied != len(MIGRATIONS):
+                raise DataError(f"{path} is of version {applied}, and this fuseline reads version {len(MIGRATIONS)}. {_REMEDY}")
+            _sound[path] = state
+        yield connection
+
+
+@contextmanager
+def open_to_write(path: Path) -> Iterator[duckdb.DuckDBPyConnection]:
+    """The catalog, or one that is begun, brought to this version and opened to be written; only the coordinator may.
+
+    Raises:
+        DataError: it cannot be opened.
+        ForeignCatalog: it holds what no migration makes, or is of a newer version. Nothing was changed.
+        WorkspaceBusy: it stays locked.
+    """
+    if os.path.lexists(path):
+        require_file(path)
+    with (
+        _plain(path, replace=True) as file,
+        _opened(
+            file, read_only=False, limits=DEFAULT_LIMITS, config={"storage_compatibility_version": _STORAGE, **_NO_VARIABLES}
+        ) as connection,
+    ):
+        if _require_known(connection, path=path) > len(MIGRATIONS):
+            raise ForeignCatalog(f"{path} was written by a newer fuseline.", remedy=_REMEDY)
+        migrate(connection)
+        yield connection
+
+
+def require_file(path: Path) -> None:
+    """Raise ForeignCatalog unless the catalog, and what DuckDB keeps beside it, are files, and not links."""
+    for each in (path, log_of(path)):
+        if os.path.lexists(each) and (each.is_symlink() or not each.is_file()):
+            raise ForeignCatalog(f"{each} must be a file, and is a link, a folder or a pipe.", remedy=_REMEDY)
+
+
+def log_of(path: Path) -> Path:
+    """The file in which DuckDB keeps what a crash has left."""
+    return path.with_name(f"{path.name}.wal")
+
+
+def _require_known(connection: duckdb.DuckDBPyConnection, *, path: Path) -> int:
+    """The number of migrations that the catalog has seen.
+
+    Raises:
+        ForeignCatalog: it holds something else than these make.
+    """
+    found = dict(connection.execute(_OBJECTS).fetchall()) | dict(connection.execute(_FUNCTIONS).fetchall())
+    with suppress(duckdb.CatalogException):  # before DuckDB 2 there are none
+        found |= dict(connection.execute(_TRIGGERS).fetchall())
+    if not found:
+        return 0
+    applied = 0
+    if found.get("main.migrations") == _made_by(0)["main.migrations"] and not any(kind == "function" for kind in found.values()):
+        ((applied,),) = connection.execute("SELECT count(*) FROM main.migrations").fetchall()
+    if applied > len(MIGRATIONS):
+        return int(applied)
+    expected = _made_by(applied)
+    strange = sorted(name for name in found.keys() | expected.keys() if found.get(name) != expected.get(name))
+    if strange:
+        raise ForeignCatalog(f"{path} holds other tables, views or functions than fuseline's, such as {strange[0]!r}.", remedy=_REMEDY)
+    return int(applied)
+
+
+@cache
+def _made_by(n_migrations: int) -> _Objects:
+    """What a catalog holds after the first migrations: names, and how each was made, in the words of this DuckDB."""
+    with duckdb.connect(":memory:", config={"threads": 1}) as connection:
+        migrate(connection, n_migrations=n_migrations)
+        return dict(connection.execute(_OBJECTS).fetchall())
+
+
+def _state(path: Path) -> tuple[int, ...]:
+    found = []
+    for each in (path, log_of(path)):
+        if each.exists():
+            facts = each.stat()
+            found += [facts.st_ino, facts.st_mtime_ns, facts.st_size]
+    return tuple(found)
+
+
+@contextmanager
+def _plain(path: Path, *, replace: bool = False) -> Iterator[Path]:
+    """The file itself, or a copy of it under a name that DuckDB takes for a path; with `replace`, the copy takes the file's place.
+
+    DuckDB takes what follows a `?` for the options of an address, and a backslash for a slash; other characters stand for themselves.
+    """
+    if not set("?\\") & set(str(path.absolute())):
+        yield path.absolute()
+        return
+    with tempfile.TemporaryDirectory(prefix="fuseline-") as folder:
+        copy = Path(folder, "catalog.duckdb")
+        if path.exists():
+            shutil.copyfile(path, copy)
+        yield copy
+        if replace:
+            with durable.temporary(path) as changed:
+                shutil.copyfile(copy, changed)
+                durable.publish(changed, to=path)
+
+
+@contextmanager
+def _opened(
+    path: Path, *, read_only: bool, limits: Limits, config: _Config, external_access: bool = False
+) -> Iterator[duckdb.DuckDBPyConnection]:
+    """A connection with limits, and a spill folder that nobody else can look into."""
+    settings = config | limits.config(spill_folder=_spill_folder()) | {"enable_external_access": external_access}
+    connection = _connect(path, read_only=read_only, config=settings)
+    try:
+        yield connection
+    finally:
+        connection.close()
+
+
+@cache
+def _spill_folder() -> Path | None:
+    """The folder for this process's temporary files, removed when the process ends; None where none can be made.
+
+    All connections of a process to one file must have the same settings. What a killed process left is removed by the next.
+    """
+    try:
+        place = Path(tempfile.gettempdir(), "fuseline-sql")
+        for left in place.parent.glob(f"{durable.TEMPORARY}*@{place.name}"):
+            with suppress(OSError):
+                if left.lstat().st_uid == os.getuid() and durable.is_abandoned(left):
+                    durable.discard(left)
+        folder = durable.temporary_sibling(place)
+        folder.mkdir(mode=0o700)
+    except OSError:
+        return None
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
+
+
+def _connect(path: Path, *, read_only: bool, config: _Config) -> duckdb.DuckDBPyConnection:
+    deadline = time.monotonic() + _PATIENCE_SECONDS
+    while True:
+        try:
+            return duckdb.connect(str(path), read_only=read_only, config=config)
+        except duckdb.ConnectionException as error:
+            raise WorkspaceBusy(f"{path} is open in this process already, for another purpose. Close that first.") from error
+        except duckdb.IOException as error:
+            if "lock" not in str(error).lower():
+                raise DataError(f"{path} cannot be opened: {error}\n{_REMEDY}") from error
+            if time.monotonic() > deadline:
+                raise WorkspaceBusy(f"{path} is open in another process, which holds it. Try again in a moment.") from error
+            time.sleep(0.1)
+        except duckdb.Error as error:
+            raise DataError(f"{path} cannot be opened: {error}\n{_REMEDY}") from error

@@ -1,0 +1,47 @@
+"""JSON from files that a stranger may have written: whatever is in it, parsing ends with a value or a ValueError."""
+
+import json
+from typing import Any
+
+DEEPEST_JSON = 500  # arrays and objects inside each other; Python's calls end at a thousand
+_TOO_DEEP = f"its arrays and objects are nested more than {DEEPEST_JSON} deep"
+
+
+def parse_json(text: str | bytes, **how: Any) -> Any:
+    """The value of a JSON text.
+
+    Args:
+        text: in UTF-8 where it is bytes.
+        how: more arguments of `json.loads`.
+
+    Raises:
+        ValueError: it is not valid, a number has thousands of digits, or it is nested more than `DEEPEST_JSON` deep.
+    """
+    try:
+        value = json.loads(text, **how)
+    except (ValueError, RecursionError) as error:
+        if (reason := reason_of(error)) != str(error):
+            raise ValueError(reason) from error
+        raise
+    marks = ("[", "{") if isinstance(text, str) else (b"[", b"{")
+    if sum(map(text.count, marks)) > DEEPEST_JSON:  # type: ignore[arg-type]  # few texts have so many at all
+        require_shallow(value)
+    return value
+
+
+def reason_of(error: Exception) -> str:
+    """Why a text cannot be parsed; of depths and of numbers with thousands of digits, parsers speak of Python's settings."""
+    if isinstance(error, RecursionError):
+        return _TOO_DEEP
+    return "a number has thousands of digits" if "set_int_max_str_digits" in str(error) else str(error)
+
+
+def require_shallow(value: Any) -> None:
+    """Raise ValueError where lists and dicts are inside each other more than `DEEPEST_JSON` deep: what reads them calls itself as often."""
+    level = [value]
+    for _ in range(DEEPEST_JSON + 1):
+        level = [each for each in level if isinstance(each, list | dict)]
+        if not level:
+            return
+        level = [each for holder in level for each in (holder.values() if isinstance(holder, dict) else holder)]
+    raise ValueError(_TOO_DEEP)

@@ -1,0 +1,67 @@
+"""Whether config.json describes a model as large as the weights beside it, before anything is built from it.
+
+A model is built layer by layer, as config.json says; a number with some zeros too many would take hours and all memory before its weights
+are missed. The weights of a model are on disk, and bound what it can have.
+"""
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from .errors import DataError
+from .model_json import read_json
+from .shown import shown
+from .weights import tensors_of, weight_files
+
+# What is built one by one, and what is the side of a tensor.
+_COUNTS = {
+    *("num_hidden_layers", "num_layers", "n_layer", "n_layers", "num_decoder_layers", "decoder_layers", "num_encoder_layers"),
+    *("num_experts", "num_local_experts", "n_routed_experts"),
+}
+_SIZES = {
+    *("hidden_size", "n_embd", "d_model", "word_embed_proj_dim", "intermediate_size", "moe_intermediate_size", "n_inner", "ffn_dim"),
+    *("ffn_hidden_size", "num_attention_heads", "n_head", "n_heads", "num_heads", "num_key_value_heads", "head_dim", "vocab_size"),
+}
+HARMLESS_COUNT = 1000  # layers that may be described without as many tensors: another check names the real mistake
+HARMLESS_SIZE = 1 << 16
+
+
+def check_sizes(folder: Path) -> None:
+    """Compare the numbers of config.json, at any depth, with the tensors in the headers of the weights.
+
+    Raises:
+        DataError: it has more layers than there are tensors, or a size that is larger than all their sides; or a header cannot be read.
+    """
+    try:
+        config = read_json(folder / "config.json")
+    except (OSError, ValueError):  # who reads it says so
+        return
+    found = [(key, value) for key, value in _numbers(config) if _is_large(key, value)]
+    if not found:
+        return
+    tensors = [tensor for path in weight_files(folder) for tensor in tensors_of(path).values()]
+    largest = max((side for tensor in tensors for side in tensor["shape"]), default=0)
+    for key, value in found:
+        if key in _COUNTS and value > len(tensors):
+            raise _too_large(folder, key=key, value=value, of=f"number of tensors in the weights ({len(tensors):,})")
+        if key in _SIZES and value > largest:
+            raise _too_large(folder, key=key, value=value, of=f"largest side of a tensor in the weights ({largest:,})")
+
+
+def _is_large(key: str, value: float) -> bool:
+    return (key in _COUNTS and value > HARMLESS_COUNT) or (key in _SIZES and value > HARMLESS_SIZE)
+
+
+def _too_large(folder: Path, *, key: str, value: float, of: str) -> DataError:
+    return DataError(
+        f"{folder}/config.json: {key} ({shown(value)}) must be at most the {of}. Correct config.json, or download the model again."
+    )
+
+
+def _numbers(config: Any) -> Iterator[tuple[str, float]]:
+    """The numbers of a config and of those inside it, with their keys."""
+    for key, value in config.items() if isinstance(config, Mapping) else ():
+        if isinstance(value, Mapping):
+            yield from _numbers(value)
+        elif isinstance(value, int | float):
+            yield key, value

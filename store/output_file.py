@@ -1,0 +1,50 @@
+"""Writes the files that a user asks for by name: results of queries, pages. Not into a workspace, and as private as they were."""
+
+import os
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+from . import durable
+from .errors import UsageError
+
+
+def require_outside_workspaces(path: Path, *, what: str) -> None:
+    """Raise UsageError if a path, after links are followed, lies in a workspace, whose files nothing but the stages may change.
+
+    Args:
+        path: of a file that may be there or not.
+        what: names the option in the message, as in "--output".
+    """
+    real = Path(os.path.realpath(path))
+    workspace = next((folder for folder in real.parents if (folder / "workspace.json").exists()), None)
+    if workspace is not None:
+        raise UsageError(f"{what} ({path}) lies in the workspace {workspace}. Choose a place outside of it.")
+
+
+@contextmanager
+def open_output(path: Path, *, what: str) -> Iterator[BinaryIO]:
+    """A file to write to, that appears under its name when it is complete. One that is there keeps its mode; a link is followed.
+
+    Raises:
+        UsageError: it lies in a workspace, or cannot be written.
+    """
+    require_outside_workspaces(path, what=what)
+    try:
+        if path.exists() and not path.is_file():  # a pipe or a device: to be written to, not replaced
+            with path.open("wb") as file:
+                yield file
+            return
+        target = Path(os.path.realpath(path))
+        mode = stat.S_IMODE(target.stat().st_mode) if target.exists() else None
+        with durable.temporary(target) as temporary:
+            descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666 if mode is None else mode & 0o600)
+            with open(descriptor, "wb") as file:
+                yield file
+                if mode is not None:
+                    os.fchmod(descriptor, mode)
+            os.replace(temporary, target)
+    except (FileNotFoundError, NotADirectoryError, PermissionError, IsADirectoryError) as error:
+        raise UsageError(f"{what} ({path}) cannot be written: {error.strerror}.") from error

@@ -1,0 +1,107 @@
+"""TOML from files that a stranger may have written, and the lines on which its keys stand."""
+
+import re
+import tomllib
+from functools import cache
+from typing import Any
+
+from .errors import UsageError
+from .json_text import reason_of, require_shallow
+
+KeyPath = tuple[str | int, ...]
+
+MOST_KEY_PARTS = 50  # of a key with dots; the time that they take grows with their square
+_LONG_KEY = re.compile(
+    r"""(?<![\w-])(?:(?:[\w-]++|"[^"\n]*+"|'[^'\n]*+')[ \t]*+\.[ \t]*+){%d}""" % MOST_KEY_PARTS  # noqa: UP031
+)
+# What may hide a line end or a bracket, and those themselves.
+_TOKEN = re.compile(
+    r'"""(?:[^"\\]+|\\.|"{1,2}(?!"))*"{3,5}'
+    r"|'''(?:[^']+|'{1,2}(?!'))*'{3,5}"
+    r'|"(?:[^"\\\n]+|\\.)*"'
+    r"|'[^'\n]*'"
+    r"|#[^\n]*"
+    r"|[\[\]{}\n]",
+    re.DOTALL,
+)
+
+
+def parse_toml(text: str, *, what: str, hint: str = "") -> dict[str, Any]:
+    """The values of a TOML text.
+
+    Args:
+        text: of the file.
+        what: names it in messages, as in "The recipe x.toml".
+        hint: one more sentence for a text that is not valid.
+
+    Raises:
+        UsageError: it is not valid, it is nested deeply, or a number has thousands of digits.
+    """
+    if _LONG_KEY.search(text):
+        raise UsageError(
+            f"{what} is not valid TOML here: a key must have at most {MOST_KEY_PARTS} parts with dots between them. {hint}".rstrip()
+        )
+    try:
+        data = tomllib.loads(text)
+        require_shallow(data)
+    except RecursionError as error:
+        raise UsageError(f"{what} is not valid TOML: its arrays and tables are nested too deeply. {hint}".rstrip()) from error
+    except ValueError as error:
+        raise UsageError(f"{what} is not valid TOML: {reason_of(error)}. {hint}".rstrip()) from error
+    return data
+
+
+class Lines:
+    """The lines of a valid TOML text, from 1."""
+
+    def __init__(self, text: str) -> None:
+        self._lines = [f"{line}\n" for line in text.split("\n")]  # as TOML and editors count: not at form feeds and the like
+        self._ends = _statement_ends(text)
+        self._parsed = cache(self._parse)
+
+    def of(self, path: KeyPath) -> int:
+        """The line on which a key's value starts, or its section if the key is not there.
+
+        It is the line after the longest beginning of the text that is valid TOML without the key.
+        """
+        while path:
+            if holds(self._parsed(len(self._ends) - 1), path):
+                first, last = 0, len(self._ends) - 1  # a key that is there stays there: halve what is left
+                while first < last:
+                    middle = (first + last) // 2
+                    first, last = (first, middle) if holds(self._parsed(middle), path) else (middle + 1, last)
+                start = self._ends[first - 1] + 1 if first else 1
+                return next((n for n in range(start, self._ends[first] + 1) if self._lines[n - 1].strip()), self._ends[first])
+            path = path[:-1]
+        return 1
+
+    def _parse(self, index: int) -> dict[str, Any]:
+        return tomllib.loads("".join(self._lines[: self._ends[index]]))
+
+
+def _statement_ends(text: str) -> list[int]:
+    """The lines with which a statement, or nothing, ends: those that are not inside a value."""
+    ends, line, depth = [], 1, 0
+    for token in _TOKEN.finditer(text):
+        match token[0]:
+            case "[" | "{":
+                depth += 1
+            case "]" | "}":
+                depth -= 1
+            case "\n":
+                if depth == 0:
+                    ends.append(line)
+                line += 1
+            case long:
+                line += long.count("\n")
+    return [*ends, line]
+
+
+def holds(data: Any, path: KeyPath) -> bool:
+    """Whether there is a value at a path."""
+    for key in path:
+        try:
+            data = data[key]
+        except (KeyError, IndexError, TypeError):
+            return False
+    return True

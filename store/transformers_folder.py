@@ -1,0 +1,93 @@
+"""A model folder as transformers gets it. All that transformers reads of a model goes through here, and nothing else of the machine.
+
+Some keys of config.json have transformers fetch code from the Hugging Face hub and run it, or read other weights than those that were
+checked. They are left out, at any depth; what they would choose is then chosen as for a model without them.
+"""
+
+import json
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from .errors import DataError
+from .model_files import check_model_files
+from .model_json import MARK, read_json, without_mark
+from .model_sizes import check_sizes
+from .shown import in_short
+
+# Names of implementations that are transformers' own; any other may be a kernel on the hub (`owner/name`), or fall back to one.
+_OWN_IMPLEMENTATIONS = {
+    "attn_implementation": ("eager", "sdpa", "flex_attention"),
+    "experts_implementation": ("eager", "batched_mm", "grouped_mm"),
+}
+_CONFIG = "config.json"
+
+
+@contextmanager
+def for_transformers(folder: Path) -> Iterator[Path]:
+    """The folder, checked; where one of its JSON files must be another for transformers, a temporary one with links to the others.
+
+    That is the case for a byte order mark, and for keys of config.json that are left out.
+
+    Raises:
+        DataError: the folder is not fit to be read: a file lies elsewhere, or config.json promises more than the weights hold.
+    """
+    check_model_files(folder)
+    check_sizes(folder)
+    changed = {path.name: without_mark(path) for path in folder.glob("*.json") if _starts_with_mark(path)}
+    if (folder / _CONFIG).exists():
+        try:
+            config = read_json(folder / _CONFIG)
+        except ValueError as error:
+            raise DataError(f"{folder / _CONFIG} cannot be read: {error}. Download it again.") from error
+        kept = _without_hub_code(config)
+        if kept != config:
+            changed[_CONFIG] = json.dumps(kept).encode()
+    if not changed:
+        yield folder
+        return
+    with tempfile.TemporaryDirectory(prefix="fuseline-model-") as temporary:
+        for path in folder.iterdir():
+            if path.name in changed:
+                (Path(temporary) / path.name).write_bytes(changed[path.name])
+            else:
+                (Path(temporary) / path.name).symlink_to(path.absolute())
+        yield Path(temporary)
+
+
+def completed_config(folder: Path, *, trust_remote_code: bool = False) -> Any:
+    """The configuration of config.json, with the defaults of the model's class where it says nothing.
+
+    Raises:
+        DataError: transformers cannot read it; see also `for_transformers`.
+    """
+    from transformers import AutoConfig  # only here: its import takes seconds
+
+    with for_transformers(folder) as readable:
+        try:
+            return AutoConfig.from_pretrained(readable, local_files_only=True, trust_remote_code=trust_remote_code)
+        except Exception as error:  # classes of configurations raise anything
+            raise DataError(f"{folder / _CONFIG} is not a valid configuration: {in_short(error)}.") from error
+
+
+def _without_hub_code(value: Any) -> Any:
+    """A config without the keys that fetch code or other weights."""
+    if isinstance(value, list):
+        return [_without_hub_code(each) for each in value]
+    if not isinstance(value, dict):
+        return value
+    return {key: _without_hub_code(each) for key, each in value.items() if not _fetches(key, each)}
+
+
+def _fetches(key: str, value: Any) -> bool:
+    name = key.removeprefix("_").removesuffix("_internal")
+    if name in _OWN_IMPLEMENTATIONS:
+        return value not in (None, *_OWN_IMPLEMENTATIONS[name])
+    return name == "transformers_weights"
+
+
+def _starts_with_mark(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(len(MARK)) == MARK

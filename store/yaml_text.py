@@ -1,0 +1,50 @@
+"""YAML from files that a stranger may have written: whatever is in it, parsing ends with a value or a ValueError."""
+
+from typing import Any
+
+import yaml
+
+from .json_text import reason_of, require_shallow
+
+MOST_YAML_NODES = 1_000_000  # keys and values, counted as often as aliases repeat them
+
+
+def parse_yaml(text: str) -> Any:
+    """The value of a YAML text, of plain types alone.
+
+    Raises:
+        ValueError: it is not valid, it is nested deeply, or it has more than `MOST_YAML_NODES` keys and values.
+    """
+    loader = None
+    try:
+        loader = yaml.SafeLoader(text)
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        if _expanded(node, counted={}, above=set()) > MOST_YAML_NODES:
+            raise ValueError(f"with all aliases written out, it has more than {MOST_YAML_NODES:,} keys and values")
+        value = loader.construct_document(node)
+        require_shallow(value)
+        return value
+    except RecursionError as error:
+        raise ValueError("its lists and tables are nested too deeply") from error
+    except (yaml.YAMLError, ValueError, ArithmeticError, LookupError, AttributeError, TypeError) as error:
+        # The library raises the latter for tags whose values do not fit, as dates that are none.
+        reason = reason_of(error) if isinstance(error, ValueError) else str(error)
+        raise ValueError(" ".join(reason.split()) or type(error).__name__) from error
+    finally:
+        if loader is not None:
+            loader.dispose()
+
+
+def _expanded(node: yaml.Node, *, counted: dict[yaml.Node, int], above: set[yaml.Node]) -> int:
+    """How many nodes there are with all aliases written out."""
+    if node in above:
+        raise ValueError("an alias stands for a value that it is part of")
+    if node not in counted:
+        above.add(node)
+        inner = node.value if isinstance(node, yaml.CollectionNode) else []
+        pieces = [piece for each in inner for piece in (each if isinstance(each, tuple) else (each,))]
+        counted[node] = 1 + sum(_expanded(piece, counted=counted, above=above) for piece in pieces)
+        above.remove(node)
+    return counted[node]
