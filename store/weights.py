@@ -86,8 +86,8 @@ def _named_in(index: Path) -> list[str]:
     require_inside(index, folder=index.parent)
     content = read_json(index)
     weight_map = content.get("weight_map") if isinstance(content, dict) else None
-    if not isinstance(weight_map, dict):
-        raise ValueError("it has no object weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ValueError("it has no object weight_map with names of files")
     names = [name for name in weight_map.values() if isinstance(name, str)]
     if len(names) < len(weight_map):
         raise ValueError(f"weight_map holds {shown(next(name for name in weight_map.values() if not isinstance(name, str)))}, not a name")

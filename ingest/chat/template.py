@@ -82,10 +82,12 @@ class ChatTemplate:
         names = _named_tokens(tokenizer, program=program) | {
             name: config.get(name) for name in (f"{role}_token" for role in ROLES) if config.get(name)
         }
-        variables = {name: token.get("content") if isinstance(token, dict) else token for name, token in names.items()}
-        for name, token in variables.items():
-            if not isinstance(token, str):
+        variables: dict[str, str] = {}
+        for name, token in names.items():
+            content = token.get("content") if isinstance(token, dict) else token
+            if not isinstance(content, str):
                 raise DataError(f"{path}: {name} ({shown(token)}) must be a text. Correct it.")
+            variables[name] = content
         added = tokenizer.backend.get_added_tokens_decoder().values()
         template = cls(
             source=program,

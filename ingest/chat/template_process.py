@@ -31,7 +31,7 @@ _PIECE_BYTES = 1 << 20
 class _Generation(jinja2.ext.Extension):
     """`{% generation %}`, which marks what the model writes: here it is written as it is."""
 
-    tags = frozenset({"generation"})
+    tags = {"generation"}  # noqa: RUF012  # as the class above has it
 
     def parse(self, parser: jinja2.parser.Parser) -> jinja2.nodes.Node:
         line = next(parser.stream).lineno
