@@ -330,6 +330,7 @@ def _are_lists_of_texts(value: object) -> bool:
 _KINDS_OF_FACTS: Mapping[str, Callable[[Any], bool]] = {
     **dict.fromkeys(("corpus", "tokenizer", "target", "source", "matches", "model", "split", "positions"), _is_text),
     **dict.fromkeys(("arithmetic", "dtype"), _is_text_or_none),
+    "chat": lambda value: isinstance(value, dict),
     "segmented_for": _are_texts,
     "sources": _are_lists_of_texts,
     "top_k": is_count,

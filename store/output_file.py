@@ -19,7 +19,7 @@ def require_outside_workspaces(path: Path, *, what: str) -> None:
         what: names the option in the message, as in "--output".
     """
     real = Path(os.path.realpath(path))
-    workspace = next((folder for folder in real.parents if (folder / "workspace.json").exists()), None)
+    workspace = next((folder for folder in real.parents if os.path.exists(folder / "workspace.json")), None)
     if workspace is not None:
         raise UsageError(f"{what} ({path}) lies in the workspace {workspace}. Choose a place outside of it.")
 

@@ -141,7 +141,7 @@ def resealed(record: Any, *, name: str) -> Any:
 
 
 @pytest.mark.parametrize("pattern", RECORDS)
-@settings(QUICK, max_examples=int(os.environ.get("EXAMPLES", "8")))
+@settings(QUICK, max_examples=int(os.environ.get("EXAMPLES", "4")))
 @given(data=st.data())
 def test_wrong_values_in_a_record_end_with_a_message(made, tmp_path_factory, pattern, data):
     root = shared_copy(made, tmp_path_factory)
@@ -269,7 +269,7 @@ def read_changed(folder: Path, changed: bytes, *, name: str = "zarr.json") -> No
         manifest.write_text(record)
 
 
-@settings(QUICK, max_examples=150)
+@settings(QUICK, max_examples=60)
 @given(data=st.data())
 def test_any_metadata_of_arrays_are_read_or_refused(part, data):
     folder, metadata = part
@@ -302,7 +302,7 @@ def test_shapes_of_any_size_take_no_memory(part, rows, also):
         assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 500_000  # kB
 
 
-@settings(QUICK, max_examples=150)
+@settings(QUICK, max_examples=60)
 @given(data=st.data())
 def test_any_bytes_of_a_shard_are_read_or_refused(part, data):
     """Also with the checksums of chunks and index made to fit, so that the decompressors and the index see the change."""
