@@ -91,7 +91,7 @@ def compiled(program: str) -> jinja2.Template:
     environment.filters["tojson"] = _to_json
     environment.globals |= {
         "raise_exception": _raise_exception,
-        "strftime_now": lambda format: datetime.now().strftime(format),
+        "strftime_now": lambda format: datetime.now().strftime(format),  # noqa: A006  # templates may name it
         "dict": _Dict(),
         "namespace": _Namespace,
     }
