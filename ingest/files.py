@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Literal
 
 from ..store.errors import DataError
+from ..store.inside import lies_inside
 from ..store.paths import as_text
 from .digests import file_digest
 
@@ -113,7 +114,7 @@ def list_files(root: Path) -> FileList:
             raise DataError(f"{root} is no data file ({reason}): {_READ}.")
         return FileList(root=root, files=(_listed(root, name=".", kind=kind, compression=compression),), left_out=())
     files, left_out = [], []
-    for path, unread in _walk(root, above=(root.resolve(),)):
+    for path, unread in _walk(root, root=root, above=(root.resolve(),)):
         name = path.relative_to(root).as_posix()
         kind, compression, why = (None, None, unread) if unread else _what(path)
         if kind is None:
@@ -126,20 +127,29 @@ def list_files(root: Path) -> FileList:
     return FileList(root=root, files=tuple(sorted(files, key=lambda file: file.path)), left_out=tuple(left_out))
 
 
-def _walk(folder: Path, *, above: tuple[Path, ...]) -> Iterator[tuple[Path, str | None]]:
-    """Every file below a folder, or what is left out as a whole, with the reason; links are followed."""
+def _walk(folder: Path, *, root: Path, above: tuple[Path, ...]) -> Iterator[tuple[Path, str | None]]:
+    """Every file below a folder, or what is left out as a whole, with the reason; links are followed inside the corpus, `root`.
+
+    Raises:
+        DataError: a link leads nowhere, or out of the corpus: a stranger's corpus must not read the user's other files.
+    """
     for path in sorted(folder.iterdir()):
         if path.name.startswith(".") or path.name in _SYSTEM_FOLDERS:
             yield path, "hidden"
         elif path.is_symlink() and not path.exists():
             raise DataError(f"{path} is a link to {os.readlink(path)}, where nothing is. Restore that, or remove the link.")
+        elif path.is_dir() and path.resolve() in above:
+            yield path, "a link to a folder above it"
+        elif path.is_symlink() and not lies_inside(path, folder=root):
+            raise DataError(
+                f"{path} is a link to {as_text(path.resolve())}, outside the corpus {root}. Put the file itself, or a hard link to it, into the "
+                "folder; or name the linked file or folder as the corpus."
+            )
         elif path.is_dir():
-            if path.resolve() in above:
-                yield path, "a link to a folder above it"
-            elif (path / "workspace.json").exists():
+            if (path / "workspace.json").exists():
                 yield path, "a workspace"
             else:
-                yield from _walk(path, above=(*above, path.resolve()))
+                yield from _walk(path, root=root, above=(*above, path.resolve()))
         else:
             yield path, None if path.is_file() else "not a regular file"
 

@@ -171,6 +171,20 @@ def test_a_link_to_nothing_and_one_in_a_circle(tmp_path):
         source_of(tmp_path / "texts")
 
 
+@pytest.mark.parametrize("link", ["secret.txt", "folder", "in/side/secret.txt"])
+def test_a_link_out_of_the_corpus_is_refused_and_one_inside_is_followed(tmp_path, link):
+    jsonl(tmp_path / "texts" / "in" / "side" / "a.jsonl", "x")
+    (tmp_path / "texts" / "b.jsonl").symlink_to("in/side/a.jsonl")
+    assert texts(source_of(tmp_path / "texts")) == {"train": ["x", "x"]}
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "secret.txt").write_text("a password")
+    (tmp_path / "texts" / link).symlink_to(tmp_path / "home" / ("secret.txt" if link.endswith("txt") else ""))
+    with pytest.raises(DataError, match=r"is a link to \S+/home\S*, outside the corpus"):
+        source_of(tmp_path / "texts")
+    (tmp_path / "by-name").symlink_to(tmp_path / "texts" / "in")
+    assert texts(source_of(tmp_path / "by-name")) == {"train": ["x"]}
+
+
 def test_a_file_that_changes_while_it_is_read_is_noticed_also_with_its_old_time(tmp_path):
     path = jsonl(tmp_path / "a.jsonl", "one")
     os.utime(path, (0, 0))
