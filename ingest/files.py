@@ -142,8 +142,8 @@ def _walk(folder: Path, *, root: Path, above: tuple[Path, ...]) -> Iterator[tupl
             yield path, "a link to a folder above it"
         elif path.is_symlink() and not lies_inside(path, folder=root):
             raise DataError(
-                f"{path} is a link to {as_text(path.resolve())}, outside the corpus {root}. Put the file itself, or a hard link to it, into "
-                "the folder; or name the linked file or folder as the corpus."
+                f"{path} is a link to {as_text(path.resolve())}, outside the corpus {root}. Put the file itself, or a hard link to it, "
+                "into the folder; or name the linked file or folder as the corpus."
             )
         elif path.is_dir():
             if (path / "workspace.json").exists():
