@@ -12,7 +12,7 @@ from typing import BinaryIO
 import click
 
 # Control characters but tab and line feed, separators that some programs take for line feeds, and marks that turn the direction of writing.
-_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
+_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
 
 
 def harmless(text: str, *, one_line: bool = False) -> str:

@@ -1,9 +1,10 @@
 """The `[executor]` of a recipe: what runs the parts of a stage. It changes nothing of what is stored, so it is part of no fingerprint."""
 
-import re
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from ..store.shown import shown
 
 # What the executor itself says to sbatch, to find its jobs and their logs again.
 _OWN_OPTIONS = ("array", "error", "job-name", "nodes", "ntasks", "ntasks-per-node", "open-mode", "output", "requeue", "signal")
@@ -22,11 +23,16 @@ _RESOURCE_OPTIONS = {
 }
 
 
-# What decides which program runs, and as whom, where, or in which environment: not for a recipe, which may be a stranger's, to say.
-_USERS_OPTIONS = (
-    "bb", "bbf", "burst-buffer", "chdir", "container", "export", "export-file", "get-user-env", "gid", "input", "propagate", "uid", "wrap",
+# What a recipe may say to sbatch: where and when a job runs, and who pays. A recipe may be a stranger's: which program runs, as whom, and
+# in which environment is for the user's own environment to say.
+_OPTIONS = (
+    "account", "acctg-freq", "batch", "begin", "clusters", "comment", "constraint", "contiguous", "core-spec", "cores-per-socket",
+    "cpu-freq", "deadline", "delay-boot", "dependency", "distribution", "exclude", "exclusive", "extra-node-info", "gpu-bind",
+    "gpu-freq", "gres", "gres-flags", "hint", "hold", "kill-on-invalid-dep", "licenses", "mail-type", "mail-user", "mcs-label",
+    "mem-bind", "mincpus", "network", "nice", "no-kill", "nodelist", "overcommit", "oversubscribe", "partition", "power",
+    "prefer", "priority", "profile", "qos", "reservation", "sockets-per-node", "spread-job", "switches", "thread-spec",
+    "threads-per-core", "time-min", "tmp", "tres-bind", "tres-per-task", "use-min-nodes", "wckey",
 )  # fmt: skip
-_OPTION_NAME = re.compile(r"[a-z][a-z0-9]*([-_][a-z0-9]+)*")
 
 
 class Resources(BaseModel):
@@ -86,15 +92,14 @@ class ExecutorConfig(BaseModel):
     @classmethod
     def _are_options(cls, value: Any) -> Any:
         for name, option in value.items() if isinstance(value, dict) else ():
-            if not _OPTION_NAME.fullmatch(name):
-                raise ValueError(f"{name!r} is not the long name of an option of sbatch")
             if name.replace("_", "-") in _OWN_OPTIONS:
                 raise ValueError(f"{name} is set by fuseline: remove it")
-            if name.replace("_", "-") in _USERS_OPTIONS:
-                variable = f"SBATCH_{name.upper().replace('-', '_')}"
-                raise ValueError(f"{name} is not read from a recipe: remove it, and set {variable} in your environment if sbatch has it")
             if key := _RESOURCE_OPTIONS.get(name.replace("_", "-")):
                 raise ValueError(f"{name} is set from [executor.resources]: say {key} in [executor.resources.<stage>] instead")
+            if name.replace("_", "-") not in _OPTIONS:
+                raise ValueError(
+                    f"{shown(name)} is not read from a recipe: remove it, and set SBATCH_… in your environment if sbatch has it"
+                )
             if option is False or not isinstance(option, str | int):
                 raise ValueError(f"{name} ({option!r}) must be text, a number, or true; leave out what is not wanted")
             if isinstance(option, str) and not option.isprintable():

@@ -33,6 +33,7 @@ from .json_files import Facts, is_count, read_object
 from .machine import threads
 from .manifest import Manifest, part_of, payload_named_by, read_manifest, reason_of
 from .part import PartArrays, Reads
+from .paths import workspace_around
 from .shown import shown
 
 _REMEDY_OF_RECORD = "Remove it and run the recipe again: it is written anew, and the parts stay if they are of the same inputs."
@@ -199,7 +200,14 @@ class Dataset:
         return payload
 
     def drop(self, part: int) -> None:
-        """Undo the commit of a part: its manifest goes first, then the payload that it names, if it can still be read."""
+        """Undo the commit of a part: its manifest goes first, then the payload that it names, if it can still be read.
+
+        Raises:
+            DamagedPart: a link leads to the folder, which is another workspace's.
+        """
+        if workspace_around(self.folder) not in (None, self.folder.parents[1].resolve()):
+            remedy = "Put the folder itself there, or remove the link."
+            raise DamagedPart(f"{self.folder} is a link into another workspace, where nothing is removed.", remedy=remedy)
         path, payload = self.manifest_path(part), None
         with contextlib.suppress(OSError):
             payload = payload_named_by(path, part=part)

@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 
 TEMPORARY = ".tmp-"  # prefix of every name that a crash may leave behind; nothing with it is ever read
 _WRITER = re.compile(re.escape(TEMPORARY) + r"(?P<pid>\d+)@(?P<host>[^@]+)@[0-9a-f]+@")
+_OTHERS = re.compile(
+    re.escape(TEMPORARY) + r"(step-\d{8,}|\d+-.*)", re.DOTALL
+)  # of checkpoints, which all ranks write; of earlier versions
 _OTHER_HOSTS_SECONDS = 24 * 3600.0  # a writer on another host, which cannot be asked, is taken for dead after this
 _CLOCK_SECONDS = 600.0  # by which the clock of a file server may be ahead of this host's
 
@@ -178,10 +181,26 @@ def is_real_folder(path: Path) -> bool:
 
 def sweep(folder: Path, *, alone: bool = False) -> None:
     """Remove what dead writers left in a folder; also what a living one may be writing, if the caller knows that it is `alone`."""
-    for path in folder.glob(TEMPORARY + "*"):
-        with contextlib.suppress(FileNotFoundError):  # it was just published
-            if alone or is_abandoned(path):
-                discard(path)
+    for path in list(written_temporaries(folder)) if alone else abandoned(folder):
+        discard(path)
+
+
+def written_temporaries(folder: Path) -> Iterator[Path]:
+    """The temporary files and folders in a folder, by name: what fuseline calls so, and nothing else.
+
+    The folder may be a link of a stranger's to one where `.tmp-` means something else.
+    """
+    for path in sorted(folder.glob(TEMPORARY + "*")):
+        if _WRITER.match(path.name) or _OTHERS.fullmatch(path.name):
+            yield path
+
+
+def abandoned(folder: Path) -> Iterator[Path]:
+    """The temporary files and folders in a folder whose writer is dead."""
+    for path in written_temporaries(folder):
+        with contextlib.suppress(FileNotFoundError):  # its writer published it just now
+            if is_abandoned(path):
+                yield path
 
 
 def is_abandoned(path: Path) -> bool:

@@ -9,6 +9,7 @@ from typing import BinaryIO
 
 from . import durable
 from .errors import UsageError
+from .paths import workspace_around
 
 
 def require_outside_workspaces(path: Path, *, what: str) -> None:
@@ -18,8 +19,7 @@ def require_outside_workspaces(path: Path, *, what: str) -> None:
         path: of a file that may be there or not.
         what: names the option in the message, as in "--output".
     """
-    real = Path(os.path.realpath(path))
-    workspace = next((folder for folder in real.parents if os.path.exists(folder / "workspace.json")), None)
+    workspace = workspace_around(path)
     if workspace is not None:
         raise UsageError(f"{what} ({path}) lies in the workspace {workspace}. Choose a place outside of it.")
 

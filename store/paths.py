@@ -15,3 +15,8 @@ def expanded(path: str) -> Path:
 def as_text(path: Path | str) -> str:
     """A path to be shown or stored: names of files are bytes, and need not be text."""
     return os.fsencode(path).decode(errors="backslashreplace")
+
+
+def workspace_around(path: Path) -> Path | None:
+    """The workspace in which a path really lies, after links are followed; None where it lies in none."""
+    return next((folder for folder in Path(os.path.realpath(path)).parents if os.path.exists(folder / "workspace.json")), None)

@@ -136,6 +136,9 @@ def checkpoint_damage(folder: Path, *, share: int = 0, shares: int = 1, full: bo
         expected = {name: tuple(facts) for files in sealed for name, facts in files.items()}
         if not expected:
             return "its checksums are missing"
+        unlisted = sorted({path.name for path in _checkpoint_files(folder)} - expected.keys())
+        if unlisted:
+            return f"{unlisted[0]} is not in its checksums"
         for name in sorted(expected)[share::shares]:
             path = inside(folder, name, what="a name in its checksums")
             if not path.is_file():

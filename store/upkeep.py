@@ -120,10 +120,9 @@ def _is_wanted(path: Path, *, name: str) -> bool:
 
 def _temporaries(workspace: Workspace) -> Iterator[Leftover]:
     for folder in workspace.swept_folders():
-        for path in sorted(folder.glob(durable.TEMPORARY + "*")):
-            with contextlib.suppress(FileNotFoundError):  # its writer published it just now
-                if durable.is_abandoned(path):
-                    yield _leftover(path, "its writer is dead")
+        for path in durable.abandoned(folder):
+            with contextlib.suppress(FileNotFoundError):  # another process removed it just now
+                yield _leftover(path, "its writer is dead")
 
 
 def _unnamed(dataset: Dataset) -> Iterator[Leftover]:

@@ -96,12 +96,11 @@ class Checkpoints:
         if self._runtime.leads:
             self._point_at(folder)  # a later one may have been removed by hand
         try:
+            _require_undamaged(folder, full=False)  # before any of its files is opened
             stored = dist_checkpointing.load_common_state_dict(str(folder))
             records.require_identity(self.run_folder, stored=stored["identity"], asked=self._identity)
             _require_version(stored.get("version", 1), folder=folder)
-            damage = checkpoint_damage(folder, share=self._runtime.rank, shares=dist.get_world_size())
-            if damage is not None:
-                raise ValueError(damage)
+            _require_undamaged(folder, share=self._runtime.rank, shares=dist.get_world_size())
             state = dist_checkpointing.load(self._sharded_state(loading=True), str(folder))
         except FingerprintMismatch:
             raise
@@ -122,6 +121,13 @@ class Checkpoints:
         }
         model = self._model.module.sharded_state_dict(metadata=metadata)
         return {"model": model, "optimizer": self._optimizer.sharded_state_dict(model, is_loading=loading, metadata=metadata)}
+
+
+def _require_undamaged(folder: Path, **how: Any) -> None:
+    """Raise ValueError if `checkpoint_damage` finds any."""
+    damage = checkpoint_damage(folder, **how)
+    if damage is not None:
+        raise ValueError(damage)
 
 
 def _reason(error: BaseException) -> str:

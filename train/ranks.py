@@ -19,6 +19,7 @@ from typing import Self
 
 import psutil
 
+from ..store.errors import FuselineError
 from .rank import MEETING, die_with_parent
 
 _GRACE_SECONDS = 30.0  # from the failure of one rank until the others are killed
@@ -31,11 +32,16 @@ class Ranks:
     """
 
     def __init__(self, command: Sequence[str], *, n: int, environment: Mapping[str, str], logs: Path) -> None:
-        """Start `n` processes; rank r prints to `rank-<r>.log` in the folder `logs`."""
+        """Start `n` processes; rank r prints to `rank-<r>.log` in the folder `logs`.
+
+        Raises:
+            FuselineError: this machine has no loopback interface.
+        """
+        loopback = _loopback()
         self.first_failed: int | None = None
         self._is_asked_to_stop, self._deadline = False, 0.0
         self._private = Path(tempfile.mkdtemp(prefix="fuseline-ranks-"))  # mode 0700
-        common = os.environ | environment | _loopback() | {MEETING: str(self._private / "store")}
+        common = os.environ | environment | loopback | {MEETING: str(self._private / "store")}
         self._logs = [logs / f"rank-{rank}.log" for rank in range(n)]
         self._processes: list[subprocess.Popen[bytes]] = []
         try:
@@ -101,10 +107,16 @@ def _begin() -> None:
 
 
 def _loopback() -> dict[str, str]:
-    """What makes gloo and NCCL listen on the loopback interface alone, whatever a cluster's profile says."""
+    """What makes gloo and NCCL listen on the loopback interface alone, whatever a cluster's profile says.
+
+    Raises:
+        FuselineError: there is none.
+    """
     names = [
         name
         for name, addresses in psutil.net_if_addrs().items()
         if any(each.family == socket.AF_INET and each.address.startswith("127.") for each in addresses)
     ]
-    return {"GLOO_SOCKET_IFNAME": names[0], "NCCL_SOCKET_IFNAME": f"={names[0]}"} if names else {}
+    if not names:
+        raise FuselineError("The ranks need a loopback interface (127.0.0.1), and this machine has none. Bring one up: ip link set lo up.")
+    return {"GLOO_SOCKET_IFNAME": names[0], "NCCL_SOCKET_IFNAME": f"={names[0]}"}

@@ -6,8 +6,10 @@ Here an unpickler takes their place that knows the few classes of which both con
 
 import builtins
 import contextlib
+import io
 import os
 import pickle
+import pickletools
 import types
 from collections.abc import Iterator
 from pathlib import PurePosixPath
@@ -32,9 +34,18 @@ _KNOWN = {
     },
     "torch.distributed.checkpoint.storage": {"WriteResult"},
     "torch.serialization": {"_get_layout"},
-    "traceback": {"FrameSummary", "StackSummary"},  # a rank that fails sends its error to the others
+    "traceback": {"StackSummary"},  # a rank that fails sends its error to the others, with the places in the code; see `_Place`
     "builtins": {name for name, value in vars(builtins).items() if isinstance(value, type) and issubclass(value, Exception)},
 }  # fmt: skip
+
+
+class _Place:
+    """Stands for `traceback.FrameSummary`, which reads the file that it names."""
+
+    filename, lineno, name, line, locals, end_lineno, colno, end_colno = "", 0, "", "", None, None, None, None
+
+    def __init__(self, *_: object, **__: object) -> None:
+        pass
 
 
 class KnownClasses(pickle.Unpickler):
@@ -42,6 +53,8 @@ class KnownClasses(pickle.Unpickler):
 
     def find_class(self, module: str, name: str) -> Any:
         """The class of that name, if it is known."""
+        if (module, name) == ("traceback", "FrameSummary"):
+            return _Place
         if name not in _KNOWN.get(module, ()):
             raise pickle.UnpicklingError(f"it holds {module}.{name}, which no checkpoint of fuseline has")
         return super().find_class(module, name)
@@ -67,9 +80,13 @@ def _read_description(file: IO[bytes]) -> Any:
     Raises:
         UnpicklingError: it is something else, or names files outside the checkpoint's folder.
     """
-    description = KnownClasses(file).load()
+    data = file.read()
+    for operation, value, _ in pickletools.genops(data):
+        if "PUT" in operation.name and isinstance(value, int) and value > len(data):  # memory is taken for as many objects
+            raise pickle.UnpicklingError(f"it numbers an object {value:,}, and has {len(data):,} bytes")
+    description = KnownClasses(io.BytesIO(data)).load()
     for place in description.storage_data.values():
         name = place.relative_path
-        if not isinstance(name, str) or PurePosixPath(name).name != name:
+        if not isinstance(name, str) or name in {"", ".", ".."} or PurePosixPath(name).name != name:
             raise pickle.UnpicklingError(f"it names the file {name!r}, which is not in its folder")
     return description

@@ -325,11 +325,11 @@ class TestRecipe:
             ('[executor.slurm]\nmem = "8G"', "mem is set from [executor.resources]: say memory_gb in"),
             ('[executor.slurm]\ncomment = "x\\ntouch /tmp/x #"', "comment ('x\\ntouch /tmp/x #') must not contain control characters"),
             ('[executor.slurm]\ncomment = "x\\u2028y"', "must not contain control characters"),
-            ('[executor.slurm]\n"comment=x\\ntouch /tmp/x #" = true', "is not the long name of an option of sbatch"),
-            ('[executor.slurm]\n"Qos x" = "a"', "'Qos x' is not the long name of an option of sbatch"),
-            ('[executor.slurm]\nwrap = "touch x"', "wrap is not read from a recipe: remove it, and set SBATCH_WRAP in your environment"),
-            ('[executor.slurm]\nexport_file = "x"', "export_file is not read from a recipe"),
-            ('[executor.slurm]\nexport = "ALL,PYTHONPATH=x"', "export is not read from a recipe"),
+            ('[executor.slurm]\n"comment=x\\ntouch /tmp/x #" = true', "is not read from a recipe"),
+            *(
+                (f'[executor.slurm]\n"{name}" = "x"', f"'{name}' is not read from a recipe: remove it, and set SBATCH_…")
+                for name in ("Qos x", "wrap", "wra", "export", "export_file", "chdi", "container_image", "task_prolog", "uenv", "wait")
+            ),
             ('[executor]\nray_address = "10.0.0.1:6379"', "ray_address is not read from a recipe: remove it, and set RAY_ADDRESS"),
             ("[executor.slurm]\ntime = 90", "time is set from [executor.resources]: say minutes in"),
         ],
