@@ -61,6 +61,8 @@ def write_result(answer: Answer | None, *, style: str, output: Path | None) -> N
         write: _Write = {"json": _write_json, "parquet": _write_parquet}.get(style, _write_csv)
         with _opened(output) as file:
             write(answer, file)
+    except UsageError:  # of the output file
+        raise
     except (pl.exceptions.PolarsError, pl.exceptions.PanicException, ValueError, OverflowError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UsageError(f"The result cannot be written as {style}: {reason}. Cast the column to a plain type, VARCHAR, say.") from error

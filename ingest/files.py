@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Literal
 
 from ..store.errors import DataError
-from ..store.inside import lies_inside
+from ..store.inside import require_inside
 from ..store.paths import as_text
 from .digests import file_digest
 
@@ -136,16 +136,15 @@ def _walk(folder: Path, *, root: Path, above: tuple[Path, ...]) -> Iterator[tupl
     for path in sorted(folder.iterdir()):
         if path.name.startswith(".") or path.name in _SYSTEM_FOLDERS:
             yield path, "hidden"
-        elif path.is_symlink() and not path.exists():
+            continue
+        if path.is_symlink() and not path.exists():
             raise DataError(f"{path} is a link to {os.readlink(path)}, where nothing is. Restore that, or remove the link.")
-        elif path.is_dir() and path.resolve() in above:
+        if path.is_dir() and path.resolve() in above:
             yield path, "a link to a folder above it"
-        elif path.is_symlink() and not lies_inside(path, folder=root):
-            raise DataError(
-                f"{path} is a link to {as_text(path.resolve())}, outside the corpus {root}. Put the file itself, or a hard link to it, "
-                "into the folder; or name the linked file or folder as the corpus."
-            )
-        elif path.is_dir():
+            continue
+        if path.is_symlink():
+            require_inside(path, folder=root)
+        if path.is_dir():
             if (path / "workspace.json").exists():
                 yield path, "a workspace"
             else:

@@ -149,7 +149,7 @@ class LazyTable(pads.Dataset):
             kept_S &= rows.n_rows_S > 0
             stats.parts += bool(kept_S.any())
             stats.segments += int(kept_S.sum())
-            most_rows = max(CHUNK_ROWS, _READ_BYTES // rows.row_bytes(stats.columns))
+            most_rows = max(CHUNK_ROWS, _READ_BYTES // max(1, rows.row_bytes(stats.columns)))  # rows of no entries have no bytes
             for run in runs(np.flatnonzero(kept_S), n_rows_S=rows.n_rows_S, most_rows=most_rows):
                 yield rows, run
 

@@ -26,6 +26,7 @@ from . import durable
 from .dataset import Dataset
 from .errors import DamagedPart, DataError, UsageError, WorkspaceBusy
 from .fingerprint import Identity
+from .inside import require_inside
 from .json_files import END_OF_TIME, is_number, read_object
 from .machine import usable_cores
 from .manifest import reason_of
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
 # In the order of the pipeline, which is also the order in which the catalog folds them.
 DATASET_KINDS = ("corpus", "distributions", "token_matches", "vocab_maps", "alignments", "targets", "evaluations")
 
+_FOLDERS = ("tokenizers", *DATASET_KINDS, "runs", "exports", "models")
 _RUN_KEYS = ("run", "stage", "dataset", "parameters", "fuseline", "host", "started_at", "ended_at", "status", "metrics")  # of a run.json
 _SHOWN_HOLDER = 200  # characters of what the coordinator says of itself
 
@@ -62,7 +64,7 @@ class Workspace:
         """Open the workspace, making its folder if need be.
 
         Raises:
-            DataError: the folder cannot be written, or holds something else.
+            DataError: the folder cannot be written, holds something else, or one of its folders is a link that leads out of it.
         """
         try:
             foreign = root.is_dir() and any(not path.name.startswith(durable.TEMPORARY) for path in root.iterdir())
@@ -73,6 +75,7 @@ class Workspace:
                 durable.write_json(root / "workspace.json", {"created_by": f"fuseline {__version__}"})
         except OSError as error:
             raise DataError(f"The workspace {root} cannot be made or written: {error.strerror or error}.") from error
+        _require_own_folders(root)
         return cls(root)
 
     @classmethod
@@ -81,10 +84,12 @@ class Workspace:
 
         Raises:
             UsageError: there is none.
+            OutsideFolder: one of its folders is a link that leads out of it.
         """
         root = Path(root)
         if not (root / "workspace.json").exists():
             raise UsageError(f"{root} is not a workspace. Name one with --workspace, or make it with: fuseline run RECIPE.")
+        _require_own_folders(root)
         return cls(root)
 
     @cached_property
@@ -203,6 +208,13 @@ class Workspace:
     def run_files(self) -> list[Path]:
         """The `run.json` of every run, oldest first."""
         return sorted((self.root / "runs").glob("*/run.json"))
+
+
+def _require_own_folders(root: Path) -> None:
+    """Raise OutsideFolder if the folder of a kind, or one in it, is a link that leads out: it would be read, written and cleaned."""
+    for kind in _FOLDERS:
+        for path in (root / kind, *folders_in(root / kind)):
+            require_inside(path, folder=root)
 
 
 def folders_in(folder: Path) -> list[Path]:

@@ -34,6 +34,7 @@ _KNOWN = {
     },
     "torch.distributed.checkpoint.storage": {"WriteResult"},
     "torch.serialization": {"_get_layout"},
+    __name__: {"_Place"},
     "traceback": {"StackSummary"},  # a rank that fails sends its error to the others, with the places in the code; see `_Place`
     "builtins": {name for name, value in vars(builtins).items() if isinstance(value, type) and issubclass(value, Exception)},
 }  # fmt: skip

@@ -144,9 +144,14 @@ def test_what_a_part_consists_of_is_not_read_through_a_link_that_leads_out(works
 
 
 @pytest.mark.parametrize("level", ["targets", "targets/fused"])
-def test_a_whole_folder_may_lie_on_another_disk(workspace, dataset, tmp_path, level):
+def test_a_whole_folder_may_lie_on_another_disk_if_the_user_says_so(workspace, dataset, tmp_path, level, monkeypatch):
     shutil.move(workspace.root / level, tmp_path / "disk")
     (workspace.root / level).symlink_to(tmp_path / "disk")
+    for opened in (Workspace.open, Workspace.create):
+        with pytest.raises(FuselineError, match=rf"{level} is a link that leads out of .*, set FUSELINE_FOLLOW_LINKS=1"):
+            opened(workspace.root)
+    monkeypatch.setenv("FUSELINE_FOLLOW_LINKS", "1")
+    workspace = Workspace.open(workspace.root)
     (opened,) = workspace.datasets()
     assert opened.read(0, "nll_S")[0].tolist() == [0, 1, 2]
     opened.drop(0)
