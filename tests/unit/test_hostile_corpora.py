@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 from fuseline.ingest import opened_file
+from fuseline.ingest.dataset_card import require_named_inside
 from fuseline.ingest.formats import column_names, read_rows
 from fuseline.ingest.rows import Columns
 from fuseline.ingest.sources import HubSource, open_source
@@ -205,3 +206,15 @@ def test_a_description_of_a_dataset_names_nothing_outside(tmp_path, data_files, 
     assert isinstance(source, HubSource)
     with pytest.raises(DataError, match=r"README.md names .* outside"):
         source.splits()
+    (folder / "README.md").write_text("---\nconfigs: []\n---\n")
+    (folder / ".huggingface.yaml").write_text(description)
+    with pytest.raises(DataError, match=r"\.huggingface\.yaml names .* outside"):
+        source.splits()
+
+
+@pytest.mark.parametrize("text", ["configs: [", "a: &a [*a]", "a: 1" + ":59" * 100_000, "[" * 60_000])
+def test_a_description_that_cannot_be_read_is_refused(tmp_path, text):
+    (tmp_path / ".huggingface.yaml").write_text(text)
+    with pytest.raises(DataError, match=r"\.huggingface\.yaml cannot be read: .* Download the dataset again") as caught:
+        require_named_inside(tmp_path)
+    assert len(str(caught.value)) < 500
