@@ -8,9 +8,7 @@ import contextlib
 import hashlib
 import importlib.metadata
 import json
-import logging
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +17,7 @@ from ..store.errors import DataError
 from ..store.json_files import read_object
 from ..store.roles import ROLES
 from ..store.shown import in_short
-from ..store.transformers_folder import for_transformers
+from ..store.transformers_folder import for_transformers, quiet
 from .models import ModelFolder
 
 PROBE = "The 3 cats sat on a mat, didn't they?\nYes: they did."
@@ -86,7 +84,7 @@ def _loading_info(model: ModelFolder) -> Mapping[str, Any]:
     import transformers
 
     stand_ins = {name: torch.zeros(1).expand(tensor["shape"]) for name, tensor in model.tensors.items()}
-    with for_transformers(model.folder) as folder, _quiet():
+    with for_transformers(model.folder) as folder, quiet():
         try:
             config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
             kind: Any = transformers.MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
@@ -111,7 +109,7 @@ def _of_tokenizer(model: ModelFolder) -> Iterator[str]:
     import transformers
 
     ours = model.tokenizer
-    with for_transformers(model.folder) as folder, _quiet():
+    with for_transformers(model.folder) as folder, quiet():
         try:
             theirs = transformers.AutoTokenizer.from_pretrained(
                 folder, local_files_only=True, trust_remote_code=model.config.trust_remote_code
@@ -146,17 +144,3 @@ def _of_tokenizer(model: ModelFolder) -> Iterator[str]:
 
 def _shown(items: list[Any]) -> str:
     return ", ".join(map(str, items[:_SHOWN])) + (f" … ({len(items)} in all)" if len(items) > _SHOWN else "")
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without the progress bars and warnings of transformers: what they say is said here."""
-    import transformers
-
-    transformers.utils.logging.disable_progress_bar()
-    before = transformers.utils.logging.get_verbosity()
-    transformers.utils.logging.set_verbosity(logging.CRITICAL)
-    try:
-        yield
-    finally:
-        transformers.utils.logging.set_verbosity(before)

@@ -1,4 +1,7 @@
-"""The README.md of a hub's dataset, whose header says which files are its splits. `datasets` opens whatever it names, also elsewhere."""
+"""The description of a hub's dataset, which says which files are its splits. `datasets` opens whatever it names, also elsewhere.
+
+It is the header of README.md, and `.huggingface.yaml`, whose settings replace those of the header.
+"""
 
 import re
 from collections.abc import Iterator
@@ -11,6 +14,7 @@ from ..store.shown import shown
 from ..store.yaml_text import parse_yaml
 
 CARD = "README.md"
+_SETTINGS = ".huggingface.yaml"
 LARGEST_CARD = 16 << 20  # bytes; some list statistics of hundreds of configurations
 _HEADER = re.compile(r"\s*---[ \t]*\r?\n(.*?)\r?\n---[ \t]*(\r?\n|$)", re.DOTALL)
 _FILES = ("data_files", "data_dir")
@@ -25,21 +29,27 @@ def require_named_inside(folder: Path) -> None:
     """
     for path in folder.rglob("*"):
         require_inside(path, folder=folder)
-    card = folder / CARD
-    if not card.exists():
-        return
+    for name in (CARD, _SETTINGS):
+        if (folder / name).exists():
+            _require_inside(folder / name)
+
+
+def _require_inside(path: Path) -> None:
     try:
-        if card.stat().st_size > LARGEST_CARD:
+        if path.stat().st_size > LARGEST_CARD:
             raise ValueError(f"it has more than {LARGEST_CARD >> 20} MiB")
-        header = _HEADER.match(card.read_text(encoding="utf-8-sig"))
-        settings = parse_yaml(header[1]) if header else None
-    except ValueError as error:
-        raise DataError(f"{card} cannot be read: {error}. Download the dataset again.") from error
+        text = path.read_text(encoding="utf-8-sig")
+        if path.name == CARD:
+            header = _HEADER.match(text)
+            text = header[1] if header else ""
+        settings = parse_yaml(text)
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path} cannot be read: {error}. Download the dataset again.") from error
     configs = settings.get("configs") if isinstance(settings, dict) else None
     for config in configs if isinstance(configs, list) else []:
         for name in _texts([config.get(key) for key in _FILES] if isinstance(config, dict) else None):
             if not _is_inside(name):
-                raise DataError(f"{card} names {shown(name)}, which is outside the dataset's folder. Use another dataset.")
+                raise DataError(f"{path} names {shown(name)}, which is outside the dataset's folder. Use another dataset.")
 
 
 def _texts(value: Any) -> Iterator[str]:

@@ -14,6 +14,7 @@ from typing import Literal
 from ..store.errors import DataError
 from ..store.inside import require_inside
 from ..store.paths import as_text
+from ..store.shown import listed
 from .digests import file_digest
 
 Kind = Literal["parquet", "json", "csv", "txt"]
@@ -122,7 +123,7 @@ def list_files(root: Path) -> FileList:
         else:
             files.append(_listed(path, name=name, kind=kind, compression=compression))
     if not files:
-        also = f" It holds {_shown(left_out)}." if left_out else ""
+        also = f" It holds {listed(left_out, most=_SHOWN)}." if left_out else ""
         raise DataError(f"{root} holds no data file: {_READ}.{also}")
     return FileList(root=root, files=tuple(sorted(files, key=lambda file: file.path)), left_out=tuple(left_out))
 
@@ -199,9 +200,4 @@ def _of_one_kind(files: Sequence[CorpusFile], *, root: Path) -> tuple[CorpusFile
 
 
 def _some(files: Sequence[CorpusFile]) -> str:
-    return _shown([file.name for file in files])
-
-
-def _shown(names: Sequence[str]) -> str:
-    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    return ", ".join(names[:_SHOWN]) + more
+    return listed([file.name for file in files], most=_SHOWN)

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from ..store.errors import DataError
 from ..store.machine import use_threads
 from ..store.shown import in_short
-from ..store.transformers_folder import for_transformers
+from ..store.transformers_folder import for_transformers, quiet
 from ..store.weights import refuse_adapter
 
 _HEAD_BYTES = 256 << 20  # logits of one matrix product with the output embedding
@@ -55,12 +55,11 @@ class CausalModel:
         """
         import transformers
 
-        transformers.utils.logging.disable_progress_bar()
         use_threads()
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         refuse_adapter(folder)  # transformers loads it too where peft is installed
         try:
-            with for_transformers(folder) as readable:
+            with for_transformers(folder) as readable, quiet():
                 found: Any = transformers.AutoModelForCausalLM.from_pretrained(
                     readable,
                     dtype=getattr(torch, arithmetic),

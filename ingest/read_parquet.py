@@ -12,6 +12,8 @@ from .files import CorpusFile
 from .opened_file import require_small_expansion
 from .rows import BATCH_ROWS, Columns, Rows, require_columns
 
+_READ_ROWS = 50  # at once: a text that is stored once may stand in each of them, and they are counted only when they are in memory
+
 
 def parquet_names(data: io.BufferedReader) -> list[str]:
     """The columns of a file."""
@@ -24,14 +26,20 @@ def parquet_batches(data: io.BufferedReader, file: CorpusFile, columns: Columns)
     names = opened.schema_arrow.names
     require_columns(columns.required, names=names, where=file.where)
     wanted, row, n_bytes = [name for name in columns.all if name in names], 0, 0
+    values: dict[str, list[Any]] = {name: [] for name in wanted}
+    first = 0  # row of the values
     require_small_expansion(sum(opened.metadata.row_group(index).total_byte_size for index in range(opened.num_row_groups)), file=file)
-    for batch in opened.iter_batches(batch_size=BATCH_ROWS, columns=wanted):
+    for batch in opened.iter_batches(batch_size=_READ_ROWS, columns=wanted):
         n_bytes += batch.nbytes  # rows with one text, stored once, count as often
         require_small_expansion(n_bytes, file=file)
-        numbers = range(row, row + len(batch))
-        values = {name: _values(batch.column(name), file=file, first_row=row) for name in wanted}
-        yield Rows.of(values, where=file.where, unit="row", numbers=numbers, columns=columns)
+        for name in wanted:
+            values[name] += _values(batch.column(name), file=file, first_row=row)
         row += len(batch)
+        if row - first >= BATCH_ROWS:
+            yield Rows.of(values, where=file.where, unit="row", numbers=range(first, row), columns=columns)
+            values, first = {name: [] for name in wanted}, row
+    if row > first:
+        yield Rows.of(values, where=file.where, unit="row", numbers=range(first, row), columns=columns)
 
 
 def _values(column: Any, *, file: CorpusFile, first_row: int) -> list[Any]:

@@ -12,6 +12,7 @@ from .shown import shown
 
 FOLLOW_LINKS = "FUSELINE_FOLLOW_LINKS"  # in the environment, which no stranger's file sets
 LONGEST_NAME = 4096  # characters of a name; the limit of Linux for a path
+LONGEST_COMPONENT = 255  # bytes of each component; the limit of Linux and macOS
 _CACHED = ("models--", "datasets--")  # how folders in the cache of the Hugging Face hub begin
 
 
@@ -41,7 +42,7 @@ def is_plain_name(name: str) -> bool:
         0 < len(name) <= LONGEST_NAME
         and name.isprintable()
         and "\\" not in name
-        and not any(part in {"", ".", ".."} for part in name.split("/"))
+        and not any(part in {"", ".", ".."} or len(part.encode()) > LONGEST_COMPONENT for part in name.split("/"))
     )
 
 

@@ -22,8 +22,10 @@ _SIZES = {
     *("hidden_size", "n_embd", "d_model", "word_embed_proj_dim", "intermediate_size", "moe_intermediate_size", "n_inner", "ffn_dim"),
     *("ffn_hidden_size", "num_attention_heads", "n_head", "n_heads", "num_heads", "num_key_value_heads", "head_dim", "vocab_size"),
 }
+_POSITIONS = {"n_positions", "max_position_embeddings", "n_ctx", "max_seq_len", "max_sequence_length", "seq_length"}
 HARMLESS_COUNT = 1000  # layers that may be described without as many tensors: another check names the real mistake
 HARMLESS_SIZE = 1 << 16
+HARMLESS_POSITIONS = 1 << 24  # some models keep a table of them that is not among the weights; the longest published have 10 million
 
 
 def check_sizes(folder: Path) -> None:
@@ -44,12 +46,13 @@ def check_sizes(folder: Path) -> None:
     for key, value in found:
         if key in _COUNTS and value > len(tensors):
             raise _too_large(folder, key=key, value=value, of=f"number of tensors in the weights ({len(tensors):,})")
-        if key in _SIZES and value > largest:
+        if key in _SIZES | _POSITIONS and value > largest:
             raise _too_large(folder, key=key, value=value, of=f"largest side of a tensor in the weights ({largest:,})")
 
 
 def _is_large(key: str, value: float) -> bool:
-    return (key in _COUNTS and value > HARMLESS_COUNT) or (key in _SIZES and value > HARMLESS_SIZE)
+    limits = ((_COUNTS, HARMLESS_COUNT), (_SIZES, HARMLESS_SIZE), (_POSITIONS, HARMLESS_POSITIONS))
+    return any(key in keys and value > limit for keys, limit in limits)
 
 
 def _too_large(folder: Path, *, key: str, value: float, of: str) -> DataError:

@@ -1,6 +1,7 @@
 """How values from files are shown in messages: as Python writes them, but short, whatever they are."""
 
 import reprlib
+from collections.abc import Sequence
 
 LONGEST_SHOWN = 200  # characters of a value in a message
 LONGEST_MESSAGE = 1000  # characters of another library's message in ours
@@ -46,13 +47,14 @@ def in_short(error: BaseException) -> str:
     return text if len(text) <= LONGEST_MESSAGE else f"{text[:LONGEST_MESSAGE]}..."
 
 
-def listed(values: list[str], *, most: int, what: str = "") -> str:
+def listed(values: Sequence[str], *, most: int, what: str = "", of: int | None = None) -> str:
     """The first values, with commas between them, and how many more there are.
 
     Args:
         values: texts, each short already.
         most: how many to list.
         what: names them after the number of those left out, as in " files".
+        of: how many there are, where `values` are only the first.
     """
-    more = len(values) - most
+    more = (len(values) if of is None else of) - most
     return ", ".join(values[:most]) + (f" and {more:,} more{what}" if more > 0 else "")

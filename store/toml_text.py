@@ -11,8 +11,16 @@ from .json_text import reason_of, require_shallow
 KeyPath = tuple[str | int, ...]
 
 MOST_KEY_PARTS = 50  # of a key with dots; the time that they take grows with their square
-_LONG_KEY = re.compile(
-    r"""(?<![\w-])(?:(?:[\w-]++|"[^"\n]*+"|'[^'\n]*+')[ \t]*+\.[ \t]*+){%d}""" % MOST_KEY_PARTS  # noqa: UP031
+# Keys, and what they may be hidden in. What is read once is not read again: a quote without its end takes all up to the end of its line.
+_PART = r"""(?:[\w-]++|"(?:[^"\\\n]++|\\[^\n])*+"?+|'[^'\n]*+'?+)"""
+_DOT = r"[ \t]*+\.[ \t]*+"
+_KEY = re.compile(
+    r'"""(?:[^"\\]++|\\.|"{1,2}+(?!"))*+(?:"{3,5}+)?'
+    r"|'''(?:[^']++|'{1,2}+(?!'))*+(?:'{3,5}+)?"
+    r"|#[^\n]*+"
+    rf"|(?P<long>{_PART}(?:{_DOT}{_PART}){{{MOST_KEY_PARTS}}})"
+    rf"|{_PART}(?:{_DOT}{_PART})*+",
+    re.DOTALL,
 )
 # What may hide a line end or a bracket, and those themselves.
 _TOKEN = re.compile(
@@ -35,9 +43,9 @@ def parse_toml(text: str, *, what: str, hint: str = "") -> dict[str, Any]:
         hint: one more sentence for a text that is not valid.
 
     Raises:
-        UsageError: it is not valid, it is nested deeply, or a number has thousands of digits.
+        UsageError: it is not valid, it is nested deeply, a key has more than `MOST_KEY_PARTS` parts, or a number has thousands of digits.
     """
-    if _LONG_KEY.search(text):
+    if any(found["long"] for found in _KEY.finditer(text)):
         raise UsageError(
             f"{what} is not valid TOML here: a key must have at most {MOST_KEY_PARTS} parts with dots between them. {hint}".rstrip()
         )

@@ -5,8 +5,9 @@ checked. They are left out, at any depth; what they would choose is then chosen 
 """
 
 import json
+import logging
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,8 @@ _OWN_IMPLEMENTATIONS = {
     "attn_implementation": ("eager", "sdpa", "flex_attention"),
     "experts_implementation": ("eager", "batched_mm", "grouped_mm"),
 }
+# The second belongs to a class of configurations: in a file it gives other keys, of any name, the meaning of these and of sizes.
+_NEVER_READ = ("transformers_weights", "attribute_map")
 _CONFIG = "config.json"
 
 
@@ -42,7 +45,7 @@ def for_transformers(folder: Path) -> Iterator[Path]:
             config = read_json(folder / _CONFIG)
         except ValueError as error:
             raise DataError(f"{folder / _CONFIG} cannot be read: {error}. Download it again.") from error
-        kept = _without_hub_code(config)
+        kept = without_hub_code(config)
         if kept != config:
             changed[_CONFIG] = json.dumps(kept).encode()
     if not changed:
@@ -57,6 +60,20 @@ def for_transformers(folder: Path) -> Iterator[Path]:
         yield Path(temporary)
 
 
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without the progress bars and warnings of transformers, which quote a model's files as they are: fuseline says what is in them."""
+    from transformers.utils import logging as its_logging
+
+    its_logging.disable_progress_bar()
+    before = its_logging.get_verbosity()
+    its_logging.set_verbosity(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        its_logging.set_verbosity(before)
+
+
 def completed_config(folder: Path, *, trust_remote_code: bool = False) -> Any:
     """The configuration of config.json, with the defaults of the model's class where it says nothing.
 
@@ -65,27 +82,32 @@ def completed_config(folder: Path, *, trust_remote_code: bool = False) -> Any:
     """
     from transformers import AutoConfig  # only here: its import takes seconds
 
-    with for_transformers(folder) as readable:
+    with for_transformers(folder) as readable, quiet():
         try:
             return AutoConfig.from_pretrained(readable, local_files_only=True, trust_remote_code=trust_remote_code)
         except Exception as error:  # classes of configurations raise anything
             raise DataError(f"{folder / _CONFIG} is not a valid configuration: {in_short(error)}.") from error
 
 
-def _without_hub_code(value: Any) -> Any:
-    """A config without the keys that fetch code or other weights."""
+def without_hub_code(value: Any, *, also: Collection[str] = ()) -> Any:
+    """The content of config.json without the keys, at any depth, that fetch code or other weights.
+
+    Args:
+        value: a config, or a part of one.
+        also: more keys to leave out.
+    """
     if isinstance(value, list):
-        return [_without_hub_code(each) for each in value]
+        return [without_hub_code(each, also=also) for each in value]
     if not isinstance(value, dict):
         return value
-    return {key: _without_hub_code(each) for key, each in value.items() if not _fetches(key, each)}
+    return {key: without_hub_code(each, also=also) for key, each in value.items() if key not in also and not _fetches(key, each)}
 
 
 def _fetches(key: str, value: Any) -> bool:
     name = key.removeprefix("_").removesuffix("_internal")
     if name in _OWN_IMPLEMENTATIONS:
         return value not in (None, *_OWN_IMPLEMENTATIONS[name])
-    return name == "transformers_weights"
+    return name in _NEVER_READ
 
 
 def _starts_with_mark(path: Path) -> bool:

@@ -6,6 +6,7 @@ The rules are those of transformers, which runs the models: what it would not lo
 import math
 import re
 import struct
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -66,11 +67,11 @@ def weight_files(folder: Path) -> list[Path]:
         raise DataError(_why_no_weights(folder))
     try:
         named = _named_in(index)
+        absent = [name for name in named if not (folder / name).exists()]
     except OutsideFolder:
         raise
     except (OSError, ValueError) as error:
         raise DataError(f"{index} cannot be read ({error}). Download it again.") from error
-    absent = [name for name in named if not (folder / name).exists()]
     if absent:
         raise DataError(f"{folder} lacks weights: {index.name} names {listed(absent, most=_LISTED)}. Download the missing files.")
     return [folder / name for name in named]
@@ -136,8 +137,10 @@ def _why_no_weights(folder: Path) -> str:
     if shards:
         width, total = len(shards[0][2]), int(shards[0][2])
         there = {int(match[1]) for match in shards}
-        missing = [f"model-{i:0{width}d}-of-{total:0{width}d}.safetensors" for i in range(1, total + 1) if i not in there]
-        return f"{folder} has shards of a model and no {_INDEX}. Download {listed([_INDEX, *missing], most=_LISTED)} into it."
+        missing = (f"model-{i:0{width}d}-of-{total:0{width}d}.safetensors" for i in range(1, total + 1) if i not in there)
+        n_files = 1 + total - sum(1 <= i <= total for i in there)
+        some = listed([_INDEX, *islice(missing, _LISTED)], most=_LISTED, of=n_files)
+        return f"{folder} has shards of a model and no {_INDEX}. Download {some} into it."
     if files:
         return (
             f"{folder} has no {_SINGLE} and no {_INDEX}, only {listed(files, most=_LISTED)}. If that is the model in the Hugging Face "

@@ -6,14 +6,17 @@ import yaml
 
 from .json_text import reason_of, require_shallow
 
+LONGEST_YAML_NUMBER = 256  # characters; the time that those with colons take grows with the square of their length
 MOST_YAML_NODES = 1_000_000  # keys and values, counted as often as aliases repeat them
+_NUMBERS = ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
 
 
 def parse_yaml(text: str) -> Any:
     """The value of a YAML text, of plain types alone.
 
     Raises:
-        ValueError: it is not valid, it is nested deeply, or it has more than `MOST_YAML_NODES` keys and values.
+        ValueError: it is not valid, it is nested deeply, it has more than `MOST_YAML_NODES` keys and values, or a number is longer than
+            `LONGEST_YAML_NUMBER`.
     """
     loader = None
     try:
@@ -45,6 +48,8 @@ def _expanded(node: yaml.Node, *, counted: dict[yaml.Node, int], above: set[yaml
         above.add(node)
         inner = node.value if isinstance(node, yaml.CollectionNode) else []
         pieces = [piece for each in inner for piece in (each if isinstance(each, tuple) else (each,))]
+        if node.tag in _NUMBERS and len(node.value) > LONGEST_YAML_NUMBER:
+            raise ValueError(f"a number has more than {LONGEST_YAML_NUMBER} characters")
         counted[node] = 1 + sum(_expanded(piece, counted=counted, above=above) for piece in pieces)
         above.remove(node)
     return counted[node]

@@ -9,7 +9,7 @@ from typing import Any
 from ..store import durable
 from ..store.model_files import check_model_files
 from ..store.model_json import read_json, without_mark
-from ..store.transformers_folder import completed_config
+from ..store.transformers_folder import completed_config, without_hub_code
 
 _TOKENIZER_FILES = (
     "tokenizer.json",
@@ -57,15 +57,15 @@ def copy_config(model_folder: Path, *, to: Path, dtype: str, is_tied: bool | Non
     """Copy config.json, which then says the dtype of the weights, and what the model says of generation.
 
     Where config.json says something else than `is_tied` of the output layer, that is corrected. Code that comes with a model is not copied,
-    and what names it (`auto_map`) is left out: whoever loads the new model would run it.
+    and what names it, there or on the hub, is left out: whoever loads the new model would run it.
     """
     check_model_files(model_folder)
     config = read_json(model_folder / "config.json")
     if is_tied is not None and is_tied != _says_tied(model_folder):
         config["tie_word_embeddings"] = is_tied
-    for key in ("_name_or_path", "torch_dtype", _CODE):  # the second is the old name of dtype
+    for key in ("_name_or_path", "torch_dtype"):  # the second is the old name of dtype
         config.pop(key, None)
-    durable.write_json(to / "config.json", config | {"dtype": dtype})
+    durable.write_json(to / "config.json", without_hub_code(config, also=(_CODE,)) | {"dtype": dtype})
     _copy(("generation_config.json",), model_folder, to=to)
 
 

@@ -17,12 +17,17 @@ from pathlib import Path
 from typing import Any
 
 from ...store.errors import DataError
-from .template_process import read_frame, write_frame
+from .template_process import MEMORY, read_frame, write_frame
 
 TEMPLATE_SECONDS = 60  # for one conversation, which takes a millisecond or less
 TEMPLATE_BYTES = 4 << 30  # of memory
+TEMPLATE_TEXT = 64 << 20  # bytes of JSON that it may write for one conversation, beside what is in proportion to it
+TEMPLATE_TEXTS = 1 << 30  # the same for all conversations of a call
+TEMPLATE_FACTOR = 16  # times what the messages hold
 _GRACE_SECONDS = 2  # after which the process ends itself, where this one is no more
+_JSON_BYTES = 12  # of a character at most
 _TIME, _MEMORY = f"{TEMPLATE_SECONDS} seconds", f"{TEMPLATE_BYTES >> 30} GiB of memory"
+_TEXT = f"{TEMPLATE_TEXT >> 20} MiB of text (and {TEMPLATE_FACTOR} times the length of its messages)"
 _BATCH = 64  # conversations in a request
 _BATCH_CHARACTERS = 4 << 20
 
@@ -30,11 +35,12 @@ Messages = Sequence[Mapping[str, str]]
 
 
 class EndlessTemplate(DataError):
-    """A template that needs more time or memory than a conversation may take; `index` is that of the conversation."""
+    """A template that needs more time, memory or text than a conversation may take; `index` is that of the conversation."""
 
-    def __init__(self, index: int, *, limit: str) -> None:
-        super().__init__(f"needs more than {limit} for one conversation", remedy="Use another chat template, or remove the conversation.")
-        self.index = index
+    def __init__(self, index: int, *, limit: str, of: str = "") -> None:
+        problem = f"The chat template{of} needs more than {limit} for one conversation."
+        super().__init__(problem, remedy="Use another chat template, or remove the conversation.")
+        self.index, self.limit = index, limit
 
 
 class Sandbox:
@@ -51,16 +57,19 @@ class Sandbox:
         """What a template writes for each conversation: `{"text": …}`, or `{"refused": what it says}`.
 
         Raises:
-            EndlessTemplate: it needs too long, or too much memory.
+            EndlessTemplate: it needs too long, or too much memory, or writes too much.
         """
+        most = TEMPLATE_TEXTS + _in_proportion(*conversations)
         answers: list[dict[str, str]] = []
         with self._lock:
             for batch in _batches(conversations):
                 request = {"program": program, "variables": dict(variables), "conversations": batch, "prompt": prompt}
                 try:
                     self._send(json.dumps(request).encode(), index=len(answers))
-                    for _ in batch:
-                        answers.append(self._answer(len(answers)))
+                    for conversation in batch:
+                        data = self._answer(len(answers), most=min(most, TEMPLATE_TEXT + _in_proportion(conversation)))
+                        answers.append(json.loads(data))
+                        most -= len(data)
                 except BaseException:  # also Ctrl-C: what is still to come would answer the next request
                     self.close()
                     raise
@@ -77,20 +86,23 @@ class Sandbox:
         except BrokenPipeError as error:
             raise EndlessTemplate(index, limit=_MEMORY) from error
 
-    def _answer(self, index: int) -> dict[str, str]:
+    def _answer(self, index: int, *, most: int) -> bytes:
+        """The next answer, of no more than so many bytes."""
         assert self._process is not None
         assert self._process.stdout is not None
         with selectors.DefaultSelector() as selector:
             selector.register(self._process.stdout, selectors.EVENT_READ)
             is_there = bool(selector.select(TEMPLATE_SECONDS))
-        data = read_frame(self._process.stdout) if is_there else b""
+        try:
+            data = read_frame(self._process.stdout, most=most) if is_there else b""
+        except OverflowError as error:
+            raise EndlessTemplate(index, limit=_TEXT) from error
         if not data:
             # It was ended by its alarm, by the limit of its memory, or by the system.
             raise EndlessTemplate(index, limit=_MEMORY if is_there else _TIME)
-        answer = json.loads(data)
-        if "memory" in answer:
+        if data == MEMORY:
             raise EndlessTemplate(index, limit=_MEMORY)
-        return answer
+        return data
 
     def close(self) -> None:
         """End the process; another one is started when it is needed."""
@@ -112,6 +124,12 @@ def _started() -> subprocess.Popen[bytes]:
     return subprocess.Popen(
         [sys.executable, "-P", str(program), *limits], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, bufsize=0
     )
+
+
+def _in_proportion(*conversations: Messages) -> int:
+    """Bytes of answers that are allowed for what the messages hold."""
+    n_characters = sum(len(message["content"]) for conversation in conversations for message in conversation)
+    return TEMPLATE_FACTOR * _JSON_BYTES * n_characters
 
 
 def _batches(conversations: Sequence[Messages]) -> Iterator[list[Messages]]:

@@ -216,13 +216,8 @@ class ChatTemplate:
         try:
             answers = SANDBOX.render(self._program, variables=self.variables, conversations=conversations, prompt=prompt)
         except EndlessTemplate as error:
-            error.problem = f"The chat template of {self.where} {error.problem}."
-            error.args = (f"{error.problem} {error.remedy}",)
-            raise
-        return [
-            answer["text"] if "text" in answer else RefusedConversation(f"the chat template says: {answer['refused'][:_LONGEST_REFUSAL]}")
-            for answer in answers
-        ]
+            raise EndlessTemplate(error.index, limit=error.limit, of=f" of {self.where}") from error
+        return [_text_of(answer) for answer in answers]
 
     @cached_property
     def _program(self) -> str:
@@ -320,6 +315,18 @@ def _stored_template(folder: Path, *, config: Mapping[str, Any]) -> str | None:
     if stored is not None and not isinstance(stored, str):
         raise DataError(f"{folder}/tokenizer_config.json: chat_template is of type {type(stored).__name__}, not a Jinja template.")
     return stored or None
+
+
+def _text_of(answer: Mapping[str, str]) -> str | RefusedConversation:
+    """What the template wrote, if it is text."""
+    if "text" not in answer:
+        said = answer["refused"][:_LONGEST_REFUSAL].encode(errors="replace").decode()
+        return RefusedConversation(f"the chat template says: {said}")
+    try:
+        answer["text"].encode()
+    except UnicodeEncodeError as error:
+        return RefusedConversation(f"the chat template writes half a character (U+{ord(answer['text'][error.start]):04X})")
+    return answer["text"]
 
 
 def _trail(literal: str, *, end_of_turn: str | None) -> int:

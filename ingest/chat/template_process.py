@@ -26,6 +26,7 @@ import jinja2.sandbox
 
 _LENGTH_BYTES = 8
 _PIECE_BYTES = 1 << 20
+MEMORY = b'{"memory": true}'  # the answer where the limit of memory is reached
 
 
 class _Generation(jinja2.ext.Extension):
@@ -105,14 +106,21 @@ def _rendered(request: dict[str, Any], conversation: list[dict[str, str]]) -> by
         )
         return json.dumps({"text": text}).encode()
     except MemoryError:
-        return b'{"memory": true}'
+        return MEMORY
     except Exception as error:  # templates raise what they like, and so does Jinja
         return json.dumps({"refused": str(error).splitlines()[0] if str(error) else type(error).__name__}).encode()
 
 
-def read_frame(stream: Any) -> bytes:
-    """The next message; empty at the end, and where the other side ended in the middle of one."""
-    return _read(stream, int.from_bytes(_read(stream, _LENGTH_BYTES), "little"))
+def read_frame(stream: Any, *, most: int | None = None) -> bytes:
+    """The next message; empty at the end, and where the other side ended in the middle of one.
+
+    Raises:
+        OverflowError: it has more than `most` bytes.
+    """
+    n_bytes = int.from_bytes(_read(stream, _LENGTH_BYTES), "little")
+    if most is not None and n_bytes > most:
+        raise OverflowError(n_bytes)
+    return _read(stream, n_bytes)
 
 
 def _read(stream: Any, n_bytes: int) -> bytes:

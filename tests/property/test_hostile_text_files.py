@@ -11,7 +11,7 @@ import pytest
 from fuseline.merge_file import load_merge_file
 from fuseline.recipe import MOST_PROBLEMS, load_recipe, parse_recipe
 from fuseline.store.errors import FuselineError, UsageError
-from fuseline.store.toml_text import Lines, holds
+from fuseline.store.toml_text import Lines, holds, parse_toml
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
@@ -193,6 +193,7 @@ BOMBS = {
         "circle of keys": "merge_method: &a {x: *a}",
         "number": "a: " + "1" * 10**5,
         "tags": "a: !!timestamp x\n",
+        "time": "a: 1" + ":59" * N,
         "numbers of tags": "a: !!int ''\n",
         "truth": "a: !!bool x\n",
         "object": "a: !!python/object/apply:os.system ['touch /tmp/x']\n",
@@ -208,6 +209,36 @@ def test_bombs_end_in_a_short_message(kind, name, file):
         message = ends_well(read, path)
         assert 0 < len(message) < 4000
         assert message.count("\n") <= MOST_PROBLEMS + 2
+
+
+LONG, SHORT = "a." * 50 + "a = 1", "a." * 49 + "a = 1"
+
+
+@pytest.mark.parametrize(
+    "before",
+    [
+        "",
+        '"\\"" . ',
+        "'\\' . ",
+        "# it's \" \"\"\" '''\n",
+        "x = 'it\"s'\n",
+        'x = "it\'s \\" # "\n',
+        'x = """\n it\'s ""\\"""" # """\n',
+        "x = '''\n it\"s # '''\n",
+        "[",
+    ],
+)
+def test_keys_of_many_parts_are_refused_whatever_stands_before_them(before):
+    is_section = before == "["
+    with pytest.raises(UsageError, match="a key must have at most 50 parts"):
+        parse_toml(before + (LONG.replace(" = 1", "]") if is_section else LONG), what="x")
+    if before.endswith("\n") or not before:
+        parse_toml(before + SHORT, what="x")
+
+
+@pytest.mark.parametrize("quoted", ['x = "{}"', "x = '{}'", 'x = """\n{}"""', "x = '''\n{}'''", "# {}", 'x = "\\" {}"'])
+def test_what_looks_like_a_long_key_in_a_text_is_a_text(quoted):
+    parse_toml(quoted.format("a." * 60), what="x")
 
 
 def test_many_problems_are_counted_and_some_are_listed(file):

@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 from fuseline.ingest import opened_file
+from fuseline.ingest.dataset_card import require_named_inside
 from fuseline.ingest.formats import column_names, read_rows
 from fuseline.ingest.rows import Columns
 from fuseline.ingest.sources import HubSource, open_source
@@ -93,6 +94,35 @@ def test_parquet_that_repeats_one_text_is_counted_as_often(tmp_path, small):
     assert path.stat().st_size < 1 << 20
     with pytest.raises(DataError, match=r"bomb.parquet .*more than 300 times as large"):
         texts(path)
+
+
+def test_parquet_that_repeats_a_long_text_is_refused_after_few_rows(tmp_path, monkeypatch):
+    monkeypatch.setattr(opened_file, "LEAST_EXPANDED", 1 << 20)
+    path = tmp_path / "bomb.parquet"
+    values = pa.DictionaryArray.from_arrays(pa.array([0] * 1000, pa.int32()), pa.array(["a" * 2_000_000]))
+    pa.parquet.write_table(pa.table({"text": values}), path, compression="zstd", dictionary_pagesize_limit=1 << 30)
+    pool = pa.system_memory_pool()
+    before = pa.default_memory_pool()
+    pa.set_memory_pool(pool)
+    try:
+        with pytest.raises(DataError, match=r"bomb.parquet .*more than 300 times as large"):
+            texts(path)
+    finally:
+        pa.set_memory_pool(before)
+    assert pool.max_memory() < 500_000_000  # of 2 GB
+
+
+@pytest.mark.parametrize("n_rows", [0, 1, 49, 50, 999, 1000, 1001, 2050])
+@pytest.mark.parametrize("group", [7, 1000, 5000])
+def test_rows_of_parquet_come_in_order_and_with_their_numbers(tmp_path, n_rows, group):
+    path = tmp_path / "a.parquet"
+    pa.parquet.write_table(pa.table({"text": pa.array([str(i) for i in range(n_rows)], pa.string())}), path, row_group_size=group)
+    (table,) = open_source(str(path), base=tmp_path).splits()["train"]
+    batches = list(read_rows(table.file, COLUMNS))
+    assert [len(rows) for rows in batches] == [1000] * (n_rows // 1000) + [n_rows % 1000] * (n_rows % 1000 > 0)
+    assert [(number, text) for rows in batches for number, text in zip(rows.numbers, rows.columns["text"], strict=True)] == [
+        (i, str(i)) for i in range(n_rows)
+    ]
 
 
 def test_a_parquet_file_that_declares_too_much_is_refused_before_it_is_read(tmp_path, small):
@@ -205,3 +235,15 @@ def test_a_description_of_a_dataset_names_nothing_outside(tmp_path, data_files, 
     assert isinstance(source, HubSource)
     with pytest.raises(DataError, match=r"README.md names .* outside"):
         source.splits()
+    (folder / "README.md").write_text("---\nconfigs: []\n---\n")
+    (folder / ".huggingface.yaml").write_text(description)
+    with pytest.raises(DataError, match=r"\.huggingface\.yaml names .* outside"):
+        source.splits()
+
+
+@pytest.mark.parametrize("text", ["configs: [", "a: &a [*a]", "a: 1" + ":59" * 100_000, "[" * 60_000])
+def test_a_description_that_cannot_be_read_is_refused(tmp_path, text):
+    (tmp_path / ".huggingface.yaml").write_text(text)
+    with pytest.raises(DataError, match=r"\.huggingface\.yaml cannot be read: .* Download the dataset again") as caught:
+        require_named_inside(tmp_path)
+    assert len(str(caught.value)) < 500

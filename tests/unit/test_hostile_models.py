@@ -180,14 +180,18 @@ def test_notes_of_the_hub_are_not_read_through_links(folder, secrets):
 
 def test_exports_have_no_code_and_nothing_that_names_it(folder, tmp_path):
     (folder / "modeling_evil.py").write_text("raise SystemExit('run')")
-    edit(folder / "config.json", auto_map={"AutoModelForCausalLM": "modeling_evil.Evil"})
+    names = {"auto_map": {"AutoModelForCausalLM": "modeling_evil.Evil"}, "attn_implementation": KERNEL}
+    names |= {"attribute_map": {"foo": "auto_map"}, "transformers_weights": "modeling_evil.safetensors"}
+    edit(folder / "config.json", **names, text_config={"inner": [names], "hidden_size": 8})
     edit(folder / "tokenizer_config.json", auto_map={"AutoTokenizer": ["modeling_evil.Evil", None]})
     out = tmp_path / "out"
     out.mkdir()
     copy_config(folder, to=out, dtype="float32", is_tied=False)
     copy_tokenizer(folder, to=out)
     assert not list(out.glob("*.py"))
-    assert "modeling_evil" not in "".join(path.read_text() for path in out.glob("*.json"))
+    written = "".join(path.read_text() for path in out.glob("*.json"))
+    assert not any(word in written for word in ("modeling_evil", KERNEL, *names))
+    assert json.loads((out / "config.json").read_text())["text_config"] == {"inner": [{}], "hidden_size": 8}
 
 
 def test_a_tokenizer_without_code_is_copied_to_the_byte(folder, tmp_path):
@@ -211,6 +215,8 @@ def test_a_tokenizer_without_code_is_copied_to_the_byte(folder, tmp_path):
         {"transformers_weights": "other.safetensors.index.json"},
         {"text_config": {"attn_implementation": KERNEL}},
         {"vision_config": {"encoder": [{"_attn_implementation": KERNEL}]}},
+        {"attribute_map": {"foo": "_attn_implementation"}, "foo": "other"},
+        {"vision_config": {"attribute_map": {"foo": "num_hidden_layers"}, "foo": 3_000_000}},
     ],
 )
 def test_keys_that_fetch_code_or_other_weights_do_not_reach_transformers(folder, changes):
@@ -218,7 +224,7 @@ def test_keys_that_fetch_code_or_other_weights_do_not_reach_transformers(folder,
     edit(folder / "config.json", **changes)
     with for_transformers(folder) as readable:
         read = (readable / "config.json").read_text()
-        assert not any(word in read for word in (KERNEL, "flash_attention", "sonicmoe", "other.safetensors"))
+        assert not any(word in read for word in (KERNEL, "flash_attention", "sonicmoe", "other.safetensors", "attribute_map"))
         assert json.loads(read).items() >= json.loads(text).items()
         assert (readable / WEIGHTS).read_bytes() == (folder / WEIGHTS).read_bytes()
 
@@ -242,6 +248,47 @@ def test_a_config_that_promises_more_than_the_weights_is_refused(folder, key, va
         with pytest.raises(DataError, match=f"{key} .*must be at most") as caught:
             use(folder)
         assert len(str(caught.value)) < 500
+
+
+@pytest.mark.parametrize("key", ["n_positions", "max_position_embeddings", "n_ctx"])
+def test_a_table_of_positions_is_bounded(folder, key):
+    edit(folder / "config.json", **{key: 10_485_760})  # the longest that is published
+    check_sizes(folder)
+    edit(folder / "config.json", **{key: 10**10})
+    with pytest.raises(DataError, match=f"{key} .*must be at most"):
+        check_sizes(folder)
+
+
+@pytest.mark.parametrize("name", ["a" * 300 + ".safetensors", "é" * 130 + ".safetensors", "/".join(["a" * 200] * 20) + "/b.safetensors"])
+def test_an_index_names_files_that_a_disk_can_hold(folder, name):
+    (folder / WEIGHTS).unlink()
+    (folder / INDEX).write_text(json.dumps({"weight_map": {"x": name}}))
+    with pytest.raises(DataError, match=r"must be the plain name|Download it again") as caught:
+        weight_files(folder)
+    assert len(str(caught.value)) < 5000
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (["model-1-of-9999999999.safetensors"], "and 9,999,999,995 more into it"),
+        (["model-00001-of-00003.safetensors"], r"index\.json, model-00002-of-00003.safetensors, model-00003-of-00003.safetensors into it"),
+        (["model-9-of-3.safetensors", "model-2-of-3.safetensors"], r"model-1-of-3.safetensors, model-3-of-3.safetensors into it"),
+    ],
+)
+def test_shards_without_an_index_are_counted_and_not_listed(folder, names, message):
+    (folder / WEIGHTS).unlink()
+    for name in names:
+        (folder / name).touch()
+    with pytest.raises(DataError, match=message):
+        weight_files(folder)
+
+
+def test_what_transformers_says_of_a_config_does_not_reach_the_terminal(folder):
+    edit(folder / "config.json", rope_parameters={"rope_type": "linear", "factor": 2.0, "\x1b[31mkey": 1}, bos_token_id=99_999)
+    script = f"from fuseline.store.transformers_folder import *; completed_config(Path({str(folder)!r}))"
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, timeout=120, check=True)
+    assert b"\x1b" not in result.stderr
 
 
 @pytest.mark.parametrize("value", [True, "600", 600.0, None, [600], 10**400])

@@ -157,6 +157,33 @@ def test_a_template_that_fails_is_refused_in_a_few_words(small, source):
     assert template(PLAIN).render((Message("user", "a"), Message("assistant", "b"))).text == "<user>a</s><assistant>b</s>"
 
 
+@pytest.mark.parametrize("source", ["{{ 'a' * (length + 1) }}", "{% for i in range(2) %}{{ 'é' * length }}{% endfor %}"])
+@pytest.mark.parametrize("text", ["", "a" * 100])
+def test_what_a_template_writes_is_bounded(small, monkeypatch, source, text):
+    monkeypatch.setattr(sandbox, "TEMPLATE_SECONDS", 60)
+    monkeypatch.setattr(sandbox, "TEMPLATE_TEXT", 1 << 20)
+    variables = {"length": (1 << 20) + 16 * 12 * len(text)}
+    with pytest.raises(EndlessTemplate, match=r"^The chat template needs more than 64 MiB of text .* for one conversation\. Use another"):
+        small.render(source, variables=variables, conversations=[[{"role": "user", "content": text}]], prompt=False)
+    assert small.render("x", variables={}, conversations=[[]], prompt=False) == [{"text": "x"}]
+
+
+def test_what_a_template_writes_for_many_conversations_is_bounded(small, monkeypatch):
+    monkeypatch.setattr(sandbox, "TEMPLATE_SECONDS", 60)
+    monkeypatch.setattr(sandbox, "TEMPLATE_TEXTS", 1 << 20)
+    with pytest.raises(EndlessTemplate, match="of text") as caught:
+        small.render("{{ 'a' * 200000 }}", variables={}, conversations=[[]] * 100, prompt=False)
+    assert caught.value.index == 5
+
+
+@pytest.mark.parametrize("source", ["{{ '\\ud800' }}" + PLAIN, PLAIN + "{{ '\\udfff' }}", "{{ raise_exception('\\ud800') }}"])
+def test_half_a_character_is_refused(small, source):
+    (found,) = template(source).render_all([(Message("user", "a"), Message("assistant", "b"))])
+    assert isinstance(found, RefusedConversation)
+    assert str(found).isprintable()
+    assert "half a character" in str(found) or "says: ?" in str(found)
+
+
 def test_the_process_is_used_again_and_started_again(small):
     talk = (Message("user", "a"), Message("assistant", "b"))
     template(PLAIN).render(talk)
