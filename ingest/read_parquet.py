@@ -30,10 +30,11 @@ def parquet_batches(data: io.BufferedReader, file: CorpusFile, columns: Columns)
     first = 0  # row of the values
     require_small_expansion(sum(opened.metadata.row_group(index).total_byte_size for index in range(opened.num_row_groups)), file=file)
     for batch in opened.iter_batches(batch_size=_READ_ROWS, columns=wanted):
-        n_bytes += batch.nbytes  # rows with one text, stored once, count as often
+        read = {name: _plain(batch.column(name)) for name in wanted}
+        n_bytes += sum(column.nbytes for column in read.values())  # rows with one text, stored once, count as often
         require_small_expansion(n_bytes, file=file)
         for name in wanted:
-            values[name] += _values(batch.column(name), file=file, first_row=row)
+            values[name] += _values(read[name], file=file, first_row=row)
         row += len(batch)
         if row - first >= BATCH_ROWS:
             yield Rows.of(values, where=file.where, unit="row", numbers=range(first, row), columns=columns)
@@ -42,10 +43,12 @@ def parquet_batches(data: io.BufferedReader, file: CorpusFile, columns: Columns)
         yield Rows.of(values, where=file.where, unit="row", numbers=range(first, row), columns=columns)
 
 
+def _plain(column: Any) -> Any:
+    return column.dictionary_decode() if pa.types.is_dictionary(column.type) else column
+
+
 def _values(column: Any, *, file: CorpusFile, first_row: int) -> list[Any]:
     """Python's values of a column; text is decoded row by row, so that a message can name the row."""
-    if pa.types.is_dictionary(column.type):
-        column = column.dictionary_decode()
     if not (pa.types.is_string(column.type) or pa.types.is_large_string(column.type) or pa.types.is_string_view(column.type)):
         return _nested_values(column, file=file, first_row=first_row)
     values: list[Any] = []

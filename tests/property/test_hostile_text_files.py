@@ -236,6 +236,12 @@ def test_keys_of_many_parts_are_refused_whatever_stands_before_them(before):
         parse_toml(before + SHORT, what="x")
 
 
+@pytest.mark.parametrize("part", ['"\\""', '"a\\"."', '"\\\\\\""'])
+def test_quotes_in_the_parts_of_a_key_do_not_hide_how_many_there_are(part):
+    with pytest.raises(UsageError, match="a key must have at most 50 parts"):
+        parse_toml(".".join([part] * 60) + " = 1", what="x")
+
+
 @pytest.mark.parametrize("quoted", ['x = "{}"', "x = '{}'", 'x = """\n{}"""', "x = '''\n{}'''", "# {}", 'x = "\\" {}"'])
 def test_what_looks_like_a_long_key_in_a_text_is_a_text(quoted):
     parse_toml(quoted.format("a." * 60), what="x")
