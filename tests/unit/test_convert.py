@@ -416,8 +416,8 @@ def packed():
 def logits_of(model, batches) -> torch.Tensor:
     with torch.no_grad():
         logits_TV = torch.cat([model.logits(batch) for batch in batches])
-    shards = [torch.empty(0)] * model.runtime.tensor_parallel
-    torch.distributed.all_gather_object(shards, logits_TV, group=model.runtime.tensor_group)
+    shards = [torch.empty_like(logits_TV) for _ in range(model.runtime.tensor_parallel)]
+    torch.distributed.all_gather(shards, logits_TV, group=model.runtime.tensor_group)
     return torch.cat(shards, 1)[:, :VOCAB]
 
 
