@@ -52,7 +52,7 @@ def show_wanted(recipe: Path, workspace: "Workspace", *, as_json: bool) -> None:
     if all(item.state == "done" for item in found):
         say("Nothing is missing.")
     elif any(item.state == "other inputs" for item in found):
-        say("What is of other inputs stays as it is: give what is new another name in the recipe. `fuseline run` names a free one.")
+        say("What was made from different inputs stays as it is: give what is new another name in the recipe. `fuseline run` names a free one.")
     else:
         say(f"What is missing is made by: fuseline run {shlex.quote(str(recipe))} -w {shlex.quote(str(workspace.root))}")
 
@@ -305,7 +305,7 @@ def show_repair(done: "Repair") -> None:
         how = f"made again, but not as it was: {', '.join(changed)} differ" if changed else "made again"
         say(f"{kind}/{name} part {part}: {how}")
     for finding in done.left:
-        say(f"not mended: {_finding_line(finding)}")
+        say(f"not repaired: {_finding_line(finding)}")
     if not done.made and not done.left:
         say("Nothing to repair.")
 

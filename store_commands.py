@@ -27,7 +27,7 @@ def rebuild(workspace: Path | None) -> None:
     opened = open_workspace(workspace)
     with opened.coordinator():
         catalog.rebuild(opened)
-    say(f"{opened.catalog_path} is made anew.")
+    say(f"{opened.catalog_path} is made again.")
 
 
 @store.command()

@@ -185,7 +185,7 @@ def test_what_another_recipe_made_is_left_and_told(project, models_dir, workspac
     flip(other.folder / "part-00000.parquet")
     code, output = fuseline("store", "repair", project, "-w", workspace, "--models", models_dir, "--full")
     assert code == 1
-    assert "not mended" in output
+    assert "not repaired" in output
     assert "other--target" in output
     assert other.manifest_path(0).exists()
 
