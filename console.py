@@ -52,7 +52,7 @@ def show_wanted(recipe: Path, workspace: "Workspace", *, as_json: bool) -> None:
     if all(item.state == "done" for item in found):
         say("Nothing is missing.")
     elif any(item.state == "other inputs" for item in found):
-        say("What was made from different inputs stays as it is: give what is new another name in the recipe. `fuseline run` names a free one.")
+        say("What was made from different inputs stays as it is: give what is new another name. `fuseline run` names a free one.")
     else:
         say(f"What is missing is made by: fuseline run {shlex.quote(str(recipe))} -w {shlex.quote(str(workspace.root))}")
 
