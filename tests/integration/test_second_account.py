@@ -80,7 +80,8 @@ def test_who_cannot_write_changes_nothing(shared, arguments):
     before = state(shared)
     found = as_nobody(shared, *arguments)
     assert found.returncode == 1
-    assert found.stderr.startswith("Error: Permission denied")
+    assert found.stderr.startswith("Error: ")
+    assert "cannot be written: Permission denied" in found.stderr
     assert "Traceback" not in found.stderr
     assert state(shared) == before
 
