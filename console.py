@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .store.errors import UsageError
-from .terminal import harmless, say
+from .store.shown import harmless
+from .terminal import say
 
 if TYPE_CHECKING:  # what a command needs is imported when it runs, so that --help is quick
     import rich.console
@@ -19,10 +20,10 @@ if TYPE_CHECKING:  # what a command needs is imported when it runs, so that --he
     from .added_source import AddedSource
     from .align.show import ShownDocument
     from .cluster.repair import Repair
+    from .cluster.rich_console import Console
     from .cluster.wanted import Wanted
     from .eval.comparison import Difference
     from .recipe import Recipe
-    from .rich_console import Console
     from .store.database import QueryStats
     from .store.status import DatasetStatus, TrainingStatus
     from .store.upkeep import Leftover, Usage
@@ -70,7 +71,7 @@ def show_addition(added: "AddedSource", workspace: "Workspace") -> None:
     others = [f"{item.kind}/{item.name}" for item in found if item.state == "other inputs"]
     if others:
         command = f"fuseline run {shlex.quote(str(added.path))}"
-        raise UsageError(f"Of other inputs than the recipe's: {', '.join(others)}. Run the recipe as it is first: {command}.")
+        raise UsageError(f"Made from different inputs than the recipe's: {', '.join(others)}. Run the recipe as it is first: {command}.")
     missing = sum(item.state != "done" for item in found)
     say(f"{len(found) - missing} of {len(found)} are there already; the others are made now.")
 
@@ -359,6 +360,6 @@ def _table(columns: list[str], rows: list[list[str]], *, right: Sequence[bool] |
 
 
 def _console() -> "Console":
-    from .rich_console import Console
+    from .cluster.rich_console import Console
 
     return Console(sys.stdout, width=None if sys.stdout.isatty() else 200)

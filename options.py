@@ -13,7 +13,8 @@ import click
 
 from .store.errors import FuselineError
 from .store.paths import expanded
-from .terminal import harmless, say
+from .store.shown import harmless
+from .terminal import say
 
 _LEAST_SIZE = 1_000_000  # bytes
 Command = TypeVar("Command", bound=Callable[..., Any])

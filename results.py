@@ -20,7 +20,8 @@ from .console import show_table
 from .store.answer import Answer
 from .store.errors import UsageError
 from .store.output_file import open_output, require_outside_workspaces
-from .terminal import binary_output, harmless, say
+from .store.shown import harmless
+from .terminal import binary_output, say
 
 _Write = Callable[[Answer, BinaryIO], None]
 _SHOWN_ROWS = 1000  # of a table: more cannot be looked at, and its columns' widths must be known before the first row

@@ -1,4 +1,4 @@
-"""What it takes to open a part, to read rows of it, and to ask a small question: run it in two checkouts to compare them.
+"""What it takes to open a part and to read rows of it: run it in two checkouts to compare them.
 
     python benchmarks/opening.py
 

@@ -8,7 +8,7 @@ from typing import Protocol
 
 import rich.progress
 
-from ..rich_console import Console
+from .rich_console import Console
 
 _PLAIN_SECONDS = 10.0  # between two plain lines of one stage
 

@@ -11,11 +11,11 @@ from typing import Any
 
 from ..store import catalog, durable
 from ..store.dataset import Dataset
-from ..store.errors import DamagedPart, FuselineError
+from ..store.errors import DamagedPart, FuselineError, reason_of
 from ..store.fingerprint import require_seal, sealed
 from ..store.inside import plain_name
 from ..store.json_files import is_count, read_object
-from ..store.manifest import MOST_PARTS, SCHEMA_VERSION, reason_of
+from ..store.manifest import MOST_PARTS, SCHEMA_VERSION
 from ..store.shown import shown
 from ..store.verify import Finding, PartName, verify
 from ..store.workspace import DATASET_KINDS, Workspace

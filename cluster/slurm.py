@@ -23,9 +23,9 @@ from typing import Any
 
 from ..store import durable, journal
 from ..store.dataset import Dataset
-from ..store.errors import DamagedPart, FuselineError, UsageError
+from ..store.errors import DamagedPart, FuselineError, UsageError, reason_of
 from ..store.json_files import is_count, read_object
-from ..store.manifest import MOST_PARTS, reason_of
+from ..store.manifest import MOST_PARTS
 from .config import ExecutorConfig
 from .crew import work_alone
 from .ledger import Ledger, parts_failed, require_all

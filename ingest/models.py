@@ -147,9 +147,11 @@ class ModelFolder:
         return sum(math.prod(tensor["shape"]) for tensor in self.tensors.values())
 
     def check(self) -> "ModelFolder":
-        """Raise DataError where config, weights and tokenizer disagree, the weights are not all there, or they are of a kind not read.
+        """Check that the folder can be used.
 
-        Nor is a folder read whose files lie elsewhere.
+        Raises:
+            DataError: config, weights and tokenizer disagree, the weights are not all there, or they are of a kind not read.
+            OutsideFolder: a file is a link that leads out of the folder.
         """
         check_model_files(self.folder)
         refuse_adapter(self.folder)

@@ -11,10 +11,9 @@ import polars as pl
 from numpy.typing import NDArray
 
 from . import durable
-from .errors import DamagedPart, DataError, UsageError
+from .errors import DamagedPart, DataError, UsageError, reason_of
 from .fingerprint import require_seal, sealed
 from .json_files import is_count, open_file, read_object
-from .manifest import reason_of
 from .shown import shown
 
 

@@ -26,12 +26,12 @@ from .. import __version__
 from . import durable
 from .arrays import Arrays, Encoding, write_group
 from .checksums import checksums, size_and_crc
-from .errors import DamagedPart, FingerprintMismatch
+from .errors import DamagedPart, FingerprintMismatch, reason_of
 from .fingerprint import Identity, differences, fingerprint, require_seal, sealed
 from .inside import OutsideFolder, require_inside
 from .json_files import Facts, is_count, read_object
 from .machine import threads
-from .manifest import Manifest, part_of, payload_named_by, read_manifest, reason_of
+from .manifest import Manifest, part_of, payload_named_by, read_manifest
 from .part import PartArrays, Reads
 from .paths import workspace_around
 from .shown import shown

@@ -35,3 +35,10 @@ class NewerPart(DamagedPart):
 
 class WorkspaceBusy(FuselineError, RuntimeError):
     """Another process is the coordinator of this workspace."""
+
+
+def reason_of(error: Exception) -> str:
+    """What an error says; of one of the system without the path, which stands beside it; of a missing key that it is missing."""
+    if isinstance(error, KeyError):
+        return f"it lacks {error}"
+    return (error.strerror if isinstance(error, OSError) else None) or str(error)

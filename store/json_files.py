@@ -3,9 +3,7 @@
 What cannot be read is a ValueError or an OSError, whatever is wrong with it; the reader adds the file's name and what to do.
 """
 
-import json
 import os
-import re
 import stat
 from collections.abc import Iterator
 from io import BufferedReader
@@ -13,13 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from .errors import DamagedPart
-from .json_text import parse_json
+from .json_text import parse_writable_json
 
 MOST_JSON_BYTES = 64 << 20  # of a file; the plan of a corpus of a million parts has 60 MB
 MOST_LINE_BYTES = 1 << 20  # of a record that has a line to itself; a training step has less than 1 kB
 
 END_OF_TIME = 253_402_300_800.0  # seconds from 1970 to the year 10000, in which dates end
-_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
 def open_file(path: Path) -> BufferedReader:
@@ -91,11 +88,7 @@ def decode_json(data: bytes) -> Any:
     Raises:
         ValueError: it is no JSON in UTF-8, or nested too deep (`json_text`).
     """
-    text = data.decode("utf-8")
-    value = parse_json(text)
-    if "\\u" in text and _SURROGATE.search(text):  # half a character, which could not be written again
-        json.dumps(value, ensure_ascii=False).encode()
-    return value
+    return parse_writable_json(data.decode("utf-8"))
 
 
 class Facts(dict[str, Any]):

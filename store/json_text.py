@@ -1,9 +1,11 @@
 """JSON from files that a stranger may have written: whatever is in it, parsing ends with a value or a ValueError."""
 
 import json
+import re
 from typing import Any
 
 DEEPEST_JSON = 500  # arrays and objects inside each other; Python's calls end at a thousand
+_HALF = re.compile(r"\\u[dD][89a-fA-F]")  # two of them are a character
 _TOO_DEEP = f"its arrays and objects are nested more than {DEEPEST_JSON} deep"
 
 
@@ -26,6 +28,21 @@ def parse_json(text: str | bytes, **how: Any) -> Any:
     marks = ("[", "{") if isinstance(text, str) else (b"[", b"{")
     if sum(map(text.count, marks)) > DEEPEST_JSON:  # type: ignore[arg-type]  # few texts have so many at all
         require_shallow(value)
+    return value
+
+
+def parse_writable_json(text: str) -> Any:
+    """The value of a JSON text whose texts can be written again.
+
+    Raises:
+        ValueError: as of `parse_json`, or a text in it has half a character.
+    """
+    value = parse_json(text)
+    if "\\u" in text and _HALF.search(text):
+        try:
+            json.dumps(value, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            raise ValueError("a text in it is not valid Unicode: it has half a character") from error
     return value
 
 

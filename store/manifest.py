@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .errors import DamagedPart, NewerPart
+from .errors import DamagedPart, NewerPart, reason_of
 from .fingerprint import require_seal
 from .inside import plain_name
 from .json_files import END_OF_TIME, is_count, is_number, read_object
@@ -81,13 +81,6 @@ def payload_named_by(path: Path, *, part: int) -> str | None:
         if part_of_payload(name) == part:
             return str(name)
     return None
-
-
-def reason_of(error: Exception) -> str:
-    """What an error says; of one of the system without the path, which stands beside it; of a missing key that it is missing."""
-    if isinstance(error, KeyError):
-        return f"it lacks {error}"
-    return (error.strerror if isinstance(error, OSError) else None) or str(error)
 
 
 def _part_in(found: "re.Match[str] | None") -> int | None:

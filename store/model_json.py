@@ -1,13 +1,10 @@
 """The JSON files of a model folder. Some editors write a byte order mark before the text, which `json` and transformers refuse."""
 
-import json
-import re
 from pathlib import Path
 from typing import Any
 
-from .json_text import parse_json
+from .json_text import parse_writable_json
 
-_SURROGATE = re.compile(r"\\u[dD][89abcdefABCDEF]")  # two of them are a character
 MARK = "\ufeff".encode()
 LARGEST_MODEL_JSON = 256 << 20  # bytes; the largest published tokenizer.json has some 35 MB
 
@@ -22,14 +19,7 @@ def read_json(path: Path) -> Any:
         raise ValueError("it is not a regular file")
     if path.stat().st_size > LARGEST_MODEL_JSON:
         raise ValueError(f"it is larger than {LARGEST_MODEL_JSON >> 20} MiB")
-    text = path.read_text(encoding="utf-8-sig")
-    value = parse_json(text)
-    if _SURROGATE.search(text):
-        try:
-            json.dumps(value, ensure_ascii=False).encode()
-        except UnicodeEncodeError as error:
-            raise ValueError("a text in it is not valid Unicode: it has half a character") from error
-    return value
+    return parse_writable_json(path.read_text(encoding="utf-8-sig"))
 
 
 def without_mark(path: Path) -> bytes:

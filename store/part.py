@@ -9,10 +9,10 @@ from typing import Any
 from numpy.typing import NDArray
 
 from .arrays import decoded, require_decodable
-from .errors import DamagedPart
+from .errors import DamagedPart, reason_of
 from .inside import require_inside
 from .json_files import Facts, decode_json, read_bytes
-from .manifest import Manifest, reason_of
+from .manifest import Manifest
 from .shard import Shard
 from .shown import shown
 

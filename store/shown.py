@@ -1,10 +1,13 @@
-"""How values from files are shown in messages: as Python writes them, but short, whatever they are."""
+"""How values from files are shown in messages: as Python writes them, but short; and texts without control characters."""
 
+import re
 import reprlib
 from collections.abc import Sequence
 
 LONGEST_SHOWN = 200  # characters of a value in a message
 LONGEST_MESSAGE = 1000  # characters of another library's message in ours
+# Control characters but tab and line feed, separators that some programs take for line feeds, and marks that turn the direction of writing.
+_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
 
 
 class _Short(reprlib.Repr):
@@ -58,3 +61,9 @@ def listed(values: Sequence[str], *, most: int, what: str = "", of: int | None =
     """
     more = (len(values) if of is None else of) - most
     return ", ".join(values[:most]) + (f" and {more:,} more{what}" if more > 0 else "")
+
+
+def harmless(text: str, *, one_line: bool = False) -> str:
+    """A text without control characters: ESC is written `\\x1b`; with `one_line` a line feed is written `\\n`."""
+    shown = _CONTROL.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
+    return shown.replace("\n", "\\n") if one_line else shown

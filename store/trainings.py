@@ -7,10 +7,9 @@ from typing import Any
 
 from . import durable
 from .checksums import size_and_crc
-from .errors import DamagedPart
+from .errors import DamagedPart, reason_of
 from .inside import inside
 from .json_files import decode_json, is_count, is_number, read_lines, read_object
-from .manifest import reason_of
 from .shown import shown
 from .workspace import Workspace
 

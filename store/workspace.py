@@ -24,12 +24,11 @@ from typing import TYPE_CHECKING, Any
 from .. import __version__
 from . import durable
 from .dataset import Dataset
-from .errors import DamagedPart, DataError, UsageError, WorkspaceBusy
+from .errors import DamagedPart, DataError, UsageError, WorkspaceBusy, reason_of
 from .fingerprint import Identity
 from .inside import require_inside
 from .json_files import END_OF_TIME, is_number, read_object
 from .machine import usable_cores
-from .manifest import reason_of
 from .shown import shown
 
 if TYPE_CHECKING:

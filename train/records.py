@@ -17,11 +17,10 @@ from pathlib import Path
 from typing import Any
 
 from ..store import durable
-from ..store.errors import DamagedPart, FingerprintMismatch
+from ..store.errors import DamagedPart, FingerprintMismatch, reason_of
 from ..store.fingerprint import differences
 from ..store.json_files import Facts, read_object
 from ..store.machine import arithmetic_for, threads
-from ..store.manifest import reason_of
 from ..store.trainings import EVALUATIONS, MACHINE, METRICS, checkpoint_folder, checkpoint_steps, read_machine, read_records
 
 Record = dict[str, Any]

@@ -254,7 +254,7 @@ def test_a_source_is_not_added_to_what_is_of_other_inputs_or_fuses_all_at_once(p
     text = project.read_text()
     project.write_text(text.replace("[merge]", '[fusion]\nmethod = "avgce"\n[merge]'))
     code, output = fuseline("fuse", "add-source", *options(project, models), *new)
-    assert (code, "Of other inputs than the recipe's: targets/fused--source" in output) == (2, True), output
+    assert (code, "Made from different inputs than the recipe's: targets/fused--source" in output) == (2, True), output
     project.write_text(text.replace("[merge]\n", ""))
     code, output = fuseline("fuse", "add-source", *options(project, models), *new)
     assert (code, "has no [merge]" in output) == (2, True), output

@@ -18,7 +18,7 @@ PAGE = ROOT / "docs" / "recipe.md"
 INTRODUCTION = """# Recipe
 
 A recipe is a TOML file. Every key that it may hold is here; a key without a default must be given. A recipe is checked as a whole before
-anything is done: all mistakes are reported at once, with their lines.
+anything is done: mistakes are reported together, with their lines; of many, the first ten.
 
 All sources are fused at once, unless there is a `[merge]`. With one, the recipe is pairwise, as in FuseChat: each source is fused with
 the target's start alone, into `targets/<fusion.name>--<source>`, a model is trained on each, as `<training.name>--<source>`, and these

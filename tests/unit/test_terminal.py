@@ -9,8 +9,8 @@ import rich.box
 import rich.table
 import rich.text
 from fuseline import terminal
-from fuseline.rich_console import Console
-from fuseline.terminal import harmless
+from fuseline.cluster.rich_console import Console
+from fuseline.store.shown import harmless
 from hypothesis import example, given
 from hypothesis import strategies as st
 

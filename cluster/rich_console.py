@@ -6,7 +6,7 @@ from typing import IO
 import rich.console
 import rich.segment
 
-from .terminal import harmless
+from ..store.shown import harmless
 
 
 class Console(rich.console.Console):
