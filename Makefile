@@ -34,7 +34,7 @@ lint: $(VENV)/installed
 # mypy follows the import name, and the checkout may have any: a link gives it the package's.
 types: $(VENV)/installed
 	@folder=$$(mktemp -d) && ln -s "$(CURDIR)" $$folder/fuseline && MYPYPATH=$$folder $(BIN)/mypy \
-		-m fuseline.cli -m fuseline.recipe $(foreach package,store ingest align train eval cluster,-p fuseline.$(package)); \
+		-m fuseline.cli $(foreach package,store ingest align train eval pipeline commands,-p fuseline.$(package)); \
 		status=$$?; rm -r $$folder; exit $$status
 
 check: lint types test

@@ -6,23 +6,14 @@ from pathlib import Path
 import click
 
 from . import __version__
-from .console import (
-    show_document,
-    show_estimate,
-    show_plan,
-    show_query_stats,
-    show_report,
-    show_status,
-    show_wanted,
-    watch_status,
-)
-from .merge_command import merge_command
-from .opening import open_pipeline, open_workspace, workspace_of
-from .options import SIZE, Group, StageGroup, executor_options, models_default, recipe_options, workspace_option
+from .commands.console import show_document, show_estimate, show_plan, show_query_stats, show_report, show_status, show_wanted, watch_status
+from .commands.merge import merge_command
+from .commands.opening import open_pipeline, open_workspace, workspace_of
+from .commands.options import SIZE, Group, StageGroup, executor_options, models_default, recipe_options, workspace_option
+from .commands.store import store
+from .commands.terminal import say
 from .store.errors import UsageError
 from .store.machine import wait_asleep
-from .store_commands import store
-from .terminal import say
 
 
 @click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -41,20 +32,31 @@ def main() -> None:
 @main.command()
 @recipe_options
 @executor_options
+@click.option("--variant", metavar="NAME", help="Make only what this variant of the recipe needs; the recipe itself is `base`.")
 @click.option("--dry-run", is_flag=True, help="Only say what would be done, and what it would take.")
-def run(recipe: Path, workspace: Path | None, models_dir: Path, dry_run: bool, executor: str | None, workers: int | None) -> None:
+def run(
+    recipe: Path,
+    workspace: Path | None,
+    models_dir: Path,
+    variant: str | None,
+    dry_run: bool,
+    executor: str | None,
+    workers: int | None,
+) -> None:
     """Do everything of RECIPE that is missing, in order.
 
-    Running it again resumes, or says that there is nothing to do.
+    With [[variants]] in the recipe, what they share is made once. Running it again resumes, or says that there is nothing to do.
 
+    \b
     Example:  fuseline run recipes/demo.toml
+              fuseline run ablations.toml --variant avgce
     """
     if dry_run:
-        from .recipe import load_recipe
+        from .pipeline.recipe_file import load_recipe
 
-        show_plan(load_recipe(recipe), path=recipe, workspace=workspace, models_dir=models_dir)
+        show_plan(load_recipe(recipe), path=recipe, workspace=workspace, models_dir=models_dir, variant=variant)
         return
-    with open_pipeline(recipe, workspace, models_dir, executor=executor, workers=workers) as pipeline:
+    with open_pipeline(recipe, workspace, models_dir, executor=executor, workers=workers, variant=variant) as pipeline:
         pipeline.run()
         show_report(pipeline.workspace)
 
@@ -95,7 +97,7 @@ def ingest_corpus(recipe: Path, workspace: Path | None, models_dir: Path, execut
     Example:  fuseline ingest corpus recipes/demo.toml
     """
     with open_pipeline(recipe, workspace, models_dir, executor=executor, workers=workers) as pipeline:
-        pipeline.make_corpus()
+        pipeline.make("ingest corpus")
 
 
 @ingest.command("distributions")
@@ -107,7 +109,7 @@ def ingest_distributions(recipe: Path, workspace: Path | None, models_dir: Path,
     Example:  fuseline ingest distributions recipes/demo.toml
     """
     with open_pipeline(recipe, workspace, models_dir, executor=executor, workers=workers) as pipeline:
-        pipeline.make_distributions()
+        pipeline.make("ingest distributions")
 
 
 @main.group(cls=StageGroup)
@@ -160,7 +162,7 @@ def align_run(recipe: Path, workspace: Path | None, models_dir: Path, executor: 
     Example:  fuseline align recipes/demo.toml
     """
     with open_pipeline(recipe, workspace, models_dir, executor=executor, workers=workers) as pipeline:
-        pipeline.make_alignments()
+        pipeline.make("align")
 
 
 @main.group(cls=StageGroup)
@@ -184,7 +186,7 @@ def fuse_run(recipe: Path, workspace: Path | None, models_dir: Path, executor: s
     Example:  fuseline fuse recipes/demo.toml
     """
     with open_pipeline(recipe, workspace, models_dir, executor=executor, workers=workers) as pipeline:
-        pipeline.make_targets()
+        pipeline.make("fuse")
 
 
 @fuse.command("add-source")
@@ -216,7 +218,7 @@ def fuse_add_source(
 
     Example:  fuseline fuse add-source chat.toml --name starling --model berkeley-nest/Starling-LM-7B-alpha
     """
-    from .added_source import add_source
+    from .pipeline.added_source import add_source
 
     added = add_source(recipe, name=name, model=model, revision=revision, dtype=dtype, chat_template=chat_template)
     if dry_run:
@@ -240,11 +242,14 @@ def train(recipe: Path, workspace: Path | None, models_dir: Path, only: str | No
     Example:  fuseline train recipes/demo.toml --only fused
     """
     with open_pipeline(recipe, workspace, models_dir, makes_parts=False) as pipeline:
-        names = [training.name for training in pipeline.recipe.trainings]
+        names = [product.name for product in pipeline.graph if product.command == "train"]
         if only is not None and only not in names:
             raise UsageError(f"--only ({only}) must be one of the recipe's trainings: {', '.join(names)}.")
-        start = pipeline.prepare_training if prepare else pipeline.train
-        start(names=None if only is None else [only])
+        chosen = None if only is None else [only]
+        if prepare:
+            pipeline.prepare_training(names=chosen)
+        else:
+            pipeline.make("train", names=chosen)
 
 
 @main.command("eval")
@@ -256,7 +261,7 @@ def evaluate(recipe: Path, workspace: Path | None, models_dir: Path, executor: s
     Example:  fuseline eval recipes/demo.toml
     """
     with open_pipeline(recipe, workspace, models_dir, executor=executor, workers=workers) as pipeline:
-        pipeline.evaluate()
+        pipeline.make("eval")
         show_report(pipeline.workspace)
 
 
@@ -297,7 +302,7 @@ def chat(folder: Path, message: str | None, system: str | None, max_tokens: int,
     Example:  fuseline chat workspaces/chat/exports/merged-2
               fuseline chat workspaces/chat/exports/merged-2 -m "What is 12 times 12?"
     """
-    from .generation import ChatModel, Message, talk
+    from .commands.generation import ChatModel, Message, talk
 
     def show(text: str) -> None:
         say(text, end="")
@@ -318,17 +323,29 @@ def chat(folder: Path, message: str | None, system: str | None, max_tokens: int,
 @workspace_option
 @click.option("--json", "as_json", is_flag=True, help="For scripts.")
 @click.option("--watch", is_flag=True, help="Show it again and again, until Ctrl-C.")
-def status(recipe: Path | None, workspace: Path | None, as_json: bool, watch: bool) -> None:
+@click.option("--graph", is_flag=True, help="With RECIPE: show what is made from what. Needs no workspace.")
+@click.option("--format", "style", type=click.Choice(["text", "dot", "mermaid"]), default="text", help="Of --graph.")
+def status(recipe: Path | None, workspace: Path | None, as_json: bool, watch: bool, graph: bool, style: str) -> None:
     """Show what exists, what is missing, what runs or failed, sizes, rates and the time left.
 
-    With RECIPE, show what that recipe makes: what of it is there already, missing, or there from other inputs.
+    With RECIPE, show what that recipe and its variants make: what of it is done, missing, or made from different inputs.
 
     Reads nothing but the workspace's files: it works while a run is going on, on any machine that sees them.
 
     \b
     Example:  fuseline status -w workspaces/demo --watch
               fuseline status with-one-more-source.toml -w workspaces/demo
+              fuseline status recipes/demo.toml --graph --format mermaid
     """
+    if graph:
+        from .pipeline.drawn import drawn
+        from .pipeline.graph import products
+        from .pipeline.recipe_file import load_recipe
+
+        if recipe is None:
+            raise UsageError("--graph shows what a recipe makes: name a RECIPE.")
+        say(drawn(products(load_recipe(recipe)), style=style))
+        return
     import dataclasses
     import json
 
@@ -390,8 +407,8 @@ def sql(
     \b
     Example:  fuseline sql "SELECT model, domain, avg(entropy) FROM positions GROUP BY ALL ORDER BY ALL"
     """
-    from .results import style_for, write_result
-    from .store.database import Database
+    from .commands.results import style_for, write_result
+    from .store.sql.database import Database
 
     chosen = style_for(style, output=output)
     limits = {name: value for name, value in (("memory_limit", memory_limit), ("spill_limit", spill_limit)) if value is not None}
@@ -402,7 +419,7 @@ def sql(
             write_result(batches, style=chosen, output=output)
 
     if query is None and sys.stdin.isatty() and output is None:
-        from .prompt import ask_repeatedly
+        from .commands.prompt import ask_repeatedly
 
         ask_repeatedly(database, show=show, show_stats=lambda: show_query_stats(database.stats), stats=stats)
         return

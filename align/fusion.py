@@ -39,21 +39,17 @@ from .weights import fixed_weights, position_costs, source_weights, speaking_wei
 _ONE_HOT_TOKEN = {"target": "", "one_hot": "next token", "one_hot_published": "this token"}  # no model's name has a space
 
 
-def fusion_identity(
-    sources: list[FusionSource], *, alignment: AlignmentConfig, fusion: FusionConfig, top_k: int, codec: Encoding = "f16"
+def fusion_choices(
+    names: Sequence[str], *, alignment: AlignmentConfig, fusion: FusionConfig, top_k: int, codec: Encoding = "f16"
 ) -> dict[str, Any]:
-    """What determines fused targets. The order of the sources does, since it breaks ties; their names do not.
+    """The part of the identity of fused targets that the recipe alone determines; `names` are those of the sources, in order.
 
     A choice that makes no difference is None: the metric where each token is a unit, a pack's length where there are none, and weights
     where the method makes them. Of weights only their ratio counts.
     """
-    is_fixed, names = fusion.method == "fixed", [source.name for source in sources]
+    is_fixed = fusion.method == "fixed"
     return {
         "stage": "targets/2",
-        "sources": [
-            [dataset.fingerprint for dataset in (source.distributions, source.alignment, source.vocabulary_map) if dataset]
-            for source in sources
-        ],
         **alignment.model_dump(include={"gold_anchor", "collisions"}),
         **fusion.model_dump(include={"method", "unit", "fallback"}),
         "metric": None if fusion.unit == "token" else fusion.metric,  # with method `fixed` too: `cost_SN` is in it
@@ -62,6 +58,19 @@ def fusion_identity(
         "domain_weights": {domain: _scaled(of, names=names) for domain, of in fusion.domain_weights.items()} if is_fixed else None,
         "top_k": top_k,
         "codec": codec,
+    }
+
+
+def fusion_identity(
+    sources: list[FusionSource], *, alignment: AlignmentConfig, fusion: FusionConfig, top_k: int, codec: Encoding = "f16"
+) -> dict[str, Any]:
+    """What determines fused targets. The order of the sources does, since it breaks ties; their names do not."""
+    names = [source.name for source in sources]
+    return fusion_choices(names, alignment=alignment, fusion=fusion, top_k=top_k, codec=codec) | {
+        "sources": [
+            [dataset.fingerprint for dataset in (source.distributions, source.alignment, source.vocabulary_map) if dataset]
+            for source in sources
+        ],
     }
 
 

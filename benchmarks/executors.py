@@ -15,8 +15,8 @@ from pathlib import Path
 
 import polars as pl
 import psutil
-from fuseline.cluster.config import ExecutorConfig
-from fuseline.cluster.executor import open_executor
+from fuseline.pipeline.executors.config import ExecutorConfig
+from fuseline.pipeline.executors.executor import open_executor
 from fuseline.store import journal
 from fuseline.store.dataset import Dataset, PartContent
 from fuseline.store.workspace import Workspace

@@ -25,7 +25,7 @@ from fuseline.align.maps import VocabularyMapStage
 from fuseline.align.matches import TokenMatchesStage
 from fuseline.align.projection import Projection, SourcePart, project
 from fuseline.align.sources import FusionSource, gold_ids, probabilities
-from fuseline.cluster.work import Stage
+from fuseline.pipeline.executors.work import Stage
 from fuseline.store.dataset import Dataset
 from fuseline.store.tokenizer import Tokenizer
 from fuseline.store.workspace import Workspace

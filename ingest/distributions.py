@@ -51,19 +51,19 @@ class DistributionsConfig(BaseModel):
     )
 
 
+def forward_choices(*, split: str, dtype: str, top_k: int, codec: Encoding) -> dict[str, Any]:
+    """The part of the identity of distributions that the recipe alone determines."""
+    return {"stage": "distributions/1", "split": split, "dtype": dtype, "top_k": top_k, "codec": codec}
+
+
 def distributions_identity(
     model: ModelFolder, *, corpus: Dataset, split: str, dtype: str, top_k: int, codec: Encoding = "f16", chat: ChatReading | None = None
 ) -> dict[str, Any]:
     """What determines a model's distributions on a corpus. Its name, the batch size and the device do not."""
-    identity = {
-        "stage": "distributions/1",
+    identity = forward_choices(split=split, dtype=dtype, top_k=top_k, codec=codec) | {
         "corpus": corpus.fingerprint,
-        "split": split,
         "weights": model.weights_digest,
         "tokenizer": model.tokenizer.digest,
-        "dtype": dtype,
-        "top_k": top_k,
-        "codec": codec,
     }
     if model.tokenizer.rewrites:  # which decides what documents there are
         identity["equivalence"] = 1

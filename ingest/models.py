@@ -7,9 +7,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
-
-from pydantic import BaseModel, ConfigDict, Field
+from typing import Any
 
 from ..store.errors import DataError
 from ..store.model_files import check_model_files
@@ -21,31 +19,11 @@ from ..store.tokenizer import Tokenizer
 from ..store.transformers_folder import completed_config
 from ..store.weights import EMBEDDINGS, refuse_adapter, tensors_of, unread_shards, weight_files
 from .digests import file_digest
+from .model_config import ModelConfig
 from .places import find_place
 
 _DTYPES = ("float32", "bfloat16", "float16", "float64")
 _NOTES_IN_CONFIG = {"_name_or_path", "transformers_version"}  # they say where a model came from, not what it is
-
-
-class ModelConfig(BaseModel):
-    """The `[target]` or one of the `[[sources]]` of a recipe."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
-
-    name: str = Field(pattern=r"^[A-Za-z0-9]+([._-][A-Za-z0-9]+)*$", description="name of the model in the workspace")
-    model: str = Field(description="model id on the Hugging Face hub, or a folder in its format (safetensors)")
-    revision: str | None = Field(None, description="commit, tag or branch of a hub model; of a local folder, the commit that it must be of")
-    dtype: Literal["bfloat16", "float16", "float32"] = Field(
-        "bfloat16", description="number format of the weights in forward passes; docs/machines.md says what they are computed in"
-    )
-    prepends_bos: bool | None = Field(None, description="start each segment with bos; by default as the model's tokenizer does")
-    chat_template: Literal["shared", "own"] = Field(
-        "shared",
-        description="of a source, with [corpus.chat]: it reads conversations as the corpus has them, or in its own chat template",
-    )
-    trust_remote_code: bool = Field(False, description="run Python code that comes with the model")
-    expected_parameters: float | None = Field(None, gt=0, description="for --dry-run where the model is not at hand")
-    expected_vocab_size: int | None = Field(None, gt=0, description="for --dry-run where the model is not at hand")
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,6 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from ..store.errors import DataError, UsageError
 from ..store.inside import OutsideFolder, inside, lies_inside
@@ -11,9 +10,7 @@ from ..store.paths import expanded
 from ..store.weights import weight_files
 from .digests import snapshot_commit
 from .hub import HUB_ID, cache_unwritable, is_cache_unwritable
-
-if TYPE_CHECKING:
-    from .models import ModelConfig
+from .model_config import ModelConfig
 
 _HUB_FILES = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "*.py"]
 # Files of a model that are read, beside its weights.
@@ -30,7 +27,7 @@ class Place:
     notes: tuple[str, ...] = ()  # what a user should know of it
 
 
-def find_place(config: "ModelConfig", *, models_dir: Path, base: Path, download: bool) -> Place:
+def find_place(config: ModelConfig, *, models_dir: Path, base: Path, download: bool) -> Place:
     """The folder of a model: a path, else one in the models folder, else a snapshot of the hub's.
 
     In the models folder `<owner>/<name>` and `<owner>--<name>` come before `<name>`, which may be of any owner.
@@ -61,7 +58,7 @@ def _of_owner(model: str, *, models_dir: Path) -> Iterator[Path]:
         yield models_dir / model.replace("/", "--")
 
 
-def _snapshot(config: "ModelConfig", *, models_dir: Path, download: bool) -> Path:
+def _snapshot(config: ModelConfig, *, models_dir: Path, download: bool) -> Path:
     import huggingface_hub
 
     try:
@@ -79,7 +76,7 @@ def _snapshot(config: "ModelConfig", *, models_dir: Path, download: bool) -> Pat
     return Path(snapshot)
 
 
-def _notes_of_revision(folder: Path, *, config: "ModelConfig") -> tuple[str, ...]:
+def _notes_of_revision(folder: Path, *, config: ModelConfig) -> tuple[str, ...]:
     if config.revision is None or _is_of_revision(folder, config=config):
         return ()
     return (
@@ -98,7 +95,7 @@ def _what_is_known(folder: Path) -> str:
     return f"its files are of the commits {' and '.join(commits)}. Download all of them again."
 
 
-def _is_of_revision(folder: Path, *, config: "ModelConfig") -> bool:
+def _is_of_revision(folder: Path, *, config: ModelConfig) -> bool:
     """Whether a local folder is known to be of the revision that the recipe asks for; False if its revision is not known.
 
     Raises:

@@ -21,63 +21,63 @@ from .corpus_plan import read_documents, read_plan
 from .dataset import Dataset
 from .errors import DamagedPart, DataError, FuselineError
 from .json_files import is_count, read_object
+from .layout import Layout
 from .lineage import tokenizer_digests
 from .manifest import Manifest
 from .trainings import checkpoint_steps, read_evaluations, read_metrics, training_folders
-from .workspace import Workspace
 
 
 @contextmanager
-def reading(workspace: Workspace, *, limits: Limits = DEFAULT_LIMITS, external_access: bool = False) -> Iterator[duckdb.DuckDBPyConnection]:
+def reading(layout: Layout, *, limits: Limits = DEFAULT_LIMITS, external_access: bool = False) -> Iterator[duckdb.DuckDBPyConnection]:
     """The catalog, opened to be read (`catalog_file.open_to_read`).
 
     Raises:
         DataError: there is no catalog yet, or it is not one that this fuseline can ask.
         WorkspaceBusy: it stays locked.
     """
-    if not os.path.lexists(workspace.catalog_path):
-        raise DataError(f"{workspace.root} has no catalog yet. It appears when the first stage has run: fuseline run RECIPE.")
-    with open_to_read(workspace.catalog_path, limits=limits, external_access=external_access) as connection:
+    if not os.path.lexists(layout.catalog_path):
+        raise DataError(f"{layout.root} has no catalog yet. It appears when the first stage has run: fuseline run RECIPE.")
+    with open_to_read(layout.catalog_path, limits=limits, external_access=external_access) as connection:
         yield connection
 
 
-def known_parts(workspace: Workspace) -> set[tuple[str, str, int]]:
+def known_parts(layout: Layout) -> set[tuple[str, str, int]]:
     """Kind and name of the dataset, and index, of every part that the catalog knows.
 
     Raises:
         DataError: there is no catalog, or it cannot be read.
         WorkspaceBusy: it stays locked.
     """
-    with reading(workspace) as connection, _told(workspace):
+    with reading(layout) as connection, _told(layout):
         return set(connection.execute("SELECT kind, name, part FROM parts").fetchall())
 
 
-def read_all(workspace: Workspace) -> None:
+def read_all(layout: Layout) -> None:
     """Read every row of the catalog: DuckDB then checks its own checksums.
 
     Raises:
         DataError: there is no catalog, or it cannot be read.
         WorkspaceBusy: it stays locked.
     """
-    with reading(workspace) as connection, _told(workspace):
+    with reading(layout) as connection, _told(layout):
         for (table,) in connection.execute("SELECT table_name FROM duckdb_tables()").fetchall():
             connection.execute(f"SELECT bit_xor(hash({table})) FROM {table}").fetchall()
 
 
 @contextmanager
-def _told(workspace: Workspace) -> Iterator[None]:
+def _told(layout: Layout) -> Iterator[None]:
     try:
         yield
     except duckdb.Error as error:
         raise DataError(
-            f"{workspace.catalog_path} cannot be read: {error}\nIt is only an index: make it again with `fuseline store rebuild`."
+            f"{layout.catalog_path} cannot be read: {error}\nIt is only an index: make it again with `fuseline store rebuild`."
         ) from error
 
 
-def forget(workspace: Workspace, *, kind: str, name: str) -> None:
+def forget(layout: Layout, *, kind: str, name: str) -> None:
     """Forget a dataset, so that the next fold reads it anew. Only the coordinator may."""
     try:
-        with open_to_write(workspace.catalog_path) as connection:
+        with open_to_write(layout.catalog_path) as connection:
             connection.begin()
             _forget(connection, kind, name)
             connection.commit()
@@ -85,42 +85,42 @@ def forget(workspace: Workspace, *, kind: str, name: str) -> None:
         return
 
 
-def fold(workspace: Workspace) -> None:
+def fold(layout: Layout) -> None:
     """Bring the catalog up to date with what is on disk. Only the coordinator may, between two runs of stages.
 
     Parts are immutable, so those that the catalog knows are not read again. A catalog that holds anything that is not fuseline's is made
     again, without asking it.
     """
-    if os.path.lexists(workspace.catalog_path):
+    if os.path.lexists(layout.catalog_path):
         with suppress(ForeignCatalog):
-            _fold_into(workspace.catalog_path, workspace)
+            _fold_into(layout.catalog_path, layout)
             return
-    rebuild(workspace)
+    rebuild(layout)
 
 
-def rebuild(workspace: Workspace) -> None:
+def rebuild(layout: Layout) -> None:
     """Make the catalog anew, in place of the one that may be there, when all of it is read. Only the coordinator may."""
-    with durable.temporary(workspace.catalog_path) as path:
-        _fold_into(path, workspace)
-        durable.discard(log_of(workspace.catalog_path))  # what a crash left of the one before
-        durable.publish(path, to=workspace.catalog_path)
+    with durable.temporary(layout.catalog_path) as path:
+        _fold_into(path, layout)
+        durable.discard(log_of(layout.catalog_path))  # what a crash left of the one before
+        durable.publish(path, to=layout.catalog_path)
 
 
-def _fold_into(path: Path, workspace: Workspace) -> None:
+def _fold_into(path: Path, layout: Layout) -> None:
     try:
         with open_to_write(path) as connection:
             connection.begin()
-            _fold_all(connection, workspace)
+            _fold_all(connection, layout)
             connection.commit()
     except duckdb.Error as error:
         raise DataError(
-            f"{workspace.catalog_path} cannot be brought up to date: {error}\nIt is only an index, nothing is lost. "
+            f"{layout.catalog_path} cannot be brought up to date: {error}\nIt is only an index, nothing is lost. "
             "Make room if the disk is full, and run the same command again; else make it again with `fuseline store rebuild`."
         ) from error
 
 
-def _fold_all(connection: duckdb.DuckDBPyConnection, workspace: Workspace) -> None:
-    present = {(dataset.kind, dataset.name): dataset for dataset in workspace.datasets()}
+def _fold_all(connection: duckdb.DuckDBPyConnection, layout: Layout) -> None:
+    present = {(dataset.kind, dataset.name): dataset for dataset in layout.datasets()}
     for kind, name, fingerprint in connection.execute("SELECT kind, name, fingerprint FROM datasets").fetchall():
         dataset = present.get((kind, name))
         gone = dataset is None or dataset.fingerprint != fingerprint or _known_parts(connection, kind, name) - set(dataset.parts())
@@ -128,8 +128,8 @@ def _fold_all(connection: duckdb.DuckDBPyConnection, workspace: Workspace) -> No
             _forget(connection, kind, name)
     for dataset in present.values():
         _fold_dataset(connection, dataset)
-    _fold_tokenizers(connection, workspace, needed={digest for dataset in present.values() for digest in tokenizer_digests(dataset)})
-    _fold_runs(connection, workspace)
+    _fold_tokenizers(connection, layout, needed={digest for dataset in present.values() for digest in tokenizer_digests(dataset)})
+    _fold_runs(connection, layout)
 
 
 # Tables that hold rows of a dataset of each kind, and their column with its name.
@@ -279,9 +279,9 @@ def _fold_plan(connection: duckdb.DuckDBPyConnection, dataset: Dataset) -> None:
     _insert(connection, "documents", documents.with_columns(corpus=pl.lit(dataset.name)))
 
 
-def _fold_tokenizers(connection: duckdb.DuckDBPyConnection, workspace: Workspace, *, needed: set[str]) -> None:
+def _fold_tokenizers(connection: duckdb.DuckDBPyConnection, layout: Layout, *, needed: set[str]) -> None:
     connection.execute("DELETE FROM tokenizers")
-    for folder in (workspace.folder("tokenizers", digest) for digest in sorted(needed)):
+    for folder in (layout.folder("tokenizers", digest) for digest in sorted(needed)):
         if not folder.exists():
             continue  # `verify` tells
         try:
@@ -295,16 +295,16 @@ def _fold_tokenizers(connection: duckdb.DuckDBPyConnection, workspace: Workspace
         connection.execute("INSERT INTO tokenizers VALUES (?, ?, ?, ?, ?)", row)
 
 
-def _fold_runs(connection: duckdb.DuckDBPyConnection, workspace: Workspace) -> None:
+def _fold_runs(connection: duckdb.DuckDBPyConnection, layout: Layout) -> None:
     for table in ("runs", "checkpoints", "metrics", "training_evaluations"):
         connection.execute(f"DELETE FROM {table}")
-    for run in workspace.runs():
+    for run in layout.runs():
         status = "interrupted" if run["status"] == "running" else run["status"]  # the fold runs between stages: this one was killed
         row = [run["run"], run["stage"], run["dataset"], status, run["started_at"], run["ended_at"], run["host"], run["fuseline"]]
         documents = [json.dumps(run["parameters"]), json.dumps(run["metrics"])]
         moments = "make_timestamp((? * 1e6)::BIGINT), make_timestamp((? * 1e6)::BIGINT)"
         connection.execute(f"INSERT INTO runs VALUES (?, ?, ?, ?, {moments}, ?, ?, ?, ?)", row + documents)
-    for folder in training_folders(workspace):
+    for folder in training_folders(layout):
         for step in checkpoint_steps(folder):
             path = f"runs/{folder.name}/checkpoints/step-{step:08d}"
             connection.execute("INSERT INTO checkpoints VALUES (?, ?, ?)", [folder.name, step, path])

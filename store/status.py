@@ -12,9 +12,9 @@ from typing import Any
 from .corpus_plan import read_plan
 from .journal import WorkerState, read_journals
 from .json_files import open_file
+from .layout import Layout
 from .manifest import Manifest
 from .trainings import checkpoint_steps, read_machine, read_metrics, training_folders
-from .workspace import Workspace
 
 _RECENT_SECONDS = 1800.0  # over which the rate of workers is measured
 
@@ -55,13 +55,13 @@ class TrainingStatus:
     threads: int | None  # of a rank, at its latest start
 
 
-def dataset_statuses(workspace: Workspace) -> list[DatasetStatus]:
-    """Every dataset of the workspace, in the order of the pipeline."""
-    plans = {dataset.name: read_plan(dataset.folder) for dataset in workspace.datasets() if dataset.kind == "corpus"}
+def dataset_statuses(layout: Layout) -> list[DatasetStatus]:
+    """Every dataset of the layout, in the order of the pipeline."""
+    plans = {dataset.name: read_plan(dataset.folder) for dataset in layout.datasets() if dataset.kind == "corpus"}
     splits_of = {name: [part["split"] for part in plan["parts"]] for name, plan in plans.items() if plan}
-    states_of = _worker_states(workspace)
+    states_of = _worker_states(layout)
     statuses = []
-    for dataset in workspace.datasets():
+    for dataset in layout.datasets():
         manifests = [dataset.manifest(part) for part in dataset.parts()]
         expected: int | None
         match dataset.kind:
@@ -127,19 +127,19 @@ def _over(manifests: Sequence[Manifest], *, seconds: float) -> _Rates | None:
     return _Rates(parts_per_second=len(manifests) / seconds, tokens_per_second=tokens / seconds)
 
 
-def _worker_states(workspace: Workspace) -> dict[tuple[str, str], list[WorkerState]]:
+def _worker_states(layout: Layout) -> dict[tuple[str, str], list[WorkerState]]:
     """What the workers wrote of themselves, by kind and name of their dataset; of a run that is done there is nothing left to say."""
     found: dict[tuple[str, str], list[WorkerState]] = {}
-    for run in workspace.runs():
+    for run in layout.runs():
         if run["status"] != "done":
-            found.setdefault((run["stage"], run["dataset"]), []).extend(read_journals(workspace.folder("runs", run["run"])))
+            found.setdefault((run["stage"], run["dataset"]), []).extend(read_journals(layout.folder("runs", run["run"])))
     return found
 
 
-def training_statuses(workspace: Workspace) -> list[TrainingStatus]:
+def training_statuses(layout: Layout) -> list[TrainingStatus]:
     """Every training that was begun."""
     statuses = []
-    for folder in training_folders(workspace):
+    for folder in training_folders(layout):
         records = read_metrics(folder)
         last = records[-1] if records else {}
         machine = read_machine(folder) or {}

@@ -10,8 +10,8 @@ from .checksums import size_and_crc
 from .errors import DamagedPart, reason_of
 from .inside import inside
 from .json_files import decode_json, is_count, is_number, read_lines, read_object
+from .layout import Layout
 from .shown import shown
-from .workspace import Workspace
 
 METRICS = "metrics.jsonl"
 EVALUATIONS = "evaluations.jsonl"
@@ -40,14 +40,14 @@ _FIGURES = frozenset(
 )
 
 
-def training_folders(workspace: Workspace) -> list[Path]:
+def training_folders(layout: Layout) -> list[Path]:
     """The run folders of all trainings that were begun, by name."""
-    return sorted(path.parent for path in (workspace.root / "runs").glob("*/job.json"))
+    return sorted(path.parent for path in (layout.root / "runs").glob("*/job.json"))
 
 
-def text_only(workspace: Workspace) -> list[str]:
+def text_only(layout: Layout) -> list[str]:
     """Names of the trainings that learn from the text alone, the baselines of the others."""
-    jobs = {folder.name: read_job(folder / "job.json") for folder in training_folders(workspace)}
+    jobs = {folder.name: read_job(folder / "job.json") for folder in training_folders(layout)}
     return [name for name, config in jobs.items() if config["clm_weight"] == 1 and config.get("clm_weight_end") in (None, 1)]
 
 

@@ -16,6 +16,7 @@ from .corpus_plan import read_documents, read_plan
 from .dataset import Dataset
 from .errors import DamagedPart, FuselineError, NewerPart, WorkspaceBusy
 from .json_files import open_file, read_object
+from .layout import DATASET_KINDS, folders_in, read_run
 from .lineage import check_counts, check_inputs
 from .manifest import Manifest
 from .tokenizer import tokenizer_digest
@@ -29,7 +30,7 @@ from .trainings import (
     read_records,
     training_folders,
 )
-from .workspace import DATASET_KINDS, Workspace, folders_in, read_run
+from .workspace import Workspace
 
 PartName = tuple[str, str, int]  # kind and name of the dataset, index of the part
 _REMAKE = "Mend it with: fuseline store repair RECIPE."

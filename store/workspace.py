@@ -1,14 +1,4 @@
-"""The workspace: one folder that holds everything of a project.
-
-<workspace>/
-  catalog.duckdb                                      index of all of it; can be rebuilt
-  tokenizers/<digest>/                                tokenizer.json, token_bytes.parquet
-  corpus/<name>/  distributions/<model>/  alignments/<source>--<target>/  targets/<name>/  evaluations/<model>/
-  token_matches/<source>--<target>--<positions>/  vocab_maps/<source>--<target>--<rule>/     tables, in the same form as the others
-  runs/<run>/                                         one execution of a stage: run.json; of training also checkpoints, metrics, logs
-  exports/<name>/                                     models in the Hugging Face format
-  models/<digest>.json                                what transformers reads differently in a model's folder; found again if removed
-"""
+"""The workspace: what opens the folder of a project, makes things in it, and asks it."""
 
 import fcntl
 import os
@@ -24,23 +14,18 @@ from typing import TYPE_CHECKING, Any
 from .. import __version__
 from . import durable
 from .dataset import Dataset
-from .errors import DamagedPart, DataError, UsageError, WorkspaceBusy, reason_of
+from .errors import DataError, UsageError, WorkspaceBusy
 from .fingerprint import Identity
 from .inside import require_inside
-from .json_files import END_OF_TIME, is_number, read_object
+from .layout import DATASET_KINDS, Layout, folders_in
 from .machine import usable_cores
-from .shown import shown
 
 if TYPE_CHECKING:
     import polars as pl
 
-    from .database import Database, Parameters
-
-# In the order of the pipeline, which is also the order in which the catalog folds them.
-DATASET_KINDS = ("corpus", "distributions", "token_matches", "vocab_maps", "alignments", "targets", "evaluations")
+    from .sql.database import Database, Parameters
 
 _FOLDERS = ("tokenizers", *DATASET_KINDS, "runs", "exports", "models")
-_RUN_KEYS = ("run", "stage", "dataset", "parameters", "fuseline", "host", "started_at", "ended_at", "status", "metrics")  # of a run.json
 _SHOWN_HOLDER = 200  # characters of what the coordinator says of itself
 
 
@@ -52,11 +37,8 @@ class Run:
     metrics: dict[str, Any]  # what is put in here is recorded
 
 
-class Workspace:
-    """The folder of a project and the paths in it."""
-
-    def __init__(self, root: Path) -> None:
-        self.root = root
+class Workspace(Layout):
+    """The folder of a project, opened: stages make datasets in it, and record their runs."""
 
     @classmethod
     def create(cls, root: Path) -> "Workspace":
@@ -94,7 +76,7 @@ class Workspace:
     @cached_property
     def database(self) -> "Database":
         """Everything that is stored, for SQL."""
-        from .database import Database  # which opens workspaces
+        from .sql.database import Database  # which opens workspaces
 
         return Database(self)
 
@@ -102,25 +84,9 @@ class Workspace:
         """The result of a DuckDB query over everything that is stored, as a polars table; see `Database.sql`."""
         return self.database.sql(query, parameters)
 
-    @property
-    def catalog_path(self) -> Path:
-        """The DuckDB file."""
-        return self.root / "catalog.duckdb"
-
-    def folder(self, kind: str, name: str) -> Path:
-        """Where something of this kind and name is, or would be."""
-        return self.root / kind / name
-
     def dataset(self, kind: str, name: str, *, identity: Identity, description: Mapping[str, Any] | None = None) -> Dataset:
         """Open or begin a dataset; see `Dataset.create`."""
         return Dataset.create(self.folder(kind, name), identity=identity, description=description)
-
-    def datasets(self) -> Iterator[Dataset]:
-        """Every dataset of the workspace, in the order of the pipeline."""
-        for kind in DATASET_KINDS:
-            for folder in folders_in(self.root / kind):
-                if os.path.lexists(folder / "dataset.json"):
-                    yield Dataset.open(folder)
 
     @contextmanager
     def coordinator(self) -> Iterator[None]:
@@ -149,21 +115,6 @@ class Workspace:
             for folder in self.swept_folders():
                 durable.sweep(folder)
             yield
-
-    def tokenizer_folders(self) -> list[Path]:
-        """The folders of all stored tokenizers, by digest."""
-        return folders_in(self.root / "tokenizers")
-
-    def swept_folders(self) -> Iterator[Path]:
-        """The folders into which stages publish, and in which a dead one leaves temporaries. Trainers sweep theirs themselves.
-
-        The folder of a kind may be a link, to another disk; one of a dataset that is a link is not swept.
-        """
-        yield self.root
-        for folder in ("tokenizers", "models", *DATASET_KINDS):
-            yield self.root / folder
-        for kind in DATASET_KINDS:
-            yield from (folder for folder in folders_in(self.root / kind) if not folder.is_symlink())
 
     @contextmanager
     def run(self, stage: str, *, name: str, parameters: Mapping[str, Any]) -> Iterator["Run"]:
@@ -196,54 +147,9 @@ class Workspace:
         finally:
             durable.write_json(folder / "run.json", record | {"status": status, "ended_at": time.time()})
 
-    def runs(self) -> Iterator[dict[str, Any]]:
-        """The record of every run, oldest first.
-
-        Raises:
-            DamagedPart: one cannot be read.
-        """
-        yield from map(read_run, self.run_files())
-
-    def run_files(self) -> list[Path]:
-        """The `run.json` of every run, oldest first."""
-        return sorted((self.root / "runs").glob("*/run.json"))
-
 
 def _require_own_folders(root: Path) -> None:
     """Raise OutsideFolder if the folder of a kind, or one in it, is a link that leads out: it would be read, written and cleaned."""
     for kind in _FOLDERS:
         for path in (root / kind, *folders_in(root / kind)):
             require_inside(path, folder=root)
-
-
-def folders_in(folder: Path) -> list[Path]:
-    """The folders in a folder, by name, also where they are links; nothing where there is no folder."""
-    return sorted(path for path in folder.glob("[!.]*") if path.is_dir())
-
-
-def read_run(path: Path) -> dict[str, Any]:
-    """The record of a run, by its `run.json`; its name is that of its folder.
-
-    Raises:
-        DamagedPart: it cannot be read, or lacks something.
-    """
-    try:
-        record = read_object(path)
-        _check_run(record)
-    except (OSError, ValueError) as error:
-        raise DamagedPart(
-            f"{path} cannot be read ({reason_of(error)}).", remedy="Remove it: it is only a record of what was done."
-        ) from error
-    return record | {"run": path.parent.name}
-
-
-def _check_run(record: dict[str, Any]) -> None:
-    """Raise ValueError unless a record has what a run's has."""
-    missing = [key for key in _RUN_KEYS if key not in record]
-    if missing:
-        raise ValueError(f"it lacks {', '.join(missing)}")
-    for key in ("stage", "dataset", "fuseline", "host", "status"):
-        if not isinstance(record[key], str):
-            raise ValueError(f"{key} ({shown(record[key])}) must be a text")
-    if not is_number(record["started_at"], below=END_OF_TIME) or not is_number(record["ended_at"] or 0, below=END_OF_TIME):
-        raise ValueError("started_at and ended_at must be numbers of seconds from 0")

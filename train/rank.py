@@ -17,7 +17,6 @@ from . import records
 from .config import TrainJob
 
 ERROR_PREFIX = "fuseline.train: error: "
-MEETING = "FUSELINE_RANKS"  # in the environment of ranks that `Ranks` started: the file in which they meet; those of `torchrun` have none
 _PR_SET_PDEATHSIG = 1
 
 

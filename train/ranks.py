@@ -20,7 +20,8 @@ from typing import Self
 import psutil
 
 from ..store.errors import FuselineError
-from .rank import MEETING, die_with_parent
+from .meeting import MEETING
+from .rank import die_with_parent
 
 _GRACE_SECONDS = 30.0  # from the failure of one rank until the others are killed
 

@@ -24,8 +24,8 @@ from ..store.errors import UsageError
 from ..store.machine import use_threads
 from .config import TrainingConfig
 from .loss import CHUNK_ELEMENTS
+from .meeting import MEETING
 from .megatron import DistributedDataParallelConfig, parallel_state, random, require_version, tensor_parallel
-from .rank import MEETING
 from .unpickling import known_classes_only
 
 _TIMEOUT = timedelta(minutes=30)  # of a message, which waits for the slowest rank

@@ -116,7 +116,7 @@ def test_another_target_for_the_same_sources_makes_only_what_is_new(project, mod
 def test_names_that_are_taken_are_told_together_before_anything_is_computed_with_names_that_are_free(project, models):
     before = files(project)
     recipe = write(project, ("[training]", OTHER_SOURCE))
-    assert state(project, recipe)["targets/fused"] == "other inputs"
+    assert state(project, recipe)["targets/fused"] == "different inputs"
     code, output = fuseline("run", recipe, models=models)
     assert code == 1
     assert "targets/fused\n    sources: stored target, source; asked for target, source, other\n" in output
@@ -142,7 +142,7 @@ def test_other_parameters_under_a_taken_name_are_told_key_by_key(project, models
     recipe = write(project, ("[training]", "[distributions]\ntop_k = 4\n\n[training]"))
     code, output = fuseline("status", recipe)
     assert "distributions/target: top_k: stored 10, asked for 4" in output
-    assert "other inputs" in output
+    assert "different inputs" in output
 
 
 @pytest.mark.parametrize("name", ["vocab_maps/source--target--prefix", "alignments/source--target"])
@@ -153,7 +153,7 @@ def test_what_another_version_made_is_of_other_inputs_to_the_status_as_it_is_to_
     changed = stored.identity | {"stage": "of another version"}
     Workspace.open(project / "workspace").dataset(*name.split("/"), identity=changed, description=stored.description)
     recipe = project / "recipe.toml"
-    assert state(project, recipe)[name] == "other inputs"
+    assert state(project, recipe)[name] == "different inputs"
     code, output = fuseline("align", recipe, models=models)
     assert (code, "of another version" in output) == (1, True)
 
@@ -168,7 +168,7 @@ def test_what_another_version_made_is_of_other_inputs_to_the_status_as_it_is_to_
 )  # fmt: skip
 def test_other_choices_for_what_is_there_are_told(project, models, change, names):
     recipe = write(project, change)
-    found = {what for what, how in state(project, recipe).items() if how == "other inputs"}
+    found = {what for what, how in state(project, recipe).items() if how == "different inputs"}
     assert names <= found
     assert found <= names | {"targets/fused", "training/fused"}
     code, output = fuseline("run", recipe, models=models)

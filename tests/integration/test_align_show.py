@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 from fuseline.align.show import ShownDocument, show_alignment
-from fuseline.alignment_view import page, visible
 from fuseline.cli import main
+from fuseline.commands.alignment_view import page, visible
 from fuseline.store.errors import DataError
 from fuseline.store.workspace import Workspace
 from tiny import save_model, train_composing

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 from fuseline.cli import main
-from fuseline.cluster.stages import Stages
-from fuseline.recipe import load_recipe
+from fuseline.pipeline.graph import products
+from fuseline.pipeline.opened import Opened
+from fuseline.pipeline.recipe_file import load_recipe
 from fuseline.store import durable
 from fuseline.store.dataset import Dataset
 from fuseline.store.fingerprint import sealed
@@ -31,7 +32,7 @@ def ingest(project, models_dir):
 
     def ingested(workspace: Path, *, fastest: str) -> Path:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("fuseline.cluster.stages.arithmetic_for", lambda dtype: fastest)
+            patch.setattr("fuseline.pipeline.opened.arithmetic_for", lambda dtype: fastest)
             arguments = ["ingest", "distributions", project, "-w", workspace, "--models", models_dir]
             corpus = CliRunner().invoke(main, ["ingest", "corpus", *map(str, arguments[2:])])
             result = CliRunner().invoke(main, list(map(str, arguments)))
@@ -105,5 +106,6 @@ def test_a_gpu_here_says_nothing_of_workers_without_one(monkeypatch, corpus_text
     monkeypatch.setattr("fuseline.store.machine.flops", {"float32": 9e9, "bfloat16": 1e9}.get)
     asked = f'[executor]\nkind = "{executor}"\n[executor.resources.distributions]\ngpus = {gpus}\n'
     recipe = load_recipe(write_project(tmp_path, texts=corpus_texts, recipe=RECIPE + ("" if executor == "local" else asked)))
-    stages = Stages(recipe, base=tmp_path, workspace=Workspace.create(tmp_path / "w"), models_dir=tmp_path, say=print)
-    assert stages._arithmetic(Dataset(tmp_path / "w" / KIND / "target", {}, {}), dtype="bfloat16") == arithmetic
+    workspace = Workspace.create(tmp_path / "w")
+    site = Opened(products(recipe), base=tmp_path, workspace=workspace, models_dir=tmp_path, executor=recipe.executor, say=print)
+    assert site.arithmetic(Dataset(tmp_path / "w" / KIND / "target", {}, {}), dtype="bfloat16") == arithmetic

@@ -11,8 +11,8 @@ from chat import PUBLISHED, TEXTS, save_tokenizer
 from click.testing import CliRunner
 from fuseline.cli import main
 from fuseline.store.corpus_plan import read_plan
-from fuseline.store.database import Database
 from fuseline.store.dataset import Dataset
+from fuseline.store.sql.database import Database
 from fuseline.store.tokenizer import Tokenizer
 from fuseline.store.workspace import Workspace
 from fuseline.train.config import TrainingConfig, TrainJob
@@ -336,7 +336,7 @@ def test_a_source_that_is_to_read_another_template_is_of_other_inputs_to_the_sta
     recipe.write_text(RECIPE.replace('chat_template = "own"\n', ""))
     shown = fuseline("status", recipe, "-w", project / "workspace", "--json")
     states = {(each["kind"], each["name"]): each["state"] for each in json.loads(shown)["wanted"]}
-    assert states["distributions", "own"] == "other inputs"
+    assert states["distributions", "own"] == "different inputs"
     assert states["distributions", "other"] == "done"
 
 

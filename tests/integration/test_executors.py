@@ -18,8 +18,8 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 from fuseline.cli import main
-from fuseline.cluster.config import ExecutorConfig
-from fuseline.cluster.executor import open_executor
+from fuseline.pipeline.executors.config import ExecutorConfig
+from fuseline.pipeline.executors.executor import open_executor
 from fuseline.store import journal
 from fuseline.store.dataset import Dataset
 from fuseline.store.errors import FuselineError
@@ -270,7 +270,7 @@ def test_a_part_that_raises_is_tried_again_and_then_reported_with_its_log(troubl
 
 
 def test_a_part_that_kills_its_worker_is_reported_and_the_others_finish(troubled, monkeypatch):
-    monkeypatch.setattr("fuseline.cluster.ledger.MOST_DEATHS", 3)  # each costs the start of a process
+    monkeypatch.setattr("fuseline.pipeline.executors.ledger.MOST_DEATHS", 3)  # each costs the start of a process
     with pytest.raises(FuselineError, match=r"part 4: its worker died \(SIGKILL, out of memory perhaps\) \(3 times\)"):
         troubled(ExecutorConfig(workers=2), killing={4})
     assert Dataset.open(troubled.dataset).parts() == [part for part in range(20) if part != 4]
@@ -395,7 +395,7 @@ def test_jobs_whose_coordinator_was_killed_go_on_and_are_followed(project, model
 @needs_slurm
 def test_slurm_reports_what_failed_and_makes_the_rest(troubled, slurm, monkeypatch):
     monkeypatch.setenv("SLURM_CONF", slurm["SLURM_CONF"])
-    monkeypatch.setattr("fuseline.cluster.slurm._QUEUE_SECONDS", 1.0)
+    monkeypatch.setattr("fuseline.pipeline.executors.slurm._QUEUE_SECONDS", 1.0)
     with pytest.raises(FuselineError, match=r"2 parts failed") as raised:
         troubled(ExecutorConfig(kind="slurm", workers=2, retries=1), raising={4}, killing={5})
     assert "part 4: ValueError: part 4 is not to my liking" in str(raised.value)

@@ -17,7 +17,7 @@ import torch
 from fuseline.store.errors import DataError, FuselineError
 from fuseline.store.trainings import checkpoint_folder, read_metrics, seal_checkpoint
 from fuseline.train.config import TrainJob
-from fuseline.train.rank import MEETING
+from fuseline.train.meeting import MEETING
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
 from trainings import make_job, start_and_wait, train, write_inputs
 

@@ -208,7 +208,7 @@ def test_a_merge_of_other_models_under_a_taken_name_is_told_before_anything_is_t
     assert '  [merge]\n  name = "merged-3"\n' in output
     # Another second source: the number of sources, and so the name, is that of before.
     project.write_text(text.replace('name = "other"', 'name = "third"').replace('model = "tiny-other"', 'model = "tiny-third"'))
-    assert (state(project)["merge/merged-2"], state(project)["training/fused--third"]) == ("other inputs", "missing")
+    assert (state(project)["merge/merged-2"], state(project)["training/fused--third"]) == ("different inputs", "missing")
     code, output = fuseline("run", *options(project, models))
     assert (code, made(output)) == (1, set())
     assert "  exports/merged-2\n    trainings.other: stored" in output

@@ -12,8 +12,8 @@ import fuseline as fuseline_package
 import polars as pl
 import pytest
 from fuseline.store import catalog
-from fuseline.store.database import LAZY_TABLES
 from fuseline.store.dataset import Dataset
+from fuseline.store.sql.database import LAZY_TABLES
 from fuseline.store.workspace import Workspace
 from rounding import model_terms, rounding
 from workspaces import contents, kill_group, start, wait_for, write_project

@@ -8,7 +8,7 @@ import polars as pl
 import pytest
 from click.testing import CliRunner
 from fuseline.cli import main
-from fuseline.cluster.pipeline import Pipeline
+from fuseline.pipeline.pipeline import Pipeline
 from fuseline.store import catalog
 from fuseline.store.dataset import Dataset, PartContent
 from fuseline.store.fingerprint import sealed
@@ -91,20 +91,20 @@ def test_what_is_damaged_or_gone_is_made_again_and_nothing_else(project, models_
 def test_an_interrupted_repair_goes_on_where_it_was(project, models_dir, workspace, fused, monkeypatch):
     expected = damage(workspace)
     options = (project, "-w", workspace, "--models", models_dir, "--full")
-    make, left = Pipeline.make, 2
+    make, left = Pipeline.make_parts, 2
 
-    def interrupted(self, title, stage, *, parts):
+    def interrupted(self, product, *, parts):
         nonlocal left
         left -= 1
         if left < 0:
             raise KeyboardInterrupt
-        make(self, title, stage, parts=parts)
+        make(self, product, parts=parts)
 
-    monkeypatch.setattr(Pipeline, "make", interrupted)
+    monkeypatch.setattr(Pipeline, "make_parts", interrupted)
     assert fuseline("store", "repair", *options)[0] == 130
     assert (workspace / "repair.json").exists()
     catalog.fold(Workspace.open(workspace))  # what was set aside is no longer known there
-    monkeypatch.setattr(Pipeline, "make", make)
+    monkeypatch.setattr(Pipeline, "make_parts", make)
     code, output = fuseline("store", "repair", *options)
     assert code == 0, output
     assert {line.split(": ")[0] for line in output.splitlines() if line.endswith(": made again")} == expected

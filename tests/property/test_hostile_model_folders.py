@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 from fuseline.ingest.chat.template import ChatTemplate
-from fuseline.ingest.models import ModelConfig, ModelFolder
+from fuseline.ingest.model_config import ModelConfig
+from fuseline.ingest.models import ModelFolder
 from fuseline.store.errors import DataError, FuselineError
 from fuseline.store.transformers_folder import completed_config
 from fuseline.store.weights import refuse_adapter, unread_shards, weight_files

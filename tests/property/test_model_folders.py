@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 from fuseline.ingest.agreement import disagreements
-from fuseline.ingest.models import ModelConfig, ModelFolder
+from fuseline.ingest.model_config import ModelConfig
+from fuseline.ingest.models import ModelFolder
 from fuseline.store.errors import DataError
 from fuseline.store.roles import CLASS_DEFAULTS, CLASS_OF_MODEL_TYPE, ROLES
 from fuseline.store.tied import HEADS

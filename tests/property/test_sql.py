@@ -6,7 +6,8 @@ from collections.abc import Callable
 import numpy as np
 import polars as pl
 import pytest
-from fuseline.store import arrays, lazy_table
+from fuseline.store import arrays
+from fuseline.store.sql import lazy_table
 from fuseline.store.workspace import Workspace
 from hypothesis import given, settings
 from hypothesis import strategies as st

@@ -5,8 +5,8 @@ import tomllib
 from pathlib import Path
 
 import pytest
-from fuseline.added_source import add_source
-from fuseline.recipe import load_recipe
+from fuseline.pipeline.added_source import add_source
+from fuseline.pipeline.recipe_file import load_recipe
 from fuseline.store.errors import UsageError
 
 RECIPE = """\

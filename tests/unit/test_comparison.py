@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 import pytest
-from fuseline.console import _says
+from fuseline.commands.console import _says
 from fuseline.eval import comparison
 from fuseline.eval.comparison import Difference, differences
 

@@ -11,8 +11,8 @@ from pathlib import Path
 import polars as pl
 import pytest
 from fuseline.store import catalog
-from fuseline.store.database import Database
 from fuseline.store.errors import DamagedPart, DataError, UsageError, WorkspaceBusy
+from fuseline.store.sql.database import Database
 from fuseline.store.workspace import Workspace
 from small import small_workspace
 from stores import build_store

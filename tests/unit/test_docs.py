@@ -10,7 +10,7 @@ import click
 import fuseline
 import pytest
 from fuseline.cli import main
-from fuseline.recipe import Recipe
+from fuseline.pipeline.recipe import Recipe
 from pydantic import BaseModel
 
 ROOT = Path(fuseline.__file__).parent

@@ -7,12 +7,12 @@ import sys
 import time
 
 import pytest
-from fuseline.cluster.config import ExecutorConfig
-from fuseline.cluster.crew import Lost, share_out
-from fuseline.cluster.ledger import MOST_DEATHS, MOST_SETBACKS, Ledger
-from fuseline.cluster.local import LocalCrew
-from fuseline.cluster.work import Assignment, Committed, Failed, Worker
-from fuseline.recipe import load_recipe
+from fuseline.pipeline.executors.config import ExecutorConfig
+from fuseline.pipeline.executors.crew import Lost, share_out
+from fuseline.pipeline.executors.ledger import MOST_DEATHS, MOST_SETBACKS, Ledger
+from fuseline.pipeline.executors.local import LocalCrew
+from fuseline.pipeline.executors.work import Assignment, Committed, Failed, Worker
+from fuseline.pipeline.recipe_file import load_recipe
 from fuseline.store import journal
 from fuseline.store.dataset import Dataset, PartContent
 from fuseline.store.errors import DataError, UsageError
@@ -352,7 +352,7 @@ class TestRecipe:
 def test_the_queue_of_slurm_is_asked_once_for_all_jobs(run_folder, monkeypatch):
     """However many jobs there are: all users of a cluster wait for it."""
     pytest.importorskip("submitit")
-    from fuseline.cluster import slurm
+    from fuseline.pipeline.executors import slurm
 
     dataset = Dataset.create(run_folder.parent.parent / "corpus" / "x", identity={"stage": "x"})
     stage = _Stage(dataset)
@@ -386,7 +386,7 @@ def test_the_queue_of_slurm_is_asked_once_for_all_jobs(run_folder, monkeypatch):
 def test_an_extra_that_is_not_installed_is_named(kind, package):
     program = (
         f"import sys; sys.modules[{package!r}] = None\n"
-        "from fuseline.cluster.config import ExecutorConfig\nfrom fuseline.cluster.executor import open_executor\n"
+        "from fuseline.pipeline.executors.config import ExecutorConfig\nfrom fuseline.pipeline.executors.executor import open_executor\n"
         "from fuseline.store.errors import UsageError\n"
         f"try: open_executor(ExecutorConfig(kind={kind!r}), say=print)\nexcept UsageError as error: print(error)"
     )

@@ -10,7 +10,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from fuseline.ingest.models import ModelConfig, ModelFolder, find_model
+from fuseline.ingest.model_config import ModelConfig
+from fuseline.ingest.models import ModelFolder, find_model
 from fuseline.store.errors import DataError
 from fuseline.store.inside import OutsideFolder
 from fuseline.store.json_text import DEEPEST_JSON

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from fuseline.cluster.repair import _interrupted
+from fuseline.pipeline.repair import _interrupted
 from fuseline.store import durable
 from fuseline.store.dataset import Dataset, PartContent
 from fuseline.store.errors import DamagedPart, FuselineError

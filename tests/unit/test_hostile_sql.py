@@ -9,11 +9,11 @@ from pathlib import Path
 
 import duckdb
 import pytest
-from fuseline.prompt import _history
+from fuseline.commands.prompt import _history
 from fuseline.store import catalog, catalog_file, durable
 from fuseline.store.catalog_file import ForeignCatalog
-from fuseline.store.database import Database
 from fuseline.store.errors import FuselineError, UsageError
+from fuseline.store.sql.database import Database
 from fuseline.store.verify import verify
 from fuseline.store.workspace import Workspace
 from stores import build_store

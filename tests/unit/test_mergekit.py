@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from fuseline.mergekit_file import parse_mergekit
+from fuseline.commands.mergekit_file import parse_mergekit
 from fuseline.store.errors import UsageError
 from fuseline.train.merging import plan
 from fuseline.train.merging.merge import merge

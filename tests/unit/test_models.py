@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 from fuseline.ingest.forward import CausalModel
-from fuseline.ingest.models import ModelConfig, ModelFolder, find_model
+from fuseline.ingest.model_config import ModelConfig
+from fuseline.ingest.models import ModelFolder, find_model
 from fuseline.store.errors import DataError
 from safetensors.torch import load_file, save_file
 

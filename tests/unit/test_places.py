@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 from fuseline.ingest.digests import file_digest, snapshot_commit
-from fuseline.ingest.models import ModelConfig, ModelFolder, find_model, require_different_folders
+from fuseline.ingest.model_config import ModelConfig
+from fuseline.ingest.models import ModelFolder, find_model, require_different_folders
 from fuseline.store.errors import DataError, UsageError
 
 COMMIT, OTHER = "0123456789abcdef0123456789abcdef01234567", "f" * 40

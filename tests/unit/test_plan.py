@@ -6,10 +6,11 @@ import fuseline
 import pytest
 from click.testing import CliRunner
 from fuseline.cli import main
-from fuseline.cluster import plan
-from fuseline.cluster.plan import PlannedStage, seconds_here
-from fuseline.recipe import load_recipe
-from fuseline.store.workspace import Workspace
+from fuseline.pipeline import plan
+from fuseline.pipeline.graph import products
+from fuseline.pipeline.plan import PlannedStage, seconds_here
+from fuseline.pipeline.recipe_file import load_recipe
+from fuseline.store.layout import Layout
 
 DEMO = Path(fuseline.__file__).parent / "recipes" / "demo.toml"
 
@@ -46,7 +47,7 @@ def test_what_is_missing_takes_the_time_of_its_operations(machine):
 @pytest.mark.parametrize(("rates", "minutes"), [({"float32": 2.5e10, "bfloat16": 5e8}, 15), ({"float32": 5e10, "bfloat16": 1e11}, 10)])
 def test_the_demo_is_short_on_two_slow_cores(machine, tmp_path, rates, minutes):
     machine(**rates)
-    stages = plan.plan(load_recipe(DEMO), base=DEMO.parent, models_dir=tmp_path / "none", workspace=Workspace(tmp_path))
+    stages = plan.plan(products(load_recipe(DEMO)), base=DEMO.parent, models_dir=tmp_path / "none", layout=Layout(tmp_path))
     assert 60 * minutes / 4 < seconds_here(stages) < 60 * minutes
 
 
@@ -56,7 +57,7 @@ def test_the_demo_says_how_long_it_takes_before_it_looks_for_its_models(machine,
     result = CliRunner().invoke(main, ["demo", "-w", str(tmp_path / "w"), "--models", str(tmp_path / "none")])
     assert result.exit_code == 1
     first, *rest = result.stderr.splitlines()
-    stages = plan.plan(load_recipe(DEMO), base=DEMO.parent, models_dir=tmp_path, workspace=Workspace(tmp_path))
+    stages = plan.plan(products(load_recipe(DEMO)), base=DEMO.parent, models_dir=tmp_path, layout=Layout(tmp_path))
     minutes = round(seconds_here(stages) / 60)
     how_long = f"This takes {minutes} to {2 * minutes} minutes here (1 thread)"
     assert first == f"{how_long}, downloads apart, if nothing else runs on the machine."

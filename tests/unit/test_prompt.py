@@ -1,7 +1,7 @@
 """The interactive prompt, typed into through a pipe."""
 
 import pytest
-from fuseline.prompt import ask_repeatedly, history_file
+from fuseline.commands.prompt import ask_repeatedly, history_file
 from fuseline.store.errors import UsageError
 from fuseline.store.workspace import Workspace
 from prompt_toolkit.application import create_app_session
@@ -61,7 +61,7 @@ def test_tables_and_help(database, capsys):
 
 
 def test_names_are_completed(database):
-    from fuseline.prompt import _completer
+    from fuseline.commands.prompt import _completer
 
     def completions(text: str) -> list[str]:
         return [found.text for found in _completer(database).get_completions(Document(text), CompleteEvent())]

@@ -6,11 +6,12 @@ from pathlib import Path
 import fuseline
 import pytest
 from fuseline.align.config import AlignmentConfig
-from fuseline.cluster.plan import plan
-from fuseline.recipe import load_recipe
+from fuseline.pipeline.graph import products
+from fuseline.pipeline.plan import plan
+from fuseline.pipeline.recipe_file import load_recipe
 from fuseline.store.errors import UsageError
+from fuseline.store.layout import Layout
 from fuseline.store.toml_text import Lines
-from fuseline.store.workspace import Workspace
 
 RECIPES = sorted((Path(fuseline.__file__).parent / "recipes").glob("*.toml"))
 GOOD = """\
@@ -446,7 +447,7 @@ def test_each_way_to_align_has_its_own_place_in_the_workspace():
 def test_what_the_published_settings_take_is_told_without_a_network(tmp_path, name):
     (path,) = (path for path in RECIPES if path.stem == name)
     recipe = load_recipe(path)
-    stages = plan(recipe, base=path.parent, models_dir=tmp_path / "models", workspace=Workspace(tmp_path / "workspace"))
+    stages = plan(products(recipe), base=path.parent, models_dir=tmp_path / "models", layout=Layout(tmp_path / "workspace"))
     names = [stage.stage.split(" (")[0] for stage in stages]
     assert len(names) == len(set(names))
     assert {f"distributions {model.name}" for model in recipe.models} < set(names)

@@ -8,8 +8,8 @@ import pytest
 import rich.box
 import rich.table
 import rich.text
-from fuseline import terminal
-from fuseline.cluster.rich_console import Console
+from fuseline.commands import terminal
+from fuseline.pipeline.rich_console import Console
 from fuseline.store.shown import harmless
 from hypothesis import example, given
 from hypothesis import strategies as st
@@ -79,11 +79,11 @@ def test_everything_is_shown_at_this_edge():
     """No module writes to the standard streams by itself; ranks and tasks of Slurm, whose output goes to files, may."""
     from pathlib import Path
 
-    root = Path(terminal.__file__).parent
-    may = {"terminal.py", "train/launch.py", "train/rank.py", "train/trainer.py", "cluster/slurm.py"}
+    root = Path(terminal.__file__).parents[1]
+    may = {"commands/terminal.py", "train/launch.py", "train/rank.py", "train/trainer.py", "pipeline/executors/slurm.py"}
     modules = [
         path
-        for folder in ("", "store", "ingest", "align", "train", "eval", "cluster")
+        for folder in ("", "store", "ingest", "align", "train", "eval", "pipeline", "commands")
         for path in (root / folder).glob("**/*.py" if folder else "*.py")
     ]
     writers = {

@@ -1,0 +1,382 @@
+"""What the command line shows: tables, reports, plans; on a terminal with lines, in a pipe plain."""
+
+import dataclasses
+import json
+import shlex
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..store.errors import UsageError
+from ..store.shown import harmless
+from .terminal import say
+
+if TYPE_CHECKING:  # what a command needs is imported when it runs, so that --help is quick
+    import rich.console
+    import rich.table
+
+    from ..align.show import ShownDocument
+    from ..eval.comparison import Difference
+    from ..pipeline.added_source import AddedSource
+    from ..pipeline.recipe import Recipe
+    from ..pipeline.repair import Repair
+    from ..pipeline.rich_console import Console
+    from ..pipeline.wanted import Wanted
+    from ..store.sql.database import QueryStats
+    from ..store.status import DatasetStatus, TrainingStatus
+    from ..store.upkeep import Leftover, Usage
+    from ..store.verify import Finding, Verification
+    from ..store.workspace import Workspace
+
+
+_WATCH_SECONDS = 2.0  # between two looks at the files, on a terminal
+_PLAIN_SECONDS = 10.0  # in a pipe
+
+
+def show_status(workspace: "Workspace") -> None:
+    """How far each dataset and each training is."""
+    _console().print(_status(workspace))
+
+
+def show_wanted(recipe: Path, workspace: "Workspace", *, as_json: bool) -> None:
+    """What a recipe wants of the workspace: what is there, missing, or of other inputs."""
+    from ..pipeline.graph import products
+    from ..pipeline.recipe_file import load_recipe
+    from ..pipeline.wanted import wanted
+
+    found = wanted(products(load_recipe(recipe)), layout=workspace)
+    if as_json:
+        say(json.dumps({"wanted": [dataclasses.asdict(item) for item in found]}, indent=1))
+        return
+    _show_states(found)
+    if all(item.state == "done" for item in found):
+        say("Nothing is missing.")
+    elif any(item.state == "different inputs" for item in found):
+        say("What was made from different inputs stays as it is: give what is new another name. `fuseline run` names a free one.")
+    else:
+        say(f"What is missing is made by: fuseline run {shlex.quote(str(recipe))} -w {shlex.quote(str(workspace.root))}")
+
+
+def show_addition(added: "AddedSource", workspace: "Workspace") -> None:
+    """What a source that is added brings with it: what of it is there already, and what will be made.
+
+    Raises:
+        UsageError: something of the recipe is there, of other inputs.
+    """
+    from ..pipeline.graph import products
+    from ..pipeline.wanted import wanted
+
+    found = wanted(products(added.recipe), layout=workspace)
+    _show_states(found)
+    others = [f"{item.kind}/{item.name}" for item in found if item.state == "different inputs"]
+    if others:
+        command = f"fuseline run {shlex.quote(str(added.path))}"
+        raise UsageError(f"Made from different inputs than the recipe's: {', '.join(others)}. Run the recipe as it is first: {command}.")
+    missing = sum(item.state != "done" for item in found)
+    say(f"{len(found) - missing} of {len(found)} are there already; the others are made now.")
+
+
+def _show_states(found: "Sequence[Wanted]") -> None:
+    from ..pipeline.progress import size
+
+    rows, n_variants = [], len({name for item in found for name in item.variants})
+    for item in found:
+        done = getattr(item.status, "parts", 0)
+        total = "?" if item.expected_parts is None else item.expected_parts
+        parts = "" if item.kind in {"training", "merge"} else f"{done}/{total}"
+        on_disk = size(getattr(item.status, "stored_bytes", 0)) if done else ""
+        shared = [_shared(item.variants, of=n_variants)] if n_variants > 1 else []
+        rows.append([f"{item.kind}/{item.name}", item.state, parts, on_disk, *shared])
+    columns = ["of the recipe", "state", "parts", "on disk", *(["for"] if n_variants > 1 else [])]
+    show_table(columns, rows, right=[False, False, True, True, False][: len(columns)])
+    for item in found:
+        for line in item.differences:
+            say(f"{item.kind}/{item.name}: {line}")
+
+
+def _shared(variants: Sequence[str], *, of: int) -> str:
+    """Which variants of a recipe need a product."""
+    return "all" if len(variants) == of and of > 2 else ", ".join(variants)
+
+
+def watch_status(workspace: "Workspace") -> None:
+    """The same, again and again: a table that changes in place on a terminal, lines with the time in a pipe. Ends with Ctrl-C."""
+    import rich.live
+
+    try:
+        if not sys.stdout.isatty():
+            while True:
+                say("\n".join(f"{time.strftime('%H:%M:%S')} {line}" for line in _status_lines(workspace)))
+                time.sleep(_PLAIN_SECONDS)
+        with rich.live.Live(_status(workspace), console=_console(), auto_refresh=False) as live:
+            while True:
+                time.sleep(_WATCH_SECONDS)
+                live.update(_status(workspace), refresh=True)
+    except KeyboardInterrupt:
+        return
+
+
+def _status(workspace: "Workspace") -> "rich.console.Group":
+    import rich.console
+
+    from ..pipeline.progress import duration, size
+    from ..store.status import dataset_statuses, training_statuses
+
+    rows = []
+    for item in dataset_statuses(workspace):
+        total = "?" if item.expected_parts is None else item.expected_parts
+        rate = f"{item.tokens_per_second:,.0f}" if item.tokens_per_second else ""
+        left = duration(item.seconds_left) if item.seconds_left else ""
+        tokens = f"{item.tokens:,}" if item.tokens else ""
+        parts = [f"{item.parts}/{total}", str(len(item.running_parts) or ""), str(len(item.failed_parts) or "")]
+        rows.append(
+            [f"{item.kind}/{item.name}", *parts, tokens, size(item.stored_bytes), rate, left, str(item.left_out or ""), _computed(item)]
+        )
+    columns = ["dataset", "parts", "running", "failed", "tokens", "on disk", "tokens/s", "time left", "left out", "computed in"]
+    return rich.console.Group(_table(columns, rows), *map(_training_line, training_statuses(workspace)))
+
+
+def _computed(item: "DatasetStatus | TrainingStatus") -> str:
+    """The number format of the arithmetic, and the threads of a process, as far as they are known: `float32, 2 threads`."""
+    threads = "" if item.threads is None else f"{item.threads} thread{'s' * (item.threads != 1)}"
+    return ", ".join(filter(None, [item.arithmetic, threads]))
+
+
+def _status_lines(workspace: "Workspace") -> list[str]:
+    """A line for each dataset that is not complete and each training that is not done."""
+    from ..pipeline.progress import duration
+    from ..store.status import dataset_statuses, training_statuses
+
+    lines = []
+    for item in dataset_statuses(workspace):
+        if item.parts == item.expected_parts:
+            continue
+        figures = [f"{item.parts}/{'?' if item.expected_parts is None else item.expected_parts} parts"]
+        figures += [f"{len(item.running_parts)} running by {item.workers} workers"] if item.workers else []
+        figures += [f"{len(item.failed_parts)} failed"] if item.failed_parts else []
+        figures += [f"{item.tokens_per_second:,.0f} tokens/s"] if item.tokens_per_second else []
+        figures += [f"{duration(item.seconds_left)} left"] if item.seconds_left else []
+        lines.append(f"{item.kind}/{item.name}: {', '.join(figures)}")
+    lines += [_training_line(training) for training in training_statuses(workspace) if not training.done]
+    return lines or ["nothing is missing"]
+
+
+def _training_line(training: "TrainingStatus") -> str:
+    from ..pipeline.progress import duration
+
+    loss = "" if training.loss is None else f", loss {training.loss:.4f}"
+    if training.done:
+        state = "done"
+    elif training.running:
+        state = "running" + ("" if training.seconds_left is None else f", {duration(training.seconds_left)} left")
+    else:
+        saved = "no checkpoint" if training.last_checkpoint is None else f"the last checkpoint is of step {training.last_checkpoint}"
+        state = f"not running, {saved}"
+    computed = f", computed in {_computed(training)}" if training.arithmetic else ""
+    return f"training {training.name}: step {training.step}/{training.steps or '?'}{loss}, {state}{computed}"
+
+
+def show_document(document: "ShownDocument", *, html_file: Path | None, details: bool) -> None:
+    """A document under two tokenizers, in the terminal or as a page."""
+    from ..store.output_file import open_output
+    from .alignment_view import page, print_alignment
+
+    if html_file is None:
+        print_alignment(document, console=_console(), details=details)
+        return
+    with open_output(html_file, what="--html") as file:
+        file.write(page(document).encode())
+    say(f"Written to {html_file}: open it in a browser.")
+
+
+def show_query_stats(stats: "QueryStats") -> None:
+    """What a query read, on the error stream."""
+    from ..pipeline.progress import size
+
+    say(f"{stats.seconds * 1e3:,.0f} ms; {stats.chunks:,} chunks, {size(stats.stored_bytes)} of stored arrays read", err=True)
+    for scan in stats.scans:
+        where = "" if scan.filter is None else f", where {' '.join(scan.filter.split())}"
+        say(
+            f"  {scan.table}: {scan.parts:,} parts, {scan.segments:,} segments, {scan.rows:,} rows, for {', '.join(scan.columns)}{where}",
+            err=True,
+        )
+
+
+def show_plan(recipe: "Recipe", *, path: Path, workspace: Path | None, models_dir: Path, variant: str | None = None) -> None:
+    """What a recipe would take; `path` is its own."""
+    from ..pipeline.graph import products
+    from ..pipeline.plan import GPU_FLOPS, UTILISATION, plan
+    from ..pipeline.progress import size
+    from ..pipeline.sizes import BYTES_PER_TOKEN
+    from ..store.layout import Layout
+
+    folder, graph = Layout(workspace or Path("workspaces") / path.stem), products(recipe)
+    if variant is not None:
+        graph = graph.only(variant)
+    stages = plan(graph, base=path.parent, models_dir=models_dir, layout=folder)
+    has_variants = len(graph.recipes) > 1
+    rows = [
+        [
+            item.stage,
+            f"{item.parts_done}/{item.parts}",
+            f"{item.tokens / 1e6:,.1f}",
+            size(item.stored_bytes),
+            f"{item.gpu_hours:,.1f}" if item.gpu_hours else "",
+            *([_shared(item.variants, of=len(graph.recipes))] if has_variants else []),
+        ]
+        for item in stages
+    ]
+    total_hours = sum(item.gpu_hours for item in stages)
+    rows.append(["total", "", "", size(sum(item.stored_bytes for item in stages)), f"{total_hours:,.1f}", *([""] if has_variants else [])])
+    show_table(["stage", "parts", "tokens (M)", "on disk", "GPU hours", *(["for"] if has_variants else [])], rows)
+    say(
+        f"Reckoned with {BYTES_PER_TOKEN} bytes of text per token, and a GPU of {GPU_FLOPS / 1e12:,.0f} TFLOP/s used at {UTILISATION:.0%}. "
+        "Nothing was changed."
+    )
+
+
+def show_estimate(recipe: Path, *, workspace: Path, models_dir: Path) -> None:
+    """How long what is missing of a recipe takes on this machine, on the error stream; nothing if nothing is."""
+    from ..pipeline.graph import products
+    from ..pipeline.plan import plan, seconds_here
+    from ..pipeline.recipe_file import load_recipe
+    from ..store.layout import Layout
+    from ..store.machine import threads
+
+    seconds = seconds_here(plan(products(load_recipe(recipe)), base=recipe.parent, models_dir=models_dir, layout=Layout(workspace)))
+    if seconds:
+        minutes, n = max(1, round(seconds / 60)), threads()
+        text = f"This takes {minutes} to {2 * minutes} minutes here ({n} thread{'s' * (n != 1)})"
+        say(f"{text}, downloads apart, if nothing else runs on the machine.", err=True)
+
+
+def show_report(workspace: "Workspace") -> None:
+    """The models' results side by side."""
+    from ..eval.report import compared, evaluations
+    from ..store import catalog
+    from ..store.trainings import text_only
+
+    exports = sorted(path.parent for path in (workspace.root / "exports").glob("*/config.json"))
+    made = [folder.name for folder in exports]
+    with catalog.reading(workspace) as connection:
+        found = evaluations(connection)
+        pairs = [(item, baseline) for item in found for baseline in text_only(workspace)]
+        differences = [compared(connection, evaluation=item, baseline=baseline, models=made) for item, baseline in pairs]
+    if not found:
+        raise UsageError("Nothing has been evaluated yet: fuseline eval RECIPE.")
+    for evaluation in found:
+        text = f"{evaluation.documents:,} document{'s' * (evaluation.documents != 1)} of split {evaluation.split}"
+        if evaluation.left_out:
+            text += f" ({evaluation.left_out} left out that some model cannot read)"
+        for metric, what in (("bpb", "Bits per byte"), ("perplexity", "Perplexity per token")):
+            say(f"{what} on {text}, by domain (less is better):")
+            columns, rows = evaluation.table(metric)
+            show_table(["model", *columns], [[name, *(f"{value:.4f}" for value in values)] for name, values in rows])
+    for (evaluation, baseline), found_here in zip(pairs, differences, strict=True):
+        _show_differences(found_here, baseline=baseline, split=evaluation.split)
+    for folder in exports:
+        say(f"model {folder.name}: {folder}")
+
+
+def _show_differences(found: "list[Difference]", *, baseline: str, split: str) -> None:
+    """Whether the models are better than a baseline, or only seem so."""
+    if not found:
+        return
+    say(f"Difference from {baseline} in bits per byte (below 0 is better), over {found[0].documents:,} documents of split {split}:")
+    rows = [[item.model, f"{item.bpb:+.4f}", f"{item.low:+.4f} to {item.high:+.4f}", _says(item)] for item in found]
+    show_table(["model", "difference", "95 % interval", "says"], rows, right=[False, True, True, False])
+
+
+def _says(difference: "Difference") -> str:
+    from ..eval.comparison import LEAST_DOCUMENTS
+
+    if not difference.has_enough:
+        return f"too few documents: at least {LEAST_DOCUMENTS} are needed"
+    if not difference.is_clear:
+        return "may be chance: the interval contains 0"
+    return "better" if difference.bpb < 0 else "worse"
+
+
+def show_findings(found: "Verification", *, as_json: bool) -> None:
+    """What is wrong in a workspace, and how much of it was looked at."""
+    from ..pipeline.progress import size
+
+    if as_json:
+        say(json.dumps(dataclasses.asdict(found), indent=1, default=str))
+        return
+    for finding in found.findings:
+        say(_finding_line(finding))
+    what = f"{len(found.findings)} problem{'s' * (len(found.findings) != 1)}" if found.findings else "nothing wrong"
+    say(f"{found.datasets} datasets, {found.parts} parts, {size(found.n_bytes)} checked: {what}")
+
+
+def _finding_line(finding: "Finding") -> str:
+    return f"{finding.path}: {finding.problem}. {finding.remedy}".rstrip()
+
+
+def show_repair(done: "Repair") -> None:
+    """What a repair made again, and what it could not mend."""
+    for kind, name, part in done.made:
+        changed = done.different.get((kind, name, part))
+        how = f"made again, but not as it was: {', '.join(changed)} differ" if changed else "made again"
+        say(f"{kind}/{name} part {part}: {how}")
+    for finding in done.left:
+        say(f"not repaired: {_finding_line(finding)}")
+    if not done.made and not done.left:
+        say("Nothing to repair.")
+
+
+def show_leftovers(found: "list[Leftover]", *, deleted: bool) -> None:
+    """What nothing refers to."""
+    from ..pipeline.progress import size
+
+    for leftover in found:
+        say(f"{leftover.path} ({size(leftover.n_bytes)}): {leftover.why}")
+    total = size(sum(leftover.n_bytes for leftover in found))
+    if deleted:
+        say(f"{len(found)} removed, {total}")
+    else:
+        say(f"{len(found)} to remove, {total}. " + ("Nothing was changed; to remove it: --delete" if found else "Nothing to do."))
+
+
+def show_usage(found: "list[Usage]", *, as_json: bool) -> None:
+    """What each dataset and each of its arrays takes up."""
+    from ..pipeline.progress import size
+
+    total = sum(item.n_bytes for item in found)
+    if as_json:
+        say(json.dumps({"datasets": [dataclasses.asdict(item) for item in found], "n_bytes": total}, indent=1))
+        return
+    rows = []
+    for item in found:
+        for name, n_bytes in [("", item.n_bytes), *sorted(item.arrays.items(), key=lambda entry: -entry[1])]:
+            per_token = f"{n_bytes / item.tokens:.2f}" if item.tokens else ""
+            head = f"  {name}" if name else f"{item.kind}/{item.name}"
+            rows.append([head, "" if name else str(item.parts), size(n_bytes), per_token])
+    show_table(["dataset", "parts", "on disk", "B/token"], [*rows, ["total", "", size(total), ""]])
+
+
+def show_table(columns: list[str], rows: list[list[str]], *, right: Sequence[bool] | None = None) -> None:
+    """A table; `right` says which columns are aligned right, by default all but the first."""
+    _console().print(_table(columns, rows, right=right))
+
+
+def _table(columns: list[str], rows: list[list[str]], *, right: Sequence[bool] | None = None) -> "rich.table.Table":
+    import rich.box
+    import rich.table
+
+    table = rich.table.Table(box=rich.box.SIMPLE_HEAD if sys.stdout.isatty() else rich.box.ASCII2, highlight=False)
+    for index, column in enumerate(columns):
+        is_right = index > 0 if right is None else right[index]
+        table.add_column(harmless(column, one_line=True), justify="right" if is_right else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*(harmless(cell, one_line=True) for cell in row))
+    return table
+
+
+def _console() -> "Console":
+    from ..pipeline.rich_console import Console
+
+    return Console(sys.stdout, width=None if sys.stdout.isatty() else 200)

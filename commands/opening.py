@@ -1,0 +1,96 @@
+"""How commands open what they work on: a recipe's pipeline with its workspace, or a workspace alone."""
+
+import functools
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..store.errors import UsageError
+from .console import show_addition
+
+if TYPE_CHECKING:  # what a command needs is imported when it runs, so that --help is quick
+    from collections.abc import Iterator
+
+    from ..pipeline.added_source import AddedSource
+    from ..pipeline.pipeline import Pipeline
+    from ..store.workspace import Workspace
+
+
+@contextmanager
+def open_pipeline(
+    recipe: Path,
+    workspace: Path | None,
+    models_dir: Path,
+    *,
+    executor: str | None = None,
+    workers: int | None = None,
+    fold: bool = True,
+    makes_parts: bool = True,
+    added: "AddedSource | None" = None,
+    variant: str | None = None,
+) -> "Iterator[Pipeline]":
+    """Check the recipe, become the workspace's coordinator, bring its catalog up to date, and hand out the pipeline.
+
+    With `makes_parts` an executor that cannot be had is told here, before hours are spent on something else. A source that is `added` is
+    written into the recipe when all models were found, can read what they are to read, and the target can be trained.
+    """
+    from ..pipeline.recipe_file import load_recipe
+
+    checked = added.recipe if added else load_recipe(recipe)
+
+    from ..pipeline.executors.executor import open_executor
+    from ..pipeline.pipeline import Pipeline
+    from ..pipeline.progress import Progress
+    from ..store import durable
+    from ..store.workspace import Workspace
+
+    progress = Progress()
+    chosen = {name: value for name, value in (("kind", executor), ("workers", workers)) if value is not None}
+    checked = checked.model_copy(update={"executor": checked.executor.model_copy(update=chosen)})
+    engine = functools.cache(lambda: open_executor(checked.executor, say=progress.say))
+    if makes_parts:
+        engine()
+    opened = Workspace.create(workspace or Path("workspaces") / recipe.stem)
+    with opened.coordinator():
+        pipeline = Pipeline(
+            checked,
+            base=recipe.parent,
+            workspace=opened,
+            models_dir=models_dir,
+            progress=progress,
+            executor=engine,
+            variant=variant,
+        )
+        if added:
+            pipeline.check_models()
+            show_addition(added, opened)
+            added.save()
+        durable.write_bytes(opened.root / "recipe.toml", recipe.read_bytes())
+        if fold:
+            pipeline.fold()
+        yield pipeline
+
+
+def open_workspace(workspace: Path | None) -> "Workspace":
+    """The workspace that is named, or the only one in `workspaces/`.
+
+    Raises:
+        UsageError: it is not there, or there is no one such.
+    """
+    from ..store.workspace import Workspace
+
+    if workspace is None:
+        found = sorted(path.parent for path in Path("workspaces").glob("*/workspace.json"))
+        if len(found) != 1:
+            if not found:
+                raise UsageError("There is no workspace in workspaces/. Make one with `fuseline run RECIPE`, or name one with --workspace.")
+            names = ", ".join(map(str, found))
+            raise UsageError(f"Say which workspace with --workspace (or FUSELINE_WORKSPACE); in workspaces/ there are: {names}.")
+        (workspace,) = found
+    return Workspace.open(workspace)
+
+
+def workspace_of(recipe: Path | None) -> Path | None:
+    """The workspace that a recipe has unless another one is named, if it is there."""
+    folder = Path("workspaces") / recipe.stem if recipe else None
+    return folder if folder and (folder / "workspace.json").exists() else None

@@ -1,0 +1,175 @@
+"""What the commands have in common: their options, and how a user's error is shown."""
+
+import errno
+import io
+import os
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Self, TypeVar
+
+import click
+
+from ..store.errors import FuselineError
+from ..store.paths import expanded
+from ..store.shown import harmless
+from .terminal import say
+
+_LEAST_SIZE = 1_000_000  # bytes
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+
+class _Shown(click.ClickException):
+    def __init__(self, text: str, *, exit_code: int) -> None:
+        super().__init__(harmless(text))
+        self.exit_code = exit_code  # type: ignore[misc]  # click reads it from the instance
+
+
+class _ClosedStream(io.TextIOBase):
+    """Stands for a standard output that the caller has closed."""
+
+    @property
+    def buffer(self) -> Self:
+        """What bytes would be written to."""
+        return self
+
+    def write(self, _: object) -> int:
+        """Nothing can be."""
+        raise OSError(errno.EBADF, "The standard output is closed", "redirect it to a file, or to /dev/null")
+
+
+def prepare_streams() -> None:
+    """Make the standard streams safe to write to: what their encoding lacks becomes `?`, and closed ones give a message.
+
+    The numbers of closed ones are taken, or the next file that is opened would get what a library prints.
+    """
+    while (taken := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass
+    os.close(taken)
+    if sys.stdin is None:
+        sys.stdin = open(os.devnull)  # noqa: SIM115  # as below
+    if sys.stdout is None:
+        sys.stdout = _ClosedStream()
+    if sys.stderr is None:
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115  # for as long as the process lives
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
+
+
+class _Size(click.ParamType):
+    """A number of bytes: 500MB, 8GiB, 1.5TB."""
+
+    name = "size"
+    _FORM = re.compile(r"(\d{1,9}(?:\.\d{1,9})?) ?([kKMGT]?)(i?)B?", re.ASCII)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        """Bytes."""
+        if isinstance(value, int):
+            return value
+        found = self._FORM.fullmatch(value.strip())
+        n_bytes = int(float(found[1]) * (1024 if found[3] else 1000) ** " kMGT".index(found[2].replace("K", "k") or " ")) if found else 0
+        if n_bytes < _LEAST_SIZE:
+            self.fail(f"{value!r} must be a size of at least {_LEAST_SIZE // 1_000_000} MB, such as 500MB or 8GiB.", param, ctx)
+        return n_bytes
+
+
+SIZE = _Size()
+
+
+class Group(click.Group):
+    """Shows a user's error as one message, without a traceback."""
+
+    def main(self, *args: Any, **kwargs: Any) -> Any:
+        prepare_streams()
+        try:
+            return super().main(*args, **kwargs)
+        except OSError as error:  # in what click itself prints, as the help
+            say(f"Error: {error.strerror or error}.", err=True)
+            sys.exit(1)
+
+    def invoke(self, context: click.Context) -> Any:
+        try:
+            return super().invoke(context)
+        except FuselineError as error:
+            raise _Shown(str(error), exit_code=error.exit_code) from error
+        except BrokenPipeError:
+            raise  # click ends quietly when nobody reads on
+        except OSError as error:
+            where = f" ({error.filename})" if error.filename else ""
+            text = f"{error.strerror or error}{where}. What was committed before is safe: correct this, and run the same command again."
+            raise _Shown(text, exit_code=1) from error
+        except KeyboardInterrupt:
+            raise _Shown("Stopped. Finished parts and checkpoints are kept: run the same command again to go on.", exit_code=130) from None
+
+
+class StageGroup(click.Group):
+    """A stage that has commands beside it: `fuseline align RECIPE` is `fuseline align run RECIPE`."""
+
+    def parse_args(self, context: click.Context, args: list[str]) -> list[str]:
+        if args and args[0] not in self.commands and args[0] not in context.help_option_names:
+            args = ["run", *args]
+        return super().parse_args(context, args)
+
+    def format_usage(self, context: click.Context, formatter: click.HelpFormatter) -> None:
+        formatter.write_usage(context.command_path, "[OPTIONS] RECIPE")
+        formatter.write_usage(context.command_path, "COMMAND [ARGS]...")
+
+
+def models_default() -> Path:
+    """Folder in which models are looked for."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or expanded("~/.cache"))
+    return Path(os.environ.get("FUSELINE_MODELS", cache / "fuseline" / "models"))
+
+
+models_option = click.option(
+    "--models",
+    "models_dir",
+    type=click.Path(file_okay=False, path_type=Path),
+    default=models_default,
+    show_default="$FUSELINE_MODELS or ~/.cache/fuseline/models",
+    help="Folder with models by the last part of their hub id; looked into before the Hugging Face hub.",
+)
+
+
+def recipe_options(command: Command) -> Command:
+    """RECIPE, --workspace and --models, of what makes something."""
+    for decorate in (
+        models_option,
+        click.option(
+            "--workspace",
+            "-w",
+            type=click.Path(file_okay=False, path_type=Path),
+            envvar="FUSELINE_WORKSPACE",
+            show_default="workspaces/<name of the recipe>",
+            help="Folder that holds everything of the project.",
+        ),
+        click.argument("recipe", type=click.Path(dir_okay=False, path_type=Path)),
+    ):
+        command = decorate(command)
+    return command
+
+
+workspace_option = click.option(
+    "--workspace",
+    "-w",
+    type=click.Path(file_okay=False, path_type=Path),
+    envvar="FUSELINE_WORKSPACE",
+    show_default="the only one in workspaces/",
+    help="Folder that holds everything of the project.",
+)
+
+
+def executor_options(command: Command) -> Command:
+    """--executor and --workers, of what makes parts."""
+    for decorate in (
+        click.option("--workers", type=click.IntRange(min=1), help="Parts computed at the same time. Overrides the recipe."),
+        click.option(
+            "--executor",
+            type=click.Choice(["local", "slurm", "ray"]),
+            help="What runs the parts: processes here, a Slurm job array, or a Ray cluster. Overrides the recipe.",
+        ),
+    ):
+        command = decorate(command)
+    return command

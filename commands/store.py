@@ -1,0 +1,115 @@
+"""`fuseline store`: the commands that care for the workspace."""
+
+from pathlib import Path
+
+import click
+
+from .console import show_findings, show_leftovers, show_repair, show_usage
+from .opening import open_pipeline, open_workspace
+from .options import executor_options, recipe_options, workspace_option
+from .terminal import say
+
+
+@click.group()
+def store() -> None:
+    """Care for the workspace."""
+
+
+@store.command()
+@workspace_option
+def rebuild(workspace: Path | None) -> None:
+    """Make the catalog anew from what is on disk.
+
+    Example:  fuseline store rebuild -w workspaces/demo
+    """
+    from ..store import catalog
+
+    opened = open_workspace(workspace)
+    with opened.coordinator():
+        catalog.rebuild(opened)
+    say(f"{opened.catalog_path} is made again.")
+
+
+@store.command()
+@workspace_option
+@click.option("--full", is_flag=True, help="Read everything: checksums of all files, contents of all arrays, texts.")
+@click.option("--json", "as_json", is_flag=True, help="For scripts.")
+def verify(workspace: Path | None, full: bool, as_json: bool) -> None:
+    """List what is damaged, missing or does not fit together, with what to do.
+
+    Changes nothing and works while a run is going on. The exit code is 1 if anything is wrong.
+
+    Example:  fuseline store verify --full -w workspaces/demo
+    """
+    from ..store.verify import verify
+
+    found = verify(open_workspace(workspace), full=full)
+    show_findings(found, as_json=as_json)
+    if found.findings:
+        raise click.exceptions.Exit(1)
+
+
+@store.command()
+@recipe_options
+@executor_options
+@click.option("--full", is_flag=True, help="Look also for damage that only reading everything shows.")
+@click.option("--dry-run", is_flag=True, help="Only say what would be made again.")
+def repair(
+    recipe: Path, workspace: Path | None, models_dir: Path, executor: str | None, workers: int | None, full: bool, dry_run: bool
+) -> None:
+    """Make again, with the stages of RECIPE, exactly the parts that are damaged or gone.
+
+    What never was made is left to `fuseline run`. A part that comes out other than it was is reported.
+
+    Example:  fuseline store repair recipes/demo.toml --full
+    """
+    from ..store.workspace import Workspace
+
+    opened = Workspace.open(workspace or Path("workspaces") / recipe.stem)
+    if dry_run:
+        from ..store.verify import verify
+
+        show_findings(verify(opened, full=full), as_json=False)
+        return
+    from ..pipeline.repair import repair
+
+    with open_pipeline(recipe, opened.root, models_dir, executor=executor, workers=workers, fold=False) as pipeline:
+        done = repair(pipeline, full=full)
+    show_repair(done)
+    if done.left:
+        raise click.exceptions.Exit(1)
+
+
+@store.command()
+@workspace_option
+@click.option("--delete", is_flag=True, help="Remove what is listed.")
+def gc(workspace: Path | None, delete: bool) -> None:
+    """List what nothing refers to: payloads without a manifest, what dead writers left, tokenizers without a dataset.
+
+    Removes nothing without --delete. What was touched within the last hour is never listed.
+
+    Example:  fuseline store gc --delete -w workspaces/demo
+    """
+    from ..store import upkeep
+
+    opened = open_workspace(workspace)
+    if not delete:
+        show_leftovers(upkeep.leftovers(opened), deleted=False)
+        return
+    found = upkeep.leftovers(opened)
+    with opened.coordinator():
+        removed = upkeep.delete(opened, found)
+    show_leftovers(removed, deleted=True)
+
+
+@store.command()
+@workspace_option
+@click.option("--json", "as_json", is_flag=True, help="For scripts.")
+def du(workspace: Path | None, as_json: bool) -> None:
+    """Show what each dataset and each of its arrays takes up, in all and per token.
+
+    Example:  fuseline store du -w workspaces/demo
+    """
+    from ..store.upkeep import usage
+
+    show_usage(usage(open_workspace(workspace)), as_json=as_json)

@@ -1,0 +1,1 @@
+"""A recipe, the graph of what it makes, and what makes it."""

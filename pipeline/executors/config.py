@@ -1,0 +1,107 @@
+"""The `[executor]` of a recipe: what runs the parts of a stage. It changes nothing of what is stored, so it is part of no fingerprint."""
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from ...store.shown import shown
+
+# What the executor itself says to sbatch, to find its jobs and their logs again.
+_OWN_OPTIONS = ("array", "error", "job-name", "nodes", "ntasks", "ntasks-per-node", "open-mode", "output", "requeue", "signal")
+# What it says to sbatch by a key of `[executor.resources.<kind>]`; said twice, one of the two would be lost.
+_RESOURCE_OPTIONS = {
+    "cpus-per-gpu": "cpus",
+    "cpus-per-task": "cpus",
+    "gpus": "gpus",
+    "gpus-per-node": "gpus",
+    "gpus-per-socket": "gpus",
+    "gpus-per-task": "gpus",
+    "mem": "memory_gb",
+    "mem-per-cpu": "memory_gb",
+    "mem-per-gpu": "memory_gb",
+    "time": "minutes",
+}
+
+
+# What a recipe may say to sbatch: where and when a job runs, and who pays. A recipe may be a stranger's: which program runs, as whom, and
+# in which environment is for the user's own environment to say.
+_OPTIONS = (
+    "account", "acctg-freq", "batch", "begin", "clusters", "comment", "constraint", "contiguous", "core-spec", "cores-per-socket",
+    "cpu-freq", "deadline", "delay-boot", "dependency", "distribution", "exclude", "exclusive", "extra-node-info", "gpu-bind",
+    "gpu-freq", "gres", "gres-flags", "hint", "hold", "kill-on-invalid-dep", "licenses", "mail-type", "mail-user", "mcs-label",
+    "mem-bind", "mincpus", "network", "nice", "no-kill", "nodelist", "overcommit", "oversubscribe", "partition", "power",
+    "prefer", "priority", "profile", "qos", "reservation", "sockets-per-node", "spread-job", "switches", "thread-spec",
+    "threads-per-core", "time-min", "tmp", "tres-bind", "tres-per-task", "use-min-nodes", "wckey",
+)  # fmt: skip
+
+
+class Resources(BaseModel):
+    """`[executor.resources.<kind>]`: what Slurm or Ray is asked for, for each worker of a stage. Processes of `local` share the machine."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    gpus: int = Field(0, ge=0, description="GPUs; without one forward passes run on CPU cores")
+    cpus: int = Field(1, ge=1, description="CPU cores")
+    memory_gb: float | None = Field(None, gt=0, description="memory in GB; none leaves it to the cluster")
+    minutes: int = Field(60, ge=5, description="slurm: time after which a task is requeued, to go on with the parts that it has left")
+
+
+class StageResources(BaseModel):
+    """`[executor.resources]`: a table of resources for each kind of stage; what is left out is one core."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    corpus: Resources = Field(Resources(), description="cutting documents into segments")
+    distributions: Resources = Field(Resources(), description="forward passes")
+    token_matches: Resources = Field(Resources(), description="counts of matched tokens, for the vocabulary map `stat`")
+    vocab_maps: Resources = Field(Resources(), description="vocabulary maps")
+    alignments: Resources = Field(Resources(), description="position maps")
+    targets: Resources = Field(Resources(), description="fusion")
+    evaluations: Resources | None = Field(None, description="forward passes on the held-out text; none asks for what `distributions` does")
+
+    def of(self, kind: str) -> Resources:
+        """What a worker of a kind of stage is given."""
+        return getattr(self, kind) or self.distributions
+
+
+class ExecutorConfig(BaseModel):
+    """The `[executor]` of a recipe: what runs the parts of a stage. The parts and their bits are the same, whichever does."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    kind: Literal["local", "slurm", "ray"] = Field(
+        "local", description="processes on this machine, a Slurm job array, or actors on a Ray cluster"
+    )
+    workers: int | None = Field(
+        None, ge=1, description="parts computed at the same time; none is one per GPU or else one (local), or 4 (slurm, ray)"
+    )
+    retries: int = Field(2, ge=0, description="how often a part that failed is tried again before it is reported")
+    resources: StageResources = Field(StageResources(), description="what each worker is given (slurm, ray)")
+    slurm: dict[str, str | int | bool] = Field(
+        {}, description='further options of sbatch by their long names: `partition = "gpu"`, `exclusive = true`'
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _names_no_cluster(cls, value: Any) -> Any:
+        if isinstance(value, dict) and "ray_address" in value:  # whoever listens there gets the stages as pickles, and answers with pickles
+            raise ValueError("ray_address is not read from a recipe: remove it, and set RAY_ADDRESS in your environment")
+        return value
+
+    @field_validator("slurm", mode="before")
+    @classmethod
+    def _are_options(cls, value: Any) -> Any:
+        for name, option in value.items() if isinstance(value, dict) else ():
+            if name.replace("_", "-") in _OWN_OPTIONS:
+                raise ValueError(f"{name} is set by fuseline: remove it")
+            if key := _RESOURCE_OPTIONS.get(name.replace("_", "-")):
+                raise ValueError(f"{name} is set from [executor.resources]: say {key} in [executor.resources.<stage>] instead")
+            if name.replace("_", "-") not in _OPTIONS:
+                raise ValueError(
+                    f"{shown(name)} is not read from a recipe: remove it, and set SBATCH_… in your environment if sbatch has it"
+                )
+            if option is False or not isinstance(option, str | int):
+                raise ValueError(f"{name} ({option!r}) must be text, a number, or true; leave out what is not wanted")
+            if isinstance(option, str) and not option.isprintable():
+                raise ValueError(f"{name} ({option!r}) must not contain control characters")
+        return value

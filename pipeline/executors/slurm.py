@@ -1,0 +1,247 @@
+"""Runs the parts of a stage as a Slurm job array, through submitit: each task has a slice of the parts.
+
+Tasks need no coordinator. One that is killed leaves them at work, and the next, started by the same command, follows them: what it must
+know is in the run's folder, written before sbatch is called, and the jobs are found by their name.
+
+    runs/<run>/slurm/<job name>.json      the slices of a job's tasks
+    runs/<run>/logs/<job id>/             what submitit keeps, and the tasks' output
+
+A task that is preempted or runs out of time is requeued, and skips what is there already. Every machine must see the workspace, the models
+and this Python under the same paths.
+"""
+
+import getpass
+import os
+import shutil
+import subprocess
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ...store import durable, journal
+from ...store.dataset import Dataset
+from ...store.errors import DamagedPart, FuselineError, UsageError, reason_of
+from ...store.json_files import is_count, read_object
+from ...store.manifest import MOST_PARTS
+from .config import ExecutorConfig
+from .crew import work_alone
+from .ledger import Ledger, parts_failed, require_all
+from .work import Assignment, Follow, Stage
+
+try:
+    import submitit
+except ImportError as error:
+    raise UsageError("--executor slurm needs submitit: pip install 'fuseline[slurm]'.") from error
+
+_DEFAULT_WORKERS = 4
+_POLL_SECONDS = 1.0  # between two looks for manifests
+_QUEUE_SECONDS = 15.0  # between two calls of squeue, which all users of a cluster wait for
+_SIGNAL_SECONDS = 90  # before the end of a task's time, so that the part at hand may be finished
+_Queue = dict[str, set[int]]  # jobs by name -> the indices of their tasks that are queued or running (0 where a job is no array)
+_NO_LIMIT = 1_000_000  # of requeues: `Task` counts how often the same part was begun
+
+
+class SlurmExecutor:
+    """Runs parts in at most `workers` tasks at a time."""
+
+    def __init__(self, config: ExecutorConfig, *, say: Callable[[str], None]) -> None:
+        """Raises UsageError where there is no Slurm."""
+        self.config, self._say = config, say
+        missing = [command for command in ("sbatch", "squeue", "srun") if shutil.which(command) is None]
+        if missing:
+            raise UsageError(f"--executor slurm needs {', '.join(missing)} on the PATH. Run fuseline on a login node of the cluster.")
+
+    def run(self, stage: Stage, parts: Sequence[int], *, run_folder: Path, on_commit: Follow) -> None:
+        """See `Executor.run`. A KeyboardInterrupt leaves the jobs at work."""
+        dataset, missing, fruitless = stage.dataset, set(parts), 0
+        failed: dict[int, str] = {}
+        queue = _queue()
+        jobs = list(_jobs_at_work(run_folder.parent, dataset, queue=queue))
+        if jobs:
+            self._say(f"{dataset.kind}/{dataset.name}: following {', '.join(job.name for job in jobs)}, submitted before")
+        while missing - failed.keys() and fruitless <= self.config.retries:
+            uncovered = missing - failed.keys() - {part for job in jobs for part in job.parts_at_work(queue)}
+            if uncovered:
+                if jobs:
+                    self._say(f"{len(uncovered)} parts are missing of which no task is at work any more: they are submitted again")
+                jobs.append(self._submit(stage, _hopeful_first(uncovered, jobs), run_folder=run_folder, number=len(jobs) + 1))
+            n_before = len(missing)
+            try:
+                queue = self._follow(jobs, missing, dataset=dataset, on_commit=on_commit)
+            except KeyboardInterrupt:
+                names = ",".join(job.name for job in jobs)
+                self._say(f"The Slurm tasks go on; the same command follows them again. To stop them: scancel --name={names}")
+                raise
+            failed = {part: reason for job in jobs for part, reason in job.failed().items() if part in missing}
+            fruitless = fruitless + 1 if len(missing) == n_before else 0
+        if missing:
+            reasons = {part: failed.get(part, "its tasks ended without it") for part in missing}
+            raise parts_failed(dataset, reasons, run_folder=jobs[-1].run_folder)
+
+    def _submit(self, stage: Stage, parts: Sequence[int], *, run_folder: Path, number: int) -> "_Job":
+        if "%" in str(run_folder.absolute()):
+            raise UsageError(f"{run_folder.absolute()}: sbatch replaces % in the paths of logs. Use a --workspace without it.")
+        n_tasks = min(self.config.workers or _DEFAULT_WORKERS, len(parts))
+        job = _Job(
+            name=f"fuseline-{run_folder.name}-{number}",
+            run_folder=run_folder.absolute(),
+            slices=[list(parts[index::n_tasks]) for index in range(n_tasks)],
+        )
+        job.save(stage.dataset)
+        assignment = Assignment(stage=stage, run_folder=job.run_folder, directory=Path.cwd())
+        tasks = [Task(assignment=assignment, parts=part_slice, retries=self.config.retries) for part_slice in job.slices]
+        executor = submitit.SlurmExecutor(job.run_folder / "logs" / "%j", max_num_timeout=_NO_LIMIT)
+        executor.update_parameters(**self._parameters(stage.dataset.kind, name=job.name, n_tasks=n_tasks))
+        try:
+            submitted = executor.submit_array(tasks)
+        except (submitit.core.utils.FailedJobError, subprocess.SubprocessError, OSError) as error:
+            job.path.unlink()
+            raise UsageError(f"sbatch refuses the job: {error}\nSee [executor.resources] and [executor.slurm] of the recipe.") from error
+        self._say(
+            f"{stage.dataset.kind}/{stage.dataset.name}: submitted {n_tasks} Slurm tasks as job {submitted[0].job_id.split('_')[0]}; "
+            f"they go on if this command is stopped, unless you do: scancel --name={job.name}"
+        )
+        return job
+
+    def _parameters(self, kind: str, *, name: str, n_tasks: int) -> dict[str, Any]:
+        resources = self.config.resources.of(kind)
+        parameters = {
+            "job_name": name,
+            "cpus_per_task": resources.cpus,
+            "time": resources.minutes,
+            "array_parallelism": n_tasks,
+            "signal_delay_s": _SIGNAL_SECONDS,
+            # PYTHONSAFEPATH: no module of the folder in which sbatch was called is imported.
+            "setup": ["export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$SLURM_CPUS_PER_TASK}", "export PYTHONSAFEPATH=1"],
+            "additional_parameters": {"requeue": True} | {key.replace("_", "-"): value for key, value in self.config.slurm.items()},
+        }
+        if resources.gpus:
+            parameters["gpus_per_node"] = resources.gpus
+        if resources.memory_gb is not None:
+            parameters["mem"] = f"{round(resources.memory_gb * 1000)}M"
+        return parameters
+
+    def _follow(self, jobs: "Sequence[_Job]", missing: set[int], *, dataset: Dataset, on_commit: Follow) -> _Queue:
+        """Take parts out of `missing` as they appear, until all are there or no task is at work any more; returns the queue at the end."""
+        asked, queue = time.monotonic(), {job.name: set(range(len(job.slices))) for job in jobs}
+        while missing and any(job.tasks_at_work(queue) for job in jobs):
+            time.sleep(_POLL_SECONDS)
+            if time.monotonic() - asked > _QUEUE_SECONDS:
+                asked, queue = time.monotonic(), _queue()
+            for part in sorted(missing & set(dataset.parts())):
+                on_commit(dataset.manifest(part))
+                missing.discard(part)
+        return queue
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Task:
+    """What a task of the array runs: its slice of the parts, one after another. submitit calls it, and `checkpoint` when its time is up."""
+
+    assignment: Assignment
+    parts: list[int]
+    retries: int
+
+    def __call__(self) -> None:
+        """Make what is missing of the slice.
+
+        Raises:
+            FuselineError: parts failed.
+        """
+        dataset, run_folder = self.assignment.stage.dataset, self.assignment.run_folder
+        os.chdir(self.assignment.directory)
+        states = list(journal.read_journals(run_folder))
+        failed = {part for state in states for part in state.failed}
+        missing = [part for part in self.parts if part not in failed | set(dataset.parts())]
+        deaths = _interrupted(states)  # and parts that took longer than a task's time
+        ledger = Ledger(missing, retries=self.retries, deaths=deaths, say=lambda text: print(text, flush=True))
+        work_alone(self.assignment, ledger, worker=f"slurm-{submitit.JobEnvironment().job_id}", on_commit=lambda manifest: None)
+        require_all(dataset, ledger, run_folder=run_folder)
+
+    def checkpoint(self) -> submitit.helpers.DelayedSubmission:
+        """What is to be run when the task is requeued: the same, since it looks for what is there."""
+        return submitit.helpers.DelayedSubmission(self)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Job:
+    """A job array and what its tasks are to make."""
+
+    name: str
+    run_folder: Path
+    slices: list[list[int]]
+
+    @property
+    def path(self) -> Path:
+        return self.run_folder / "slurm" / f"{self.name}.json"
+
+    def save(self, dataset: Dataset) -> None:
+        self.path.parent.mkdir(exist_ok=True)
+        record = {"dataset": f"{dataset.kind}/{dataset.name}", "fingerprint": dataset.fingerprint, "slices": self.slices}
+        durable.write_json(self.path, record)
+
+    def tasks_at_work(self, queue: _Queue) -> set[int]:
+        """Indices of the tasks that are queued or running."""
+        return queue.get(self.name, set())
+
+    def parts_at_work(self, queue: _Queue) -> set[int]:
+        """The parts of these tasks."""
+        return {part for task in self.tasks_at_work(queue) for part in self.slices[task]}
+
+    def failed(self) -> dict[int, str]:
+        """Parts that a task tried often enough, with the reason."""
+        return {part: reason for state in journal.read_journals(self.run_folder) for part, reason in state.failed.items()}
+
+
+def _jobs_at_work(runs_folder: Path, dataset: Dataset, *, queue: _Queue) -> Iterator[_Job]:
+    """The jobs that an earlier coordinator submitted for this dataset, and that are not done yet."""
+    for path in sorted(runs_folder.glob("*/slurm/*.json")):
+        if path.stem not in queue:
+            continue
+        try:
+            record = read_object(path)
+            slices = record["slices"]
+            if not all(is_count(part, below=MOST_PARTS) for parts in slices for part in parts):
+                raise ValueError("slices must be lists of parts")
+            if record["fingerprint"] == dataset.fingerprint:
+                yield _Job(name=path.stem, run_folder=path.parent.parent.absolute(), slices=slices)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            remedy = f"Remove it, and cancel the job: scancel --name={path.stem}"
+            raise DamagedPart(f"{path} cannot be read ({reason_of(error)}).", remedy=remedy) from error
+
+
+def _queue() -> _Queue:
+    """Look at the user's jobs that are queued or running; a look is for all of them.
+
+    Raises:
+        FuselineError: Slurm does not answer.
+    """
+    command = ["squeue", "--array", "--noheader", f"--user={getpass.getuser()}", "--format=%K %j"]
+    for wait in (1, 10, 60, 0):  # a controller may be restarting
+        result = subprocess.run(command, capture_output=True, text=True, check=False)
+        if result.returncode == 0:
+            break
+        time.sleep(wait)
+    else:
+        raise FuselineError(
+            f"squeue fails: {result.stderr.strip()}. Jobs that are at work go on; run the same command again to follow them."
+        )
+    found: _Queue = {}
+    for line in result.stdout.splitlines():
+        index, _, name = line.strip().partition(" ")
+        found.setdefault(name, set()).add(int(index) if index.isdigit() else 0)
+    return found
+
+
+def _hopeful_first(parts: Iterable[int], jobs: Sequence[_Job]) -> list[int]:
+    """Parts that tasks died with come last, so that one which kills its task takes no others with it."""
+    deaths = _interrupted([state for job in jobs for state in journal.read_journals(job.run_folder)])
+    return sorted(parts, key=lambda part: (deaths[part], part))
+
+
+def _interrupted(states: Iterable[journal.WorkerState]) -> Counter[int]:
+    """How often a worker died, or was requeued, with each part at hand; those whose tasks are gone have what was at hand still at hand."""
+    return sum((state.interrupted + Counter(state.at_hand) for state in states), Counter())

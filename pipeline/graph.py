@@ -1,0 +1,149 @@
+"""The graph of everything that a recipe makes, with its variants: what is the same is one product.
+
+for product in products(recipe): ...        # in an order in which everything comes after what it is made from
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TypeVar
+
+from ..store.errors import UsageError
+from .products.aligned import Alignment, TokenMatches, VocabularyMap
+from .products.corpus import Corpus
+from .products.forward import Distributions, Evaluation, MadeEvaluation
+from .products.fused import Targets
+from .products.merged import Merged
+from .products.product import Made, Product
+from .products.trained import ModelProduct, Trained
+from .recipe import BASE, Recipe
+
+# All kinds of products, each after those that it is made from.
+KINDS: list[type[Product]] = [
+    Corpus,
+    Distributions,
+    TokenMatches,
+    VocabularyMap,
+    Alignment,
+    Targets,
+    Evaluation,
+    Trained,
+    Merged,
+    MadeEvaluation,
+]
+Kind = TypeVar("Kind", bound=Product)
+
+
+@dataclass(frozen=True, slots=True)
+class Graph:
+    """The products of a recipe and its variants, in order."""
+
+    products: tuple[Product, ...]
+    by_variant: dict[str, tuple[Product, ...]]  # the recipe itself is `BASE`
+    recipes: dict[str, Recipe]  # of each variant
+    _users: dict[Product, list[Recipe]] = field(repr=False)
+
+    def __iter__(self) -> Iterator[Product]:
+        return iter(self.products)
+
+    def of_kind(self, kind: type[Kind]) -> list[Kind]:
+        """The products of a class, in order."""
+        return [product for product in self.products if isinstance(product, kind)]
+
+    def users(self, product: Product) -> list[Recipe]:
+        """The recipes that ask for a product."""
+        return self._users[product]
+
+    def variants_of(self, product: Product) -> list[str]:
+        """Names of the variants that ask for a product."""
+        return [name for name, products in self.by_variant.items() if product in products]
+
+    def only(self, variant: str) -> "Graph":
+        """What one variant needs.
+
+        Raises:
+            UsageError: the recipe has no such variant.
+        """
+        if variant not in self.by_variant:
+            raise UsageError(f"--variant ({variant}) must be one of: {', '.join(self.by_variant)}.")
+        return replace(self, products=self.by_variant[variant], recipes={variant: self.recipes[variant]})
+
+    @property
+    def made_models(self) -> list[ModelProduct]:
+        """The models that are made."""
+        return self.of_kind(ModelProduct)
+
+    def needs_made_model(self, product: Product) -> bool:
+        """Whether a product is a model that is made, or is made from one."""
+        return isinstance(product, ModelProduct) or any(map(self.needs_made_model, product.inputs))
+
+
+def products(recipe: Recipe) -> Graph:
+    """The graph of a recipe.
+
+    Raises:
+        UsageError: two variants give different products one name.
+    """
+    known: dict[tuple[object, ...], Product] = {}
+    named: dict[tuple[str, str], Product] = {}
+    users: dict[Product, list[Recipe]] = {}
+    by_variant, recipes = {}, {BASE: recipe} | {variant.name: recipe.with_variant(variant) for variant in recipe.variants}
+    for name, asked in recipes.items():
+        drawing = _Drawing(asked, variant=name, known=known, named=named)
+        for kind in KINDS:
+            for product in kind.of(drawing):
+                users.setdefault(drawing.add(product), []).append(asked)
+        by_variant[name] = _ordered(drawing.products)
+    return Graph(_ordered(known.values()), by_variant, recipes, users)
+
+
+class _Drawing:
+    """The graph of one variant as it is drawn, kind by kind. Implements `Drawing`."""
+
+    def __init__(
+        self, recipe: Recipe, *, variant: str, known: dict[tuple[object, ...], Product], named: dict[tuple[str, str], Product]
+    ) -> None:
+        """`known` and `named` hold what the variants before this one ask for, by key and by kind and name."""
+        self.recipe, self.variant, self.products = recipe, variant, list[Product]()
+        self._known, self._named = known, named
+        self._roles: dict[tuple[type[Product], str], Product] = {}
+
+    def get(self, kind: type[Made], role: str) -> Made:
+        """A product by its role."""
+        found = self._roles[kind, role]
+        assert isinstance(found, kind)
+        return found
+
+    def models(self) -> Sequence[ModelProduct]:
+        """The models that are made."""
+        return [product for product in self.products if isinstance(product, ModelProduct)]
+
+    def add(self, product: Product) -> Product:
+        """The product, or the one that is the same and was asked for before. It gets a name that is free."""
+        found = self._known.get(product.key)
+        if found is None:
+            found = product
+            if (product.kind, product.name) in self._named:
+                found = replace(product, suffix=self.variant)
+            if (found.kind, found.name) in self._named:
+                raise UsageError(
+                    f"The variants give {found.kind}/{found.name} to different products. Rename the variant {self.variant!r}, or give it "
+                    "a name of its own."
+                )
+            self._known[found.key] = self._named[found.kind, found.name] = found
+        self._roles[type(product), product.role] = found
+        self.products.append(found)
+        return found
+
+
+def _ordered(found: Iterable[Product]) -> tuple[Product, ...]:
+    """Products after their inputs; those that nothing waits for come last."""
+    ordered: dict[Product, None] = {}
+
+    def place(product: Product) -> None:
+        for needed in product.inputs:
+            place(needed)
+        ordered.setdefault(product)
+
+    for product in sorted(found, key=lambda product: product.is_last):
+        place(product)
+    return tuple(ordered)

@@ -1,0 +1,34 @@
+"""One merge of the pipeline: run, followed, and taken note of."""
+
+from ..store.workspace import Workspace
+from .products.merged import Merged
+from .products.product import OpenSite
+from .progress import Progress
+
+
+def merge(product: Merged, *, site: OpenSite, workspace: Workspace, progress: Progress) -> None:
+    """Merge, with a run in the workspace. The model appears in one step.
+
+    Raises:
+        FuselineError: the models cannot be merged.
+    """
+    from ..train.merging.merge import merge as merge_models  # loads torch
+
+    models = product.models(workspace)
+    with (
+        workspace.run("merge", name=product.name, parameters=product.config.model_dump()) as run,
+        progress.writing(product.title) as follow,
+    ):
+        report = merge_models(
+            product.config,
+            base=site.models(product.recipe)[product.recipe.target.name].folder,
+            models={name: model.folder for name, model in models.items()},
+            output=product.export_folder(workspace),
+            identity=dict(site.identity(product)),
+            lineage=product.lineage(site),
+            tokenizer_of=next(iter(models.values())).folder,  # with the chat template that they were trained in
+            on_progress=follow,
+        )
+        run.metrics.update(models=len(models), tensors=len(report.tensors), stored_bytes=report.n_bytes)
+    for warning in report.warnings:
+        progress.say(f"{product.title}: {warning}")

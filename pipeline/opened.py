@@ -1,0 +1,276 @@
+"""A workspace that a run has opened: its models are found and checked, datasets are opened or begun, stages can be asked for."""
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
+from pathlib import Path
+
+from ..ingest.agreement import disagreements
+from ..ingest.chat.readings import ChatReading, CorpusTemplate
+from ..ingest.corpus import CorpusStage, corpus_source
+from ..ingest.distributions import arithmetic_of_parts
+from ..ingest.model_config import ModelConfig
+from ..ingest.models import ModelFolder, find_model, require_different_folders
+from ..ingest.sources import Source
+from ..store.corpus_plan import require_domains
+from ..store.dataset import Dataset, as_ranges
+from ..store.errors import FingerprintMismatch, UsageError
+from ..store.fingerprint import Identity
+from ..store.layout import Layout
+from ..store.machine import arithmetic_for, processor_arithmetic_for
+from ..store.tokenizer import Tokenizer, changed_reading
+from ..store.workspace import Workspace
+from .executors.config import ExecutorConfig
+from .executors.work import Stage
+from .graph import Graph
+from .products.corpus import Corpus
+from .products.forward import Evaluation, Forward
+from .products.product import PartsProduct, Product
+from .products.trained import ModelProduct
+from .recipe import Recipe
+
+
+class Opened:
+    """The graph of a recipe in a workspace. Implements `OpenSite`: to ask for a dataset opens or begins it, and what it is made from."""
+
+    def __init__(
+        self,
+        graph: Graph,
+        *,
+        base: Path,
+        workspace: Workspace,
+        models_dir: Path,
+        executor: ExecutorConfig,
+        say: Callable[[str], None],
+    ) -> None:
+        """Open the workspace for a recipe.
+
+        Args:
+            graph: of the recipe.
+            base: the recipe's folder, to which its paths are relative.
+            workspace: in which everything is made.
+            models_dir: folder that holds models by their hub id.
+            executor: what makes parts, which decides about their arithmetic.
+            say: is called with each remark on a model folder when it is opened.
+        """
+        self.graph, self.base, self.models_dir = graph, base, models_dir
+        self.layout: Layout = workspace
+        self._workspace, self._executor, self._say = workspace, executor, say
+        self._models: dict[ModelConfig, ModelFolder] = {}
+        self._of_recipe: dict[int, dict[str, ModelFolder]] = {}
+        self._identities: dict[Product, Identity] = {}
+        self._datasets: dict[Product, Dataset] = {}
+        self._stages: dict[Product, Stage] = {}
+        self._sources: dict[Product, Source] = {}
+        self._templates: dict[Product, CorpusTemplate | None] = {}
+        self._readings: dict[tuple[Product, ModelConfig], ChatReading] = {}
+
+    # ---- models ------------------------------------------------------------------------------------------------------------------------
+
+    def models(self, recipe: Recipe) -> Mapping[str, ModelFolder]:
+        """The target's start and the sources of a recipe, by name, found and checked.
+
+        Raises:
+            DataError: one is not there, or cannot be used.
+            UsageError: the corpus's segments would not fit one's context.
+        """
+        if id(recipe) not in self._of_recipe:
+            self._of_recipe[id(recipe)] = self._opened_models(recipe)
+        return self._of_recipe[id(recipe)]
+
+    def _opened_models(self, recipe: Recipe) -> dict[str, ModelFolder]:
+        unknown = [config for config in recipe.models if config not in self._models]
+        for config in unknown:
+            self._models[config] = find_model(config, models_dir=self.models_dir, base=self.base)
+        found = {config.name: self._models[config] for config in recipe.models}
+        context_length = recipe.corpus.context_length
+        for name, model in found.items():
+            if model.context_length is not None and context_length > model.context_length:
+                raise UsageError(
+                    f"corpus.context_length ({context_length}) must be at most the context of {name} ({model.context_length}, by its "
+                    "config.json)."
+                )
+        require_different_folders(found.values())
+        for config in unknown:
+            model = self._models[config]
+            for remark in (*model.remarks, *disagreements(model, cache=self.layout.root / "models")):
+                self._say(f"Beware: model {config.name}: {remark}.")
+            self._models[config] = replace(model, kept_tokenizer=self._kept_tokenizer(model))
+        return {config.name: self._models[config] for config in recipe.models}
+
+    def _kept_tokenizer(self, model: ModelFolder) -> Tokenizer | None:
+        """The tokenizer that the model's stored datasets were made with, if it reads text as the model's folder says."""
+        places: list[tuple[PartsProduct, str]] = [
+            (each, "tokenizer") for each in self.graph.of_kind(Forward) if each.config == model.config
+        ]
+        places += [(each, "chat_tokenizer") for each in self.graph.of_kind(Corpus) if each.recipe.target == model.config]
+        for product, key in places:
+            stored = product.stored(self.layout)
+            if stored is not None:
+                digest = str(stored.identity.get(key, ""))
+                found = None if digest == model.tokenizer.digest else model.tokenizer.with_fewer_roles(digest)
+                if found is not None:
+                    return found
+        return None
+
+    def model(self, product: Product) -> ModelFolder:
+        """The model that a product reads the corpus with; one that the recipe makes is checked to be this one."""
+        assert isinstance(product, Forward)
+        if product.config is not None:
+            return self.models(product.recipe)[product.config.name]
+        assert isinstance(product, Evaluation)
+        made = product.made
+        assert isinstance(made, ModelProduct)
+        made.require_same(self)
+        return made.exported(self.layout)
+
+    def tokenizer_folder(self, model: ModelFolder) -> Path:
+        """Where the tokenizer of a model is stored; it is written if need be."""
+        folder = self.layout.folder("tokenizers", model.tokenizer.digest)
+        model.tokenizer.save(folder)
+        return folder
+
+    # ---- corpora -----------------------------------------------------------------------------------------------------------------------
+
+    def source(self, product: Product) -> Source:
+        """Where the documents of a corpus are."""
+        if product not in self._sources:
+            self._sources[product] = corpus_source(product.recipe.corpus, base=self.base)
+        return self._sources[product]
+
+    def template(self, product: Product) -> CorpusTemplate | None:
+        """The chat template that the conversations of a corpus are written in; None of plain text."""
+        if product not in self._templates:
+            recipe = product.recipe
+            chat, target = recipe.corpus.chat, recipe.target.name
+            self._templates[product] = None if chat is None else CorpusTemplate.of(chat, target=self.models(recipe)[target], base=self.base)
+        return self._templates[product]
+
+    def reading(self, product: Product) -> ChatReading | None:
+        """How the model of a forward pass reads conversations: what the target's start becomes reads them as it does."""
+        assert isinstance(product, Forward)
+        chat, written = product.recipe.corpus.chat, self.template(product.of_corpus)
+        if chat is None or written is None:
+            return None
+        if product.rendering == "shared":
+            return ChatReading(template=written.template, rendering="shared")
+        assert product.config is not None
+        key = (product.of_corpus, product.config)
+        if key not in self._readings:  # a model's own template is tried once
+            self._readings[key] = ChatReading.of_source(self.model(product), written=written, date=chat.date)
+        return self._readings[key]
+
+    def check_readings(self) -> None:
+        """Refuse models that cannot read the conversations as the recipe says before anything is made.
+
+        Raises:
+            FuselineError: a chat template is missing or does not run, or a control token has no embedding.
+        """
+        for recipe in self.graph.recipes.values():
+            self.models(recipe)
+        for product in self.graph.of_kind(Forward):
+            reading = None if product.config is None else self.reading(product)
+            if reading is not None:
+                model = self.model(product)
+                reading.reader(model.tokenizer).require_known(model.vocab_size)
+
+    def corpus_stage(self, product: Product) -> CorpusStage:
+        """The stage of the corpus that a product is made from, or that it is."""
+        assert isinstance(product, PartsProduct)
+        stage = self.stage(product if isinstance(product, Corpus) else product.corpus)
+        assert isinstance(stage, CorpusStage)
+        return stage
+
+    def parts(self, product: PartsProduct) -> list[int]:
+        """The parts that a product has.
+
+        Raises:
+            UsageError: the corpus is not there yet.
+        """
+        if isinstance(product, Corpus):
+            return self.corpus_stage(product).parts()
+        if product.split is None:
+            return [0]
+        stage = self.corpus_stage(product)
+        if not (stage.dataset.folder / "plan.json").exists():
+            raise UsageError("The corpus is not there yet. Make it first: fuseline ingest corpus RECIPE.")
+        parts = product.planned_parts({"parts": stage.plan.parts})
+        assert parts is not None
+        require(stage.dataset, parts=parts, command=Corpus.command)
+        return parts
+
+    def require_domains(self, section: str, corpus: Corpus, weights: Iterable[str]) -> None:
+        """Raise UsageError where weights are of a domain that the corpus has not."""
+        known = self.corpus_stage(corpus).plan.documents["domain"].unique()
+        require_domains(weights, field=f"{section}.domain_weights", known=known)
+
+    # ---- products ----------------------------------------------------------------------------------------------------------------------
+
+    def recipes(self, product: Product) -> list[Recipe]:
+        """The recipes, of variants too, that ask for a product."""
+        return self.graph.users(product)
+
+    def identity(self, product: Product) -> Identity:
+        """What determines the content of a product."""
+        if product not in self._identities:
+            self._identities[product] = product.identity(self)
+        return self._identities[product]
+
+    def dataset(self, product: PartsProduct) -> Dataset:
+        """The dataset of a product, opened or begun.
+
+        Raises:
+            FingerprintMismatch: the workspace has something else under its name.
+        """
+        if product not in self._datasets:
+            identity, description = self.identity(product), product.description(self)
+            try:
+                dataset = self._workspace.dataset(product.kind, product.name, identity=identity, description=description)
+            except FingerprintMismatch as error:
+                raise self._explained(error, product) from error
+            self._datasets[product] = dataset
+        return self._datasets[product]
+
+    def _explained(self, error: FingerprintMismatch, product: PartsProduct) -> FingerprintMismatch:
+        """The error; if the model's tokenizer was read differently, the message says how."""
+        stored = product.stored(self.layout) if isinstance(product, Forward) else None
+        if stored is None:
+            return error
+        folder = self.layout.folder("tokenizers", str(stored.identity.get("tokenizer", "")))
+        reason = changed_reading(folder, now=self.model(product).tokenizer)
+        return error if reason is None else FingerprintMismatch(f"{error}\n{reason}")
+
+    def stage(self, product: PartsProduct | None) -> Stage:
+        """What makes the parts of a product."""
+        assert product is not None
+        if product not in self._stages:
+            self._stages[product] = product.stage(self)
+        return self._stages[product]
+
+    def arithmetic(self, dataset: Dataset, *, dtype: str) -> str:
+        """The number format of the forward passes of a dataset that is begun here: that of its parts, if it lost nothing but its record.
+
+        Workers on a cluster that are given GPUs compute in `dtype`; others are taken to have no GPU, and processors like this machine's.
+        """
+        if (stored := arithmetic_of_parts(dataset, dtype=dtype)) is not None:
+            return stored
+        if self._executor.kind == "local":
+            return arithmetic_for(dtype)
+        return dtype if self._executor.resources.of(dataset.kind).gpus > 0 else processor_arithmetic_for(dtype)
+
+    def require_inputs(self, product: Product) -> None:
+        """Raise UsageError, with the command that makes it, unless everything that a product is made from is there."""
+        for needed in product.inputs:
+            if isinstance(needed, PartsProduct):
+                require(self.dataset(needed), parts=self.parts(needed), command=needed.command)
+            else:
+                needed.require_done(self)
+
+
+def require(dataset: Dataset, *, parts: list[int], command: str) -> None:
+    """Raise UsageError unless a dataset has these parts; `command` makes them."""
+    missing = dataset.missing(parts)
+    if missing:
+        raise UsageError(
+            f"{dataset.kind}/{dataset.name} lacks {len(missing)} of {len(parts)} parts ({as_ranges(missing)}). "
+            f"First: fuseline {command} RECIPE."
+        )

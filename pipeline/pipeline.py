@@ -1,0 +1,297 @@
+"""The pipeline of a recipe: what is missing of its graph is made, in order."""
+
+import shlex
+import time
+from collections.abc import Callable, Collection, Iterator, Sequence
+from pathlib import Path
+
+from ..ingest.corpus import CorpusStage
+from ..store import catalog, durable, journal
+from ..store.errors import FuselineError, UsageError, WorkspaceBusy
+from ..store.manifest import Manifest
+from ..store.workspace import Workspace
+from ..train.launch import launch
+from .conflicts import conflicts, require_free
+from .executors.executor import Executor
+from .executors.work import Stage
+from .graph import products
+from .merging import merge
+from .opened import Opened
+from .products.corpus import Corpus
+from .products.merged import Merged
+from .products.product import PartsProduct, Product
+from .products.trained import Trained
+from .progress import Progress, size
+from .recipe import Recipe
+from .training import describe, train
+
+_SHOWN = 5  # files of a corpus that are not read, in a message
+
+
+class Pipeline:
+    """Makes the products of a recipe in a workspace. Each method makes what is missing, and says so if that is nothing."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        *,
+        base: Path,
+        workspace: Workspace,
+        models_dir: Path,
+        progress: Progress,
+        executor: Callable[[], Executor],
+        variant: str | None = None,
+    ) -> None:
+        """Open a pipeline.
+
+        Args:
+            recipe: with its variants.
+            base: the recipe's folder, to which its paths are relative.
+            workspace: in which everything is made.
+            models_dir: folder that holds models by the last part of their hub id.
+            progress: is told what is done.
+            executor: is called when parts are to be made: what makes none needs no cluster.
+            variant: makes only what this variant needs.
+
+        Raises:
+            UsageError: the recipe has no such variant.
+        """
+        self.recipe, self.workspace, self.progress = recipe, workspace, progress
+        graph = products(recipe)
+        self.graph = graph if variant is None else graph.only(variant)
+        self.site = Opened(self.graph, base=base, workspace=workspace, models_dir=models_dir, executor=recipe.executor, say=progress.say)
+        self._executor = executor
+
+    def run(self) -> None:
+        """Everything that is missing, in order."""
+        self.check_models()
+        for corpus in self.graph.of_kind(Corpus):
+            self._make(corpus)
+        self._check_identities()
+        for product in self.graph:
+            if not isinstance(product, Corpus):
+                self._make(product)
+        self._say_what_is_not_merged()
+
+    def make(self, command: str, *, names: Collection[str] | None = None) -> None:
+        """What one command makes; what it is made from must be there.
+
+        Args:
+            command: `align`, `train`, …: `Product.command`.
+            names: chooses among the products.
+
+        Raises:
+            UsageError: something that it is made from is not there; the text says which command makes it.
+        """
+        chosen = [product for product in self.graph if product.command == command and (names is None or product.name in names)]
+        self._check_domains(command)
+        found = conflicts(self.site) if command in ("fuse", "train") else []
+        require_free([each for each in found if command == "train" or each.what.startswith("targets/")], layout=self.workspace)
+        for product in chosen:
+            self._require_inputs(product)
+            self._make(product)
+        if command == Merged.command:
+            self._say_what_is_not_merged()
+
+    # ---- checks ------------------------------------------------------------------------------------------------------------------------
+
+    def check_models(self) -> None:
+        """Refuse models that cannot read the conversations, and a target that cannot be trained as asked, before hours are spent.
+
+        Raises:
+            FuselineError: one cannot, or is not available or cannot be used.
+        """
+        self.site.check_readings()
+        trainings = self.graph.of_kind(Trained)
+        if all(training.is_done(self.workspace) for training in trainings):
+            return
+        from ..train.families import read_architecture  # loads transformers
+
+        for training in trainings:
+            start = self.site.models(training.recipe)[training.recipe.target.name]
+            read_architecture(start.folder, training=training.config)
+
+    def _check_identities(self) -> None:
+        """Meet every mismatch with what the workspace holds before hours are spent on what comes before it."""
+        self._check_domains("fuse")
+        self._check_domains("train")
+        require_free(conflicts(self.site), layout=self.workspace)
+        for product in self.graph:
+            if isinstance(product, PartsProduct) and not self.graph.needs_made_model(product):
+                self.site.dataset(product)
+
+    def _check_domains(self, command: str) -> None:
+        sections = {"fuse": "fusion", "train": "training"}
+        if command in sections:
+            for corpus in self.graph.of_kind(Corpus):
+                for recipe in self.site.recipes(corpus):
+                    section = sections[command]
+                    self.site.require_domains(section, corpus, getattr(recipe, section).domain_weights)
+
+    def _require_inputs(self, product: Product) -> None:
+        """See that everything a product is made from is there; what is made on demand is made."""
+        for needed in product.inputs:
+            if needed.is_made_on_demand and not product.is_done(self.workspace):
+                self._require_inputs(needed)
+                self._make(needed)
+        self.site.require_inputs(product)
+
+    def fold(self) -> None:
+        """Bring the catalog up to date; if someone else has it open for long, that is left for later."""
+        try:
+            catalog.fold(self.workspace)
+        except WorkspaceBusy as error:
+            self.progress.say(f"The catalog is not up to date yet: {error}")
+
+    # ---- making ------------------------------------------------------------------------------------------------------------------------
+
+    def _make(self, product: Product) -> None:
+        """What is missing of a product."""
+        match product:
+            case Corpus():
+                self._make_corpus(product)
+            case PartsProduct():
+                self.make_parts(product, parts=self.site.parts(product))
+            case Trained():
+                self._train(product)
+            case Merged():
+                self._merge(product)
+
+    def _make_corpus(self, product: Corpus) -> None:
+        """Plan the corpus and make its parts."""
+        stage, config, evaluation = self.site.corpus_stage(product), product.recipe.corpus, product.recipe.evaluation
+        splits = sorted({part["split"] for part in stage.plan.parts})
+        if "train" not in splits:
+            stage.finish()
+            raise UsageError(
+                f"The corpus has no split named 'train' to learn from, only: {', '.join(splits)}. Rename one split to 'train'."
+            )
+        if evaluation.split not in splits:
+            if not stage.dataset.parts():  # nothing was made of this plan: let another take its place
+                durable.remove(stage.dataset.folder)
+            fraction = config.held_out_fraction
+            if fraction and evaluation.split == "test":
+                raise UsageError(
+                    f"corpus.held_out_fraction ({fraction}) of {stage.plan.summary['documents']} documents holds out none. Raise it."
+                )
+            raise UsageError(
+                f"evaluation.split ({evaluation.split!r}) must be one of the corpus's splits ({', '.join(splits)}). "
+                "Hold out some documents, for example with corpus.held_out_fraction = 0.05, or name the files of each split in "
+                "[corpus.splits], or set evaluation.split to a split other than train."
+            )
+        summary = stage.plan.summary
+        left_out = [f"{summary[reason]:,} {reason}" for reason in ("duplicates", "empty", "refused") if summary.get(reason)]
+        self.progress.say(
+            f"corpus {product.name}: {summary['documents']:,} documents, {size(summary['text_bytes'])} of text, "
+            f"{len(summary['parts'])} parts" + (f" (left out: {', '.join(left_out)})" if left_out else "")
+        )
+        if summary.get("refused"):
+            self.progress.say(f"refused: {summary['why_refused'][0]} (more in {stage.dataset.folder / 'plan.json'})")
+        self.progress.say(f"corpus {product.name}: read from {stage.source.where} ({stage.source.size})")
+        if unread := stage.source.left_out:
+            shown = ", ".join(unread[:_SHOWN]) + (f" and {len(unread) - _SHOWN} more" if len(unread) > _SHOWN else "")
+            self.progress.say(f"corpus {product.name}: not read: {shown}")
+        self.make_parts(product, parts=stage.parts())
+
+    def make_parts(self, product: PartsProduct, *, parts: list[int]) -> None:
+        """What is missing of these parts of a product; of a corpus with its texts at hand meanwhile.
+
+        Raises:
+            DamagedPart: the payload of a committed part is gone.
+            FuselineError: parts failed; see `Executor.run`.
+        """
+        stage, title = self.site.stage(product), f"{product.title}"
+        if not isinstance(stage, CorpusStage):
+            self._make_missing(title, stage, parts=parts)
+            return
+        if stage.dataset.missing(parts):
+            stage.prepare()
+        self._make_missing(title, stage, parts=parts)
+        stage.finish()
+
+    # ---- training and merging ----------------------------------------------------------------------------------------------------------
+
+    def prepare_training(self, *, names: Sequence[str] | None = None) -> None:
+        """Write the job files alone, for ranks that somebody else starts."""
+        self._check_domains("train")
+        require_free(conflicts(self.site), layout=self.workspace)
+        for product in self.graph.of_kind(Trained):
+            if names is None or product.name in names:
+                self._require_inputs(product)
+                job = product.job(self.site)
+                job.save()
+                self.progress.say(
+                    f"{describe(job)}\n{product.title} is prepared. On one machine, start them with:\n"
+                    f"  torchrun --nproc-per-node {job.config.world_size} -m fuseline.train {shlex.quote(str(job.run_folder))}"
+                )
+
+    def _train(self, product: Trained) -> None:
+        job = product.job(self.site)
+        if product.is_done(self.workspace):
+            launch(job, on_metrics=lambda record: None)  # checks that it is the same training
+            self.progress.say(f"{product.title}: nothing to do")
+            return
+        train(job, workspace=self.workspace, progress=self.progress, fold=self.fold)
+        self.fold()
+        self.progress.say(f"{product.title}: model written to {job.export_folder}")
+
+    def _merge(self, product: Merged) -> None:
+        product.require_same(self.site)
+        if product.is_done(self.workspace):
+            self.progress.say(f"{product.title}: nothing to do")
+            return
+        merge(product, site=self.site, workspace=self.workspace, progress=self.progress)
+        self.fold()
+        self.progress.say(f"{product.title}: model written to {product.export_folder(self.workspace)}")
+
+    def _say_what_is_not_merged(self) -> None:
+        for recipe in self.graph.recipes.values():
+            if recipe.merge is not None and recipe.merged_name is None:
+                self.progress.say(f"merge {recipe.merge.name}: nothing to merge, {recipe.merge.method} takes two models or more")
+
+    # ---- repair ------------------------------------------------------------------------------------------------------------------------
+
+    def repairable(self) -> Iterator[PartsProduct]:
+        """The products that are made in parts, in order; those of models that the recipe makes, once all of these are made."""
+        all_made = all(model.is_done(self.workspace) for model in self.graph.made_models)
+        for product in self.graph:
+            if isinstance(product, PartsProduct) and (all_made or not self.graph.needs_made_model(product)):
+                yield product
+
+    # ---- common ------------------------------------------------------------------------------------------------------------------------
+
+    def _make_missing(self, title: str, stage: Stage, *, parts: list[int]) -> None:
+        """Make the parts that are missing, and fold them into the catalog."""
+        missing = sorted(set(parts) - set(stage.dataset.parts()))
+        for part in sorted(set(parts) - set(missing)):
+            stage.dataset.require_payload(part)
+        if not missing:
+            self.progress.say(f"{title}: nothing to do, all {len(parts)} part{'s are' if len(parts) != 1 else ' is'} there")
+            return
+        started, tokens, stored, quarantined = time.monotonic(), 0, 0, 0
+        with (
+            self.workspace.run(stage.dataset.kind, name=stage.dataset.name, parameters={"parts": missing}) as run,
+            self.progress.stage(title, total=len(missing)) as tracker,
+        ):
+
+            def follow(manifest: Manifest) -> None:
+                nonlocal tokens, stored, quarantined
+                tokens += manifest.counts.get("tokens", 0)
+                stored += manifest.n_bytes
+                quarantined += manifest.counts.get("quarantined", 0)
+                rate = f", {tokens / (time.monotonic() - started):,.0f} tokens/s" if tokens else ""
+                tracker(1, f"part {manifest.part}{rate}, {size(stored)} written")
+                run.metrics.update(parts=run.metrics.get("parts", 0) + 1, tokens=tokens, stored_bytes=stored, quarantined=quarantined)
+
+            journal.prepare(run.folder)
+            try:
+                self._executor().run(stage, missing, run_folder=run.folder, on_commit=follow)
+            except FuselineError:
+                self.fold()  # the parts that did not fail are there
+                raise
+        self.fold()
+        if quarantined:
+            self.progress.say(
+                f"{title}: {quarantined} document{'s' * (quarantined != 1)} left out; why: fuseline sql "
+                f"\"SELECT * FROM quarantine WHERE name = '{stage.dataset.name}'\""
+            )

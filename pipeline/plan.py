@@ -1,0 +1,84 @@
+"""What a recipe would take: parts, tokens, bytes on disk and operations of each product; and how long it takes here."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..store.layout import Layout
+from ..store.machine import arithmetic_for, flops, has_gpu, threads
+from .graph import Graph
+from .products.product import PartsProduct, Product
+from .sizes import Sizes
+
+GPU_FLOPS = 989e12  # one H100 in bfloat16
+UTILISATION = 0.4  # share of it that a good forward pass or training step reaches
+
+# Of a stage that runs a model on a processor (benchmarks/README.md, the demo): to start and load it; and what is between the matrix
+# products (norms, softmax, attention), as a share of the time that these would take in float32.
+_START_SECONDS, _BETWEEN = 15.0, 0.5
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlannedStage:
+    """One line of a plan."""
+
+    stage: str
+    parts: int
+    parts_done: int
+    tokens: float
+    stored_bytes: float
+    flops: float = 0  # operations of the models
+    dtype: str = "float32"  # of their weights
+    variants: tuple[str, ...] = ()  # that share it
+
+    @property
+    def gpu_hours(self) -> float:
+        """Of one GPU."""
+        return self.flops / (GPU_FLOPS * UTILISATION) / 3600
+
+
+def plan(graph: Graph, *, base: Path, models_dir: Path, layout: Layout) -> list[PlannedStage]:
+    """Plan every product without changing or downloading anything.
+
+    Raises:
+        UsageError: a model or the corpus is not at hand, and the recipe does not say what to expect of it.
+    """
+    sizes = Sizes(list(graph.recipes.values()), base=base, models_dir=models_dir, layout=layout)
+    return [_planned(product, graph=graph, sizes=sizes) for product in graph]
+
+
+def _planned(product: Product, *, graph: Graph, sizes: Sizes) -> PlannedStage:
+    cost = product.cost(sizes)
+    return PlannedStage(
+        stage=f"{product.title} ({cost.remark})" if cost.remark else product.title,
+        parts=sizes.parts(product),
+        parts_done=_parts_done(product, layout=sizes.layout),
+        tokens=cost.tokens,
+        stored_bytes=cost.stored_bytes,
+        flops=cost.flops,
+        dtype=cost.dtype,
+        variants=tuple(graph.variants_of(product)),
+    )
+
+
+def _parts_done(product: Product, *, layout: Layout) -> int:
+    if isinstance(product, PartsProduct):
+        return len(list(product.folder(layout).glob("part-*.json")))
+    return int(product.is_done(layout))
+
+
+def seconds_here(stages: Iterable[PlannedStage]) -> float:
+    """How long what is missing takes on this machine, if nothing else runs on it; on a processor by the race of `store.machine`."""
+    seconds = 0.0
+    for stage in stages:
+        missing = 1 - stage.parts_done / max(stage.parts, 1)
+        if stage.flops and missing > 0:
+            seconds += _START_SECONDS + missing * stage.flops * _seconds_per_operation(stage.dtype)
+    return seconds
+
+
+def _seconds_per_operation(dtype: str) -> float:
+    """Products run at the speed of the race; what is between them takes its own time, in whatever number format."""
+    if has_gpu():
+        return 1 / (GPU_FLOPS * UTILISATION)
+    return (1 / flops(arithmetic_for(dtype)) + _BETWEEN / flops("float32")) / threads()

@@ -1,0 +1,99 @@
+"""The corpus: documents in parts, cut into segments."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from ...ingest.corpus import CorpusStage, corpus_identity
+from ...ingest.corpus_config import corpus_choices
+from ...ingest.earlier_corpus import kept_identity, require_read_right
+from ...store.fingerprint import Identity
+from .product import AtLeast, Cost, Drawing, OpenSite, PartsProduct, Product, Site
+
+if TYPE_CHECKING:
+    from ..sizes import Sizes
+
+# Text of English compresses to this share; each document has numbers, a digest and names beside it.
+_COMPRESSED, _DOCUMENT_BYTES = 0.45, 60
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Corpus(PartsProduct):
+    """`corpus/<name>`."""
+
+    kind: ClassVar[str] = "corpus"
+    command: ClassVar[str] = "ingest corpus"
+    noun: ClassVar[str] = "corpus"
+
+    @classmethod
+    def of(cls, drawing: Drawing) -> Iterator["Corpus"]:
+        yield cls(recipe=drawing.recipe)
+
+    @property
+    def role(self) -> str:
+        return ""
+
+    @property
+    def name(self) -> str:
+        return self.suffixed(self.recipe.corpus.name)
+
+    @property
+    def inputs(self) -> tuple[Product, ...]:
+        return ()
+
+    @property
+    def choices(self) -> Mapping[str, Any]:
+        config = self.recipe.corpus
+        chosen = config.model_dump(exclude={"name", "expected_documents", "expected_bytes", "expected_held_out_bytes"})
+        # Conversations are written in the target's template.
+        return chosen if config.chat is None else chosen | {"target": (self.recipe.target.model, self.recipe.target.revision)}
+
+    @property
+    def title(self) -> str:
+        return f"{self.noun} {self.name}" if self.suffix else self.noun
+
+    @property
+    def corpus(self) -> None:
+        return None
+
+    def planned_parts(self, plan: Mapping[str, Any] | None) -> list[int] | None:
+        return None if plan is None else list(range(len(plan["parts"])))
+
+    def identity(self, site: Site) -> Identity:
+        if site.models(self.recipe) is None:
+            return AtLeast(corpus_choices(self.recipe.corpus))
+        stored, asked = self.stored(site.layout), self._asked(site)  # type: ignore[arg-type]  # a site with models is open
+        return asked if stored is None else kept_identity(stored, asked=asked)
+
+    def _asked(self, site: OpenSite) -> dict[str, Any]:
+        """The identity, not yet as an earlier version would have written it."""
+        tokenizers = [
+            model.tokenizer
+            for recipe in site.recipes(self)
+            for model in site.models(recipe).values()
+            if model.config.chat_template == "shared"  # the others write conversations down themselves
+        ]
+        unique = list({tokenizer.digest: tokenizer for tokenizer in tokenizers}.values())
+        asked = corpus_identity(self.recipe.corpus, source=site.source(self), tokenizers=unique, chat=site.template(self))
+        stored = self.stored(site.layout)
+        # Segments are settled when the corpus is first made: a source that is added later does not undo all that was stored.
+        return asked if stored is None else asked | {"segmented_for": stored.identity["segmented_for"]}
+
+    def description(self, site: OpenSite) -> dict[str, Any]:
+        return {"source": site.source(self).where}
+
+    def stage(self, site: OpenSite) -> CorpusStage:
+        for recipe in site.recipes(self):
+            for model in site.models(recipe).values():
+                site.tokenizer_folder(model)
+        dataset = site.dataset(self)
+        folders = [site.layout.folder("tokenizers", digest) for digest in dataset.identity["segmented_for"]]
+        chat = site.template(self)
+        stage = CorpusStage(dataset, config=self.recipe.corpus, source=site.source(self), tokenizer_folders=folders, chat=chat)
+        require_read_right(stage, asked=self._asked(site))
+        return stage
+
+    def cost(self, sizes: "Sizes") -> Cost:
+        text = sizes.text(self, "train"), sizes.text(self, self.recipe.evaluation.split)
+        n_bytes, documents = sum(each.text_bytes for each in text), sum(each.documents for each in text)
+        return Cost(stored_bytes=_COMPRESSED * n_bytes + _DOCUMENT_BYTES * documents, tokens=sizes.tokens(self, "train"))

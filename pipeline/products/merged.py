@@ -1,0 +1,150 @@
+"""The merged model: those that were trained each with one source become one, in parameter space (FuseChat, arXiv:2408.07990)."""
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from ...ingest.models import ModelFolder
+from ...store.errors import FingerprintMismatch
+from ...store.fingerprint import Identity, differences, fingerprint
+from ...store.json_files import read_object
+from ...store.layout import Layout
+from ...train.merging.config import MergeConfig
+from ...train.merging.identity import REPORT, merge_identity
+from ..origin import merged_lineage
+from .forward import Distributions
+from .product import AtLeast, Cost, Drawing, InputMissing, OpenSite, Product, Site
+from .trained import ITEM_BYTES, ModelProduct, Trained
+
+if TYPE_CHECKING:
+    from ..sizes import Sizes
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Merged(ModelProduct):
+    """`exports/<merge>-<number of models>`.
+
+    Its identity says which trainings the models are from, besides what they are: a merged model of different sources is then reported
+    before anything is trained.
+    """
+
+    kind: ClassVar[str] = "merge"
+    command: ClassVar[str] = "eval"
+    noun: ClassVar[str] = "merge"
+
+    trainings: tuple[tuple[str, Trained], ...]  # by name of the source that each learned from
+    start: Distributions  # of the target's start
+
+    @classmethod
+    def of(cls, drawing: Drawing) -> Iterator["Merged"]:
+        recipe = drawing.recipe
+        if recipe.merged_name is not None:
+            trainings = tuple((source, drawing.get(Trained, training.name)) for source, training in recipe.merged_trainings.items())
+            yield cls(recipe=recipe, trainings=trainings, start=drawing.get(Distributions, recipe.target.name))
+
+    @property
+    def role(self) -> str:
+        return ""
+
+    @property
+    def config(self) -> MergeConfig:
+        """Method and settings."""
+        assert self.recipe.merge is not None
+        return self.recipe.merge
+
+    @property
+    def name(self) -> str:
+        return self.suffixed(str(self.recipe.merged_name))
+
+    @property
+    def name_key(self) -> tuple[str, str]:
+        return ("merge", "name")
+
+    @property
+    def inputs(self) -> tuple[Product, ...]:
+        return tuple(training for _, training in self.trainings)
+
+    @property
+    def choices(self) -> Mapping[str, Any]:
+        return {"settings": self.config.determines([source for source, _ in self.trainings])}
+
+    def _planned(self, *, base: str, trainings: Mapping[str, str]) -> dict[str, Any]:
+        """What of the identity is known before the trainings are done: `base` is the start's digest, `trainings` are fingerprints."""
+        identity = merge_identity(self.config, base=base, models=dict.fromkeys(trainings, ""))
+        return {key: value for key, value in identity.items() if key != "models"} | {"trainings": dict(sorted(trainings.items()))}
+
+    def planned(self, site: Site) -> Identity:
+        """What of the identity is known before the trainings are done.
+
+        Raises:
+            InputMissing: a training is not done, where the models are not opened.
+        """
+        models = site.models(self.recipe)
+        if models is not None:
+            trainings = {source: fingerprint(site.identity(training)) for source, training in self.trainings}
+            return AtLeast(self._planned(base=models[self.recipe.target.name].weights_digest, trainings=trainings))
+        found, bases = {}, set()
+        for source, training in self.trainings:
+            done = training.finished_identity(site.layout)
+            if done is None or training.changes(done, site.identity(training), layout=site.layout):
+                raise InputMissing(training)
+            found[source] = fingerprint(done)
+            bases.add(done["model"])
+        return AtLeast(self._planned(base=min(bases), trainings=found))
+
+    def identity(self, site: Site) -> Identity:
+        models = site.models(self.recipe)
+        if models is None:
+            return self.planned(site)
+        digests = {name: model.weights_digest for name, model in self.models(site.layout).items()}
+        return dict(self.planned(site)) | merge_identity(self.config, base=models[self.recipe.target.name].weights_digest, models=digests)
+
+    def models(self, layout: Layout) -> dict[str, ModelFolder]:
+        """What is merged, by name of the source that each learned from."""
+        return {source: training.exported(layout) for source, training in self.trainings}
+
+    def lineage(self, site: OpenSite) -> dict[str, Any]:
+        """What the model comes from, for its card."""
+        trainings = {source: training.job(site).lineage for source, training in self.trainings}
+        corpus = site.corpus_stage(self.start).dataset
+        return merged_lineage(
+            trainings, recipe=self.recipe, models=site.models(self.recipe), corpus=corpus, merged=self.models(site.layout)
+        )
+
+    def folders(self, layout: Layout) -> list[Path]:
+        return [self.export_folder(layout)]
+
+    def is_done(self, layout: Layout) -> bool:
+        return (self.export_folder(layout) / "config.json").exists()
+
+    def finished_identity(self, layout: Layout) -> Identity | None:
+        """Empty if what is there is no merge."""
+        folder = self.export_folder(layout)
+        if not folder.exists():
+            return None
+        try:
+            return dict(read_object(folder / REPORT)["identity"])
+        except (OSError, ValueError, KeyError, TypeError):
+            return {}
+
+    def require_same(self, site: OpenSite) -> None:
+        stored = self.finished_identity(site.layout)
+        changed = [] if stored is None else self.changes(stored, site.identity(self), layout=site.layout)
+        if changed:
+            raise FingerprintMismatch(f"exports/{self.name} was made from different inputs:\n  " + "\n  ".join(changed))
+
+    def changes(self, stored: Identity, asked: Identity, *, layout: Layout) -> list[str]:
+        if not stored:
+            return [f"is no merge: {REPORT} cannot be read"]
+        asked = json.loads(json.dumps(asked))
+        return differences({key: stored.get(key, {}) for key in asked}, asked)
+
+    def without_input(self, missing: InputMissing) -> list[str]:
+        return [f"trainings: asked for {missing.product.name}, which is not there yet, or was made from different inputs"]
+
+    def cost(self, sizes: "Sizes") -> Cost:
+        item = ITEM_BYTES[self.config.dtype or self.recipe.training.dtype]
+        remark = f"{self.config.method} of {len(self.trainings)}"
+        return Cost(stored_bytes=item * sizes.model(self.start).parameters, remark=remark)

@@ -1,0 +1,208 @@
+"""The trainings: on fused targets, and the baseline on text alone."""
+
+import json
+from abc import abstractmethod
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from ...ingest.models import ModelFolder
+from ...store.errors import UsageError
+from ...store.fingerprint import Identity, fingerprint
+from ...store.layout import Layout
+from ...train.config import HeldOut, TrainingConfig, TrainJob
+from ...train.records import last_checkpoint, read_done, require_identity
+from ..origin import lineage
+from ..recipe import Training
+from .corpus import Corpus
+from .forward import Distributions, Evaluation
+from .fused import Targets
+from .product import AtLeast, Cost, Drawing, InputMissing, OpenSite, PartsProduct, Product, Site
+
+if TYPE_CHECKING:
+    from ..sizes import Sizes
+
+ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}  # of a weight
+_STATE_BYTES = 12  # of a parameter in a checkpoint, beside the weight: a float32 master and two moments
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class ModelProduct(Product):
+    """A model of the target's shape that a recipe makes: `exports/<name>`."""
+
+    def export_folder(self, layout: Layout) -> Path:
+        """Of the model, in the Hugging Face format."""
+        return layout.folder("exports", self.name)
+
+    def exported(self, layout: Layout) -> ModelFolder:
+        """The model that is there, checked."""
+        folder = self.export_folder(layout)
+        config = self.recipe.target.model_copy(update={"name": self.name, "model": str(folder), "revision": None})
+        return ModelFolder(config, folder).check()
+
+    @abstractmethod
+    def finished_identity(self, layout: Layout) -> Identity | None:
+        """Of the model that is there under this name; None if there is none."""
+
+    @abstractmethod
+    def require_same(self, site: OpenSite) -> None:
+        """Raise FingerprintMismatch unless the model that is there is this one."""
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Trained(ModelProduct):
+    """A training and the model that comes of it."""
+
+    kind: ClassVar[str] = "training"
+    command: ClassVar[str] = "train"
+    noun: ClassVar[str] = "training"
+
+    training: Training
+    of_corpus: Corpus
+    start: Distributions  # of the target's start
+    targets: Targets
+    held_out: Evaluation | None  # what the training is evaluated on
+
+    @classmethod
+    def of(cls, drawing: Drawing) -> Iterator["Trained"]:
+        recipe = drawing.recipe
+        for training in recipe.trainings:
+            yield cls(
+                recipe=recipe,
+                training=training,
+                of_corpus=drawing.get(Corpus, ""),
+                start=drawing.get(Distributions, recipe.target.name),
+                targets=drawing.get(Targets, training.fusion.name),
+                held_out=None if training.config.evaluate_every is None else drawing.get(Evaluation, recipe.target.name),
+            )
+
+    @property
+    def role(self) -> str:
+        return self.training.name
+
+    @property
+    def name(self) -> str:
+        return self.suffixed(self.training.name)
+
+    @property
+    def name_key(self) -> tuple[str, str]:
+        return self.training.key
+
+    @property
+    def config(self) -> TrainingConfig:
+        """The settings, with the name."""
+        return self.training.config.model_copy(update={"name": self.name})
+
+    @property
+    def inputs(self) -> tuple[Product, ...]:
+        return (self.of_corpus, self.start, self.targets, *([] if self.held_out is None else [self.held_out]))
+
+    @property
+    def learned_from(self) -> PartsProduct:
+        """The targets; or, on text alone, the distributions that have its tokens."""
+        return self.targets if self.config.uses_targets else self.start
+
+    @property
+    def determining(self) -> tuple[Product, ...]:
+        return (self.learned_from,)
+
+    @property
+    def choices(self) -> Mapping[str, Any]:
+        return {"config": self.config.determines, "start": self.start.choices["of"]}
+
+    def identity(self, site: Site) -> Identity:
+        if site.models(self.recipe) is None:
+            known = {"config": json.loads(json.dumps(self.config.determines)), "targets": site.dataset(self.learned_from).fingerprint}
+            return AtLeast(known)
+        return self.job(site).identity  # type: ignore[arg-type]  # a site with models is open
+
+    def job(self, site: OpenSite) -> TrainJob:
+        """Everything that the ranks need to know; the corpus must be there."""
+        models, layout = site.models(self.recipe), site.layout
+        model, distributions = models[self.recipe.target.name], site.dataset(self.start)
+        targets_fingerprint = fingerprint(site.identity(self.targets))
+        corpus = site.dataset(self.of_corpus)
+        held_out = None
+        if self.held_out is not None:
+            held_out = HeldOut(folder=self.held_out.folder(layout).absolute(), parts=site.parts(self.held_out))
+        template = site.template(self.of_corpus)
+        chat = self.recipe.corpus.chat
+        return TrainJob(
+            run_folder=self.run_folder(layout).absolute(),
+            model_folder=model.folder.absolute(),
+            model_fingerprint=model.start_digest,
+            targets_folder=self.targets.folder(layout).absolute(),
+            targets_fingerprint=targets_fingerprint,
+            tokens_fingerprint=distributions.fingerprint,
+            start_folder=distributions.folder.absolute(),
+            parts=site.parts(self.start),
+            corpus_folder=corpus.folder.absolute(),
+            held_out=held_out,
+            export_folder=self.export_folder(layout).absolute(),
+            # Where the recipe names none, the export has the start's own.
+            chat_template=template.template.source if template is not None and chat is not None and chat.template is not None else None,
+            lineage=lineage(
+                self.config,
+                fusion=self.targets.name,
+                sources=self.training.fusion.sources,
+                recipe=self.recipe,
+                models=models,
+                corpus=corpus,
+                targets=targets_fingerprint,
+            ),
+            config=self.config,
+        )
+
+    def run_folder(self, layout: Layout) -> Path:
+        """Of checkpoints, metrics and logs."""
+        return layout.folder("runs", self.name)
+
+    def folders(self, layout: Layout) -> list[Path]:
+        return [self.run_folder(layout), self.export_folder(layout)]
+
+    def is_done(self, layout: Layout) -> bool:
+        return (self.run_folder(layout) / "done.json").exists() and (self.export_folder(layout) / "config.json").exists()
+
+    def finished_identity(self, layout: Layout) -> Identity | None:
+        done = read_done(self.run_folder(layout))
+        return None if done is None else done["identity"]
+
+    def stored_identity(self, layout: Layout) -> Identity | None:
+        """Of a training of this name that is finished, or that has checkpoints; None where there is nothing to keep."""
+        folder, finished = self.run_folder(layout), self.finished_identity(layout)
+        if finished is None and (folder / "job.json").exists() and last_checkpoint(folder) is not None:
+            return TrainJob.load(folder).identity
+        return finished
+
+    def require_done(self, site: OpenSite) -> None:
+        if not self.is_done(site.layout):
+            raise UsageError(f"The model {self.name} is not trained yet. Train it first: fuseline train RECIPE.")
+
+    def require_same(self, site: OpenSite) -> None:
+        self.require_done(site)
+        require_identity(self.run_folder(site.layout), stored=self.finished_identity(site.layout) or {}, asked=site.identity(self))
+
+    def changes(self, stored: Identity, asked: Identity, *, layout: Layout) -> list[str]:
+        found = super().changes(stored, asked, layout=layout)
+        if isinstance(asked, AtLeast) and found and all(line.startswith("targets: ") for line in found):
+            return [f"learned from something else than {self.learned_from.kind}/{self.learned_from.name}"]
+        return found
+
+    def without_input(self, missing: InputMissing) -> list[str]:
+        return [f"learned from something else than {self.learned_from.kind}/{self.learned_from.name}"]
+
+    def cost(self, sizes: "Sizes") -> Cost:
+        config, target = self.config, sizes.model(self.start)
+        if config.steps is None:
+            trained = sizes.tokens(self.start, "train") * (config.epochs or 1)
+        else:
+            trained = float(config.steps * config.global_batch_size * config.sequence_length)
+        item = ITEM_BYTES[config.dtype]
+        return Cost(
+            tokens=trained,
+            stored_bytes=(config.keep_checkpoints * (item + _STATE_BYTES) + item) * target.parameters,
+            flops=6 * target.parameters * trained,
+            dtype=config.dtype,
+            remark=f"TP {config.tensor_parallel} × DP {config.data_parallel}",
+        )

@@ -1,0 +1,163 @@
+"""Repair: what is damaged or gone is set aside and made again by the stages of the recipe, and compared with what it was.
+
+Crash-safe: what is to be made again is written to `repair.json` first, and a repair that was interrupted goes on from there.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..store import catalog, durable
+from ..store.dataset import Dataset
+from ..store.errors import DamagedPart, FuselineError, reason_of
+from ..store.fingerprint import require_seal, sealed
+from ..store.inside import plain_name
+from ..store.json_files import is_count, read_object
+from ..store.layout import DATASET_KINDS
+from ..store.manifest import MOST_PARTS, SCHEMA_VERSION
+from ..store.shown import shown
+from ..store.verify import Finding, PartName, verify
+from ..store.workspace import Workspace
+from .pipeline import Pipeline
+from .products.corpus import Corpus
+
+_Checksums = dict[str, tuple[int, int]]  # as in a manifest
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Repair:
+    """What a repair did."""
+
+    made: list[PartName] = field(default_factory=list)
+    different: dict[PartName, list[str]] = field(default_factory=dict)  # made again, but not as they were: files that differ
+    left: list[Finding] = field(default_factory=list)  # what it could not mend
+
+
+def repair(pipeline: Pipeline, *, full: bool) -> Repair:
+    """Find what is damaged or gone, and make exactly that again. Parts that never were are left to `run`.
+
+    Args:
+        pipeline: of the recipe that made the workspace; the caller is the coordinator, and has not folded the catalog since the damage.
+        full: find also what only reading everything can find.
+
+    Raises:
+        FingerprintMismatch: the recipe asks for something else than the workspace holds. Nothing was changed.
+        DamagedPart: what an interrupted repair wrote down cannot be read. Nothing was changed.
+    """
+    workspace, done = pipeline.workspace, Repair()
+    interrupted = _interrupted(workspace)
+    found = verify(workspace, full=full)
+    made = {(product.kind, product.name): product for product in pipeline.repairable()}
+    for product in made.values():
+        if not pipeline.graph.needs_made_model(product):
+            pipeline.site.stage(product)  # what is asked for must be what the workspace holds
+    _repair_what_is_no_part(pipeline, found.findings)
+    lost = {part: _checksums(workspace, part) for part in found.lost_parts if part[:2] in made}
+    lost |= {part: files for part, files in interrupted.items() if part[:2] in made}
+    others = {part: files for part, files in interrupted.items() if part[:2] not in made}  # to be made by another recipe's repair
+    _remember(workspace, lost | others)
+    for key in sorted({part[:2] for part in lost}):
+        catalog.forget(workspace, kind=key[0], name=key[1])
+    for part in lost:
+        _set_aside(workspace, part)
+    for key, product in made.items():
+        parts = sorted(part for *names, part in lost if tuple(names) == key)
+        if parts:
+            pipeline.make_parts(product, parts=parts)
+            done.made.extend((*key, part) for part in parts)
+    for part in done.made:
+        before, after = lost[part], _checksums(workspace, part)
+        changed = sorted(path for path in before.keys() | after.keys() if before.get(path) != after.get(path))
+        if before and changed:
+            done.different[part] = changed
+    pipeline.fold()
+    _remember(workspace, others)
+    done.left.extend(verify(workspace, full=full).findings)
+    told = {finding.part for finding in done.left}
+    done.left.extend(_set_aside_by_another(workspace, part) for part in sorted(others.keys() - told))
+    return done
+
+
+def _repair_what_is_no_part(pipeline: Pipeline, findings: list[Finding]) -> None:
+    """The catalog, the plan of a corpus, a tokenizer: each is written again where it is missing."""
+    workspace, site = pipeline.workspace, pipeline.site
+    models = [model for recipe in pipeline.graph.recipes.values() for model in site.models(recipe).values()]
+    tokenizers = {workspace.folder("tokenizers", model.tokenizer.digest): model.tokenizer for model in models}
+    plans = {corpus.folder(workspace) / "plan.json": corpus for corpus in pipeline.graph.of_kind(Corpus)}
+    for path in (finding.path for finding in findings if finding.mend == "remove"):
+        if path == workspace.catalog_path:
+            durable.remove(path)
+        elif path in plans:
+            durable.remove(path)
+            site.corpus_stage(plans[path]).parts()  # plans it
+        elif path in tokenizers:
+            durable.remove(path)
+            tokenizers[path].save(path)
+
+
+def _checksums(workspace: Workspace, part: PartName) -> _Checksums:
+    """What a part's manifest says of its files; nothing to compare with where it cannot be read, or an earlier version encoded them."""
+    try:
+        manifest = Dataset.open(workspace.folder(part[0], part[1])).manifest(part[2])
+    except FuselineError:
+        return {}
+    return manifest.files if manifest.schema_version == SCHEMA_VERSION else {}
+
+
+def _set_aside(workspace: Workspace, part: PartName) -> None:
+    Dataset.open(workspace.folder(part[0], part[1])).drop(part[2])
+
+
+def _remember(workspace: Workspace, lost: dict[PartName, _Checksums]) -> None:
+    """Write down what is set aside until it is made again; nothing of nothing."""
+    path = _record_path(workspace)
+    if lost:
+        durable.write_json(path, sealed({"parts": [{"part": part, "files": files} for part, files in lost.items()]}))
+    else:
+        durable.discard(path)
+
+
+def _interrupted(workspace: Workspace) -> dict[PartName, _Checksums]:
+    """What an interrupted repair had set aside, or was about to.
+
+    Raises:
+        DamagedPart: its record cannot be read.
+    """
+    path = _record_path(workspace)
+    try:
+        record = read_object(path)
+        require_seal(record)
+        return {_part_name(entry["part"]): {name: (size, crc) for name, (size, crc) in entry["files"].items()} for entry in record["parts"]}
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DamagedPart(
+            f"{path}, what an interrupted repair wrote down, cannot be read ({reason_of(error)}). "
+            "Remove it: `fuseline run RECIPE` makes the parts that were set aside, though nobody compares them with what they were."
+        ) from error
+
+
+def _part_name(entry: Sequence[Any]) -> PartName:
+    """The name of a part from the record, which may name nothing else than a part of a dataset in the workspace.
+
+    Raises:
+        ValueError, TypeError: it is no such name.
+    """
+    kind, name, part = entry
+    if kind not in DATASET_KINDS or "/" in plain_name(name) or not is_count(part, below=MOST_PARTS):
+        raise ValueError(f"{shown(list(entry))} must be a kind of dataset, a name and a part")
+    return kind, name, part
+
+
+def _record_path(workspace: Workspace) -> Path:
+    return workspace.root / "repair.json"
+
+
+def _set_aside_by_another(workspace: Workspace, part: PartName) -> Finding:
+    return Finding(
+        path=workspace.folder(part[0], part[1]) / f"part-{part[2]:05d}.json",
+        problem="is not of this recipe, and a repair that was interrupted had set it aside",
+        remedy="Mend it with: fuseline store repair, with the recipe that made it.",
+        part=part,
+    )

@@ -1,0 +1,145 @@
+"""How large the corpus and the models of a recipe are: at hand, or expected."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+from ..ingest.chat.readings import CorpusTemplate
+from ..ingest.choose import choose_documents, parts_of
+from ..ingest.corpus import corpus_source
+from ..ingest.model_config import ModelConfig
+from ..ingest.models import ModelFolder, find_model, require_different_folders
+from ..ingest.places import find_place
+from ..store.corpus_plan import read_plan
+from ..store.errors import DataError, UsageError
+from ..store.layout import Layout
+from .products.corpus import Corpus
+from .products.product import PartsProduct, Product
+from .recipe import Recipe
+
+BYTES_PER_TOKEN = 4.2  # English text, vocabularies of 32,000 to 50,000
+# Bytes per token on disk (benchmarks/store.py): scalars; and of each of the k entries its id, of two or four bytes, and its value.
+_SCALAR_BYTES, _ID_BYTES_U16, _ID_BYTES_U32 = 6.4, 1.35, 1.44
+_VALUE_BYTES = {"f16": 1.12, "q8": 0.74}
+_SMALL_VOCABULARY = 65_536
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelSize:
+    """How large a model is."""
+
+    parameters: float
+    vocab_size: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SplitSize:
+    """How large a split of a corpus is."""
+
+    text_bytes: int
+    documents: int
+    parts: int
+
+
+@dataclass
+class Sizes:
+    """The sizes of what a graph is made from. Nothing is downloaded, and nothing in the workspace is changed."""
+
+    recipes: list[Recipe]
+    base: Path  # of the recipe, to which its paths are relative
+    models_dir: Path
+    layout: Layout
+    _parts: dict[Product, list[Mapping[str, Any]] | None] = field(default_factory=dict)
+
+    def text(self, product: PartsProduct, split: str) -> SplitSize:
+        """One split of the corpus of a product: as planned in the workspace, else as the recipe expects, else by reading the corpus.
+
+        Raises:
+            UsageError: the corpus is not at hand, and the recipe does not say what to expect of it.
+        """
+        corpus = product if isinstance(product, Corpus) else product.corpus
+        assert isinstance(corpus, Corpus)
+        if corpus not in self._parts:
+            self._parts[corpus] = self._planned(corpus)
+        parts, config = self._parts[corpus], corpus.recipe.corpus
+        if parts is None:
+            if split == "train":
+                n_bytes = min(config.expected_bytes or 0, config.max_train_bytes or config.expected_bytes or 0)
+                return SplitSize(text_bytes=n_bytes, documents=config.expected_documents or 0, parts=-(-n_bytes // config.part_bytes))
+            n_bytes = config.expected_held_out_bytes or 0
+            return SplitSize(text_bytes=n_bytes, documents=0, parts=-(-n_bytes // config.part_bytes))
+        chosen = [part for part in parts if part["split"] == split]
+        return SplitSize(
+            text_bytes=sum(part["text_bytes"] for part in chosen), documents=sum(part["documents"] for part in chosen), parts=len(chosen)
+        )
+
+    def tokens(self, product: PartsProduct, split: str) -> float:
+        """About how many tokens a split has."""
+        return self.text(product, split).text_bytes / BYTES_PER_TOKEN
+
+    def parts(self, product: Product) -> int:
+        """How many parts a product has; 1 of what is not made in parts."""
+        if isinstance(product, Corpus):
+            return sum(self.text(product, split).parts for split in ("train", product.recipe.evaluation.split))
+        if not isinstance(product, PartsProduct) or product.split is None:
+            return 1
+        return self.text(product, product.split).parts
+
+    def model(self, product: Product) -> ModelSize:
+        """The model that a product reads the corpus with; models that are made have the target's size.
+
+        Raises:
+            UsageError: the model is not at hand, and the recipe does not say what to expect of it.
+        """
+        config: ModelConfig | None = getattr(product, "config", None)
+        return self._models[product.recipe.target if config is None else config]
+
+    def record_bytes(self, model: ModelSize, *, k: int, codec: Literal["f16", "q8"]) -> float:
+        """Stored bytes of a position."""
+        return _SCALAR_BYTES + k * self.entry_bytes(model, codec=codec)
+
+    def entry_bytes(self, model: ModelSize, *, codec: Literal["f16", "q8"]) -> float:
+        """Stored bytes of an entry of a distribution."""
+        return (_ID_BYTES_U16 if model.vocab_size <= _SMALL_VOCABULARY else _ID_BYTES_U32) + _VALUE_BYTES[codec]
+
+    def _planned(self, corpus: Corpus) -> list[Mapping[str, Any]] | None:
+        config = corpus.recipe.corpus
+        planned = read_plan(corpus.folder(self.layout))
+        if planned is not None:
+            return list(planned["parts"])
+        if config.expected_bytes and config.expected_documents:
+            return None
+        chat = None
+        try:
+            source = corpus_source(config, base=self.base, download=False)
+            if config.chat is not None:
+                target = find_model(corpus.recipe.target, models_dir=self.models_dir, base=self.base, download=False)
+                chat = CorpusTemplate.of(config.chat, target=target, base=self.base)
+        except DataError as error:
+            raise UsageError(
+                f"{error}\nTo plan without it, say corpus.expected_bytes and corpus.expected_documents in the recipe."
+            ) from error
+        return list(parts_of(choose_documents(config, source=source, chat=chat).documents))
+
+    @cached_property
+    def _models(self) -> dict[ModelConfig, ModelSize]:
+        """As the recipes expect them, else as they are found. Whether transformers reads them alike is left to a run."""
+        sizes: dict[ModelConfig, ModelSize] = {}
+        for recipe in self.recipes:
+            found: list[ModelFolder] = []
+            for config in recipe.models:
+                if config.expected_parameters and config.expected_vocab_size:
+                    sizes[config] = ModelSize(parameters=config.expected_parameters, vocab_size=config.expected_vocab_size)
+                    continue
+                try:
+                    find_place(config, models_dir=self.models_dir, base=self.base, download=False)
+                except DataError as error:
+                    raise UsageError(
+                        f"{error}\nTo plan without it, set expected_parameters and expected_vocab_size of this model."
+                    ) from error
+                found.append(find_model(config, models_dir=self.models_dir, base=self.base, download=False))
+                sizes[config] = ModelSize(parameters=found[-1].n_parameters, vocab_size=found[-1].vocab_size)
+            require_different_folders(found)
+        return sizes

@@ -1,0 +1,100 @@
+"""The answer to a query, batch by batch, in types that every program reads."""
+
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
+import duckdb
+import pyarrow as pa
+
+from ..errors import FuselineError, UsageError
+
+Result = TypeVar("Result")
+_SIGNAL_SECONDS = 0.2  # within which a Ctrl-C is heard: a wait without end may miss it
+
+
+class Query:
+    """Runs the steps of one query in a thread, so that Ctrl-C, which Python gives to the main thread, ends it in the midst of a step."""
+
+    def __init__(self, connection: duckdb.DuckDBPyConnection, *, causes: list[BaseException]) -> None:
+        """`causes` collects what went wrong in scans of lazy tables, of which DuckDB passes on the text alone."""
+        self.connection, self._causes = connection, causes
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="query")
+
+    def run(self, step: Callable[[], Result]) -> Result:
+        """What a step gives.
+
+        Raises:
+            UsageError: DuckDB refuses it.
+            FuselineError: a scan failed.
+            KeyboardInterrupt: the user ended it.
+        """
+        future = self._thread.submit(step)
+        try:
+            while True:
+                try:
+                    return future.result(_SIGNAL_SECONDS)
+                except TimeoutError:
+                    if future.done():
+                        raise
+        except KeyboardInterrupt:
+            self.connection.interrupt()
+            future.exception()  # waits until it has ended
+            raise
+        except (duckdb.Error, pa.ArrowException, OSError) as error:
+            cause = next((cause for cause in self._causes if isinstance(cause, FuselineError)), None)
+            if cause is not None:
+                raise cause from None
+            if isinstance(error, FuselineError):
+                raise
+            if isinstance(error, duckdb.OutOfMemoryException):
+                raise UsageError(f"The query needs more than its limits allow. Raise --memory-limit or --spill-limit. ({error})") from error
+            raise UsageError(f"The query failed: {error}") from error
+
+    def close(self) -> None:
+        """Let the thread end."""
+        self._thread.shutdown()
+
+
+class Answer:
+    """Batches of rows. DuckDB's sums of integers, 128 bits wide, are int64; of columns with the same name the later ones get a number."""
+
+    def __init__(self, reader: pa.RecordBatchReader, *, query: Query) -> None:
+        """Raises UsageError for a type that Arrow's readers do not know."""
+        self._reader, self._query = reader, query
+        taken: set[str] = set()
+        self.schema = pa.schema([_readable(column, taken=taken) for column in reader.schema])
+
+    def __iter__(self) -> Iterator[pa.RecordBatch]:
+        while (batch := self._query.run(self._next)) is not None:
+            yield batch
+
+    def table(self) -> pa.Table:
+        """All of it."""
+        return pa.Table.from_batches(self._query.run(lambda: list(iter(self._next, None))), self.schema)
+
+    def _next(self) -> pa.RecordBatch | None:
+        try:
+            batch = self._reader.read_next_batch()
+        except StopIteration:
+            return None
+        columns = [column.cast(field.type) for column, field in zip(batch.columns, self.schema, strict=True)]
+        return pa.record_batch(columns, schema=self.schema)
+
+
+def _readable(column: pa.Field, *, taken: set[str]) -> pa.Field:
+    if _has_interval(column.type):
+        raise UsageError(f"The column {column.name} is an interval: say its seconds, epoch({column.name}), or CAST(… AS VARCHAR).")
+    name = column.name
+    number = 1
+    while name in taken:
+        name, number = f"{column.name}_{number}", number + 1
+    taken.add(name)
+    is_sum = pa.types.is_decimal128(column.type) and column.type.scale == 0 and column.type.precision == 38
+    return pa.field(name, pa.int64() if is_sum else column.type)
+
+
+def _has_interval(kind: pa.DataType) -> bool:
+    if pa.types.is_nested(kind):
+        return any(_has_interval(kind.field(index).type) for index in range(kind.num_fields))
+    return pa.types.is_interval(kind)
