@@ -12,7 +12,7 @@ from typing import Any, Literal, get_args
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from .align.config import AlignmentConfig, FusionConfig
-from .cluster.config import ExecutorConfig
+from .cluster.config import ExecutorConfig, WrongKeys
 from .ingest.corpus import CorpusConfig
 from .ingest.distributions import DistributionsConfig
 from .ingest.models import ModelConfig
@@ -209,7 +209,7 @@ def _validated(data: dict[str, Any]) -> tuple[Recipe | None, list[Problem]]:
         try:
             recipe = Recipe.model_validate(data)
         except ValidationError as error:
-            found = [_problem(dict(details)) for details in error.errors()]
+            found = [problem for details in error.errors() for problem in _problems(dict(details))]
             noted = {problem.path for problem in problems}  # what was dropped is not missing
             problems += [problem for problem in found if problem.path not in noted]
             dropped = [_drop(data, problem) for problem in found]
@@ -217,6 +217,13 @@ def _validated(data: dict[str, Any]) -> tuple[Recipe | None, list[Problem]]:
                 return None, problems
         else:
             return recipe, problems + list(_impossible(recipe))
+
+
+def _problems(details: dict[str, Any]) -> list[Problem]:
+    error = details.get("ctx", {}).get("error")
+    if isinstance(error, WrongKeys):
+        return [Problem((*details["loc"], key), text) for key, text in error.problems.items()]
+    return [_problem(details)]
 
 
 def _problem(details: dict[str, Any]) -> Problem:

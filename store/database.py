@@ -13,6 +13,7 @@ from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from pathlib import Path
 from threading import Lock
 from typing import TYPE_CHECKING, Any
 
@@ -23,13 +24,14 @@ from numpy.typing import NDArray
 
 from . import catalog
 from .answer import Answer, Query
-from .catalog_file import MEMORY_LIMIT, SPILL_LIMIT, Limits
+from .catalog_file import SPILL_LIMIT, Limits
 from .dataset import Dataset
 from .errors import DamagedPart
 from .inside import is_plain_name
 from .lazy_table import LABEL, LazyTable, ScanStats
 from .parquet_tables import PARQUET_TABLES
 from .part import PartArrays, Reads
+from .remedy import rebuild
 from .shown import shown
 from .statement import Statement, checked, require_no_writing
 from .tables import SOURCES
@@ -113,7 +115,7 @@ class Store:
     def dataset(self, kind: str, name: str) -> Dataset:
         """A dataset, opened once."""
         if (kind, name) not in self._datasets:
-            _require_name(name)
+            _require_name(name, root=self.workspace.root)
             self._datasets[kind, name] = Dataset.open(self.workspace.folder(kind, name))
         return self._datasets[kind, name]
 
@@ -132,16 +134,16 @@ class Store:
     def token_texts(self, digest: str) -> pa.Array:
         """The text of each token of a tokenizer, and a null after the last."""
         if digest not in self._texts:
-            _require_name(digest)
+            _require_name(digest, root=self.workspace.root)
             texts = token_texts(self.workspace.folder("tokenizers", digest))
             self._texts[digest] = pa.array([*texts, None], pa.string())
         return self._texts[digest]
 
 
-def _require_name(name: str) -> None:
+def _require_name(name: str, *, root: Path) -> None:
     """Raise DamagedPart unless a name from the catalog can be the name of a folder in the workspace."""
     if "/" in name or not is_plain_name(name):
-        raise DamagedPart(f"The catalog names {shown(name)}, which is no name of a dataset.", remedy="Run `fuseline store rebuild`.")
+        raise DamagedPart(f"The catalog names {shown(name)}, which is no name of a dataset.", remedy=rebuild(root))
 
 
 _DOCUMENTS = pa.schema([("corpus", LABEL), ("domain", LABEL), ("split", LABEL), ("part", pa.int32()), ("doc_id", pa.int64())])
@@ -151,7 +153,7 @@ class Database:
     """SQL over a workspace. Between two queries nothing is held, so that a run going on can bring the catalog up to date."""
 
     def __init__(
-        self, workspace: "Workspace", *, external_access: bool = False, memory_limit: int = MEMORY_LIMIT, spill_limit: int = SPILL_LIMIT
+        self, workspace: "Workspace", *, external_access: bool = False, memory_limit: int | None = None, spill_limit: int = SPILL_LIMIT
     ) -> None:
         """Ask a workspace.
 

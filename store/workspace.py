@@ -74,6 +74,7 @@ class Workspace:
                 durable.write_json(root / "workspace.json", {"created_by": f"fuseline {__version__}"})
         except OSError as error:
             raise DataError(f"The workspace {root} cannot be made or written: {error.strerror or error}.") from error
+        _require_record(root)
         _require_own_folders(root)
         return cls(root)
 
@@ -88,6 +89,7 @@ class Workspace:
         root = Path(root)
         if not (root / "workspace.json").exists():
             raise UsageError(f"{root} is not a workspace. Name one with --workspace, or make it with: fuseline run RECIPE.")
+        _require_record(root)
         _require_own_folders(root)
         return cls(root)
 
@@ -207,6 +209,17 @@ class Workspace:
     def run_files(self) -> list[Path]:
         """The `run.json` of every run, oldest first."""
         return sorted((self.root / "runs").glob("*/run.json"))
+
+
+def _require_record(root: Path) -> None:
+    """Raise DamagedPart unless `workspace.json` holds what `Workspace.create` writes."""
+    path = root / "workspace.json"
+    try:
+        read_object(path)
+    except (OSError, ValueError) as error:
+        raise DamagedPart(
+            f"{path} cannot be read ({reason_of(error)}).", remedy="If the folder is a workspace, replace the file's text by {}."
+        ) from error
 
 
 def _require_own_folders(root: Path) -> None:

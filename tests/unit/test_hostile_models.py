@@ -279,7 +279,11 @@ def loaded_by_transformers(folder: Path, *, tmp_path: Path):
 @pytest.mark.parametrize(
     ("config", "changes", "message"),
     [
-        (None, {"hidden_size": 16_384, "num_hidden_layers": 1000}, r"describes [\d,]{15,} parameters, but the weights hold [\d,]{5,7}\. Get"),
+        (
+            None,
+            {"hidden_size": 16_384, "num_hidden_layers": 1000},
+            r"describes [\d,]{15,} parameters, but the weights hold [\d,]{5,7}\. Get",
+        ),
         (None, {"hidden_size": 65_536, "intermediate_size": 65_536}, r"describes [\d,]{14,} parameters, but the weights hold"),
         (
             GPTNeoConfig(vocab_size=600, hidden_size=16, num_layers=2, num_heads=2, attention_types=[[["global"], 2]]),
