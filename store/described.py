@@ -1,7 +1,8 @@
 """The model that config.json describes, measured against the stored weights before transformers makes it.
 
 transformers fills what is not stored with random numbers, and makes buffers (masks, tables of positions) from config.json alone. Numbers
-that are each within the limits of `model_sizes` can ask for terabytes together. On torch's device `meta` the model takes no memory, and 0.03 seconds for SmolLM2-135M.
+that are each within the limits of `model_sizes` can ask for terabytes together. On torch's device `meta` the model takes no
+memory, and 0.03 seconds for SmolLM2-135M.
 """
 
 import math
