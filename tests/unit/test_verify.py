@@ -14,7 +14,7 @@ import pytest
 import zarr
 from fuseline.store import catalog, durable, upkeep
 from fuseline.store.dataset import Dataset, PartContent
-from fuseline.store.errors import DamagedPart, DataError, FuselineError, NewerPart
+from fuseline.store.errors import DamagedPart, FuselineError, NewerPart
 from fuseline.store.fingerprint import sealed
 from fuseline.store.status import dataset_statuses
 from fuseline.store.upkeep import delete, leftovers, usage
@@ -300,49 +300,6 @@ def test_a_finding_says_its_path_once(workspace):
         assert str(finding.path) not in finding.problem
         assert "Remove" not in finding.problem
         assert finding.remedy
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"counts": ["a"]}, "counts (['a']) must be an object"),
-        ({"files": 3}, "files (3) must be an object"),
-        ({"files": {"": "ab"}}, "files: size and CRC-32 of '' must be whole numbers from 0"),
-        ({"files": {"../x": [1, 2]}}, "must be the plain name of a file in this folder"),
-    ],
-)
-def test_a_bad_manifest_is_told_by_all_commands_in_the_same_words(workspace, tmp_path, changes, message):
-    workspace = Workspace.open(workspace.root.rename(tmp_path / "my workspace"))
-    path = workspace.root / "targets" / "fused" / "part-00000.json"
-    record = json.loads(path.read_text())
-    del record["checksum"]
-    path.write_text(json.dumps(sealed(record | changes)))
-    (finding,) = verify(workspace).findings
-    assert message in finding.problem
-    assert finding.remedy == f"Make it again with: fuseline store repair RECIPE -w '{workspace.root}'"
-    for read in (dataset_statuses, usage, catalog.rebuild):
-        with pytest.raises(DamagedPart) as raised:
-            read(workspace)
-        assert str(raised.value) == f"{path} {finding.problem}. {finding.remedy}"
-
-
-def test_the_remedy_of_a_catalog_names_the_workspace(workspace, tmp_path):
-    workspace = Workspace.open(workspace.root.rename(tmp_path / "my workspace"))
-    workspace.catalog_path.unlink()
-    (finding,) = verify(workspace).findings
-    assert finding.remedy.endswith(f"fuseline store rebuild -w '{workspace.root}'")
-    workspace.catalog_path.write_text("x")
-    with pytest.raises(DataError) as raised:
-        catalog.known_parts(workspace)
-    assert str(raised.value).endswith(finding.remedy)
-
-
-@pytest.mark.parametrize("text", ["[]", "3", "{"])
-def test_a_workspace_whose_record_is_none_is_refused(workspace, text):
-    (workspace.root / "workspace.json").write_text(text)
-    for use in (Workspace.open, Workspace.create):
-        with pytest.raises(DamagedPart, match=r"workspace\.json cannot be read .* replace the file's text by \{\}\."):
-            use(workspace.root)
 
 
 @pytest.mark.parametrize("text", ["{}", "[]", "3", "{", '{"run": "x", "status": "done"}'])
