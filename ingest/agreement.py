@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ..store import durable
+from ..store.described import described_model
 from ..store.errors import DataError
 from ..store.json_files import read_object
 from ..store.roles import ROLES
@@ -81,17 +82,11 @@ def _what_to_do(model: ModelFolder, missing: list[str]) -> str:
 
 def _loading_info(model: ModelFolder) -> Mapping[str, Any]:
     import torch
-    import transformers
 
     stand_ins = {name: torch.zeros(1).expand(tensor["shape"]) for name, tensor in model.tensors.items()}
     with for_transformers(model.folder) as folder, quiet():
         try:
-            config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-            kind: Any = transformers.MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
-            if kind is None:
-                raise ValueError(f"its model_type {config.model_type!r} is not a causal language model")
-            if kind.config_class is config.sub_configs.get("text_config"):  # as AutoModelForCausalLM does
-                config = config.get_text_config()
+            kind, config = described_model(model.folder, readable=folder)
             _, info = kind.from_pretrained(
                 None,
                 config=config,
@@ -100,6 +95,8 @@ def _loading_info(model: ModelFolder) -> Mapping[str, Any]:
                 ignore_mismatched_sizes=True,
                 output_loading_info=True,
             )
+        except DataError:
+            raise
         except Exception as error:  # transformers raises anything
             raise DataError(f"The model {model.folder} cannot be loaded: {type(error).__name__}: {in_short(error)}") from error
     return info

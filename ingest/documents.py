@@ -81,7 +81,8 @@ class ChatDocuments:
         try:
             written = self._template.render_all([conversations[index] for index in asked])
         except EndlessTemplate as error:
-            raise DataError(f"{rows.place(asked[error.index])}: {error}") from error
+            remedy = "Use another chat template, or remove the conversation."
+            raise DataError(f"{rows.place(asked[error.index])}: {error.problem}", remedy=remedy) from error
         found |= dict(zip(asked, written, strict=True))
         each = [found.get(index, MarkedText(text="")) for index in range(len(rows))]
         texts = [text if isinstance(text, MarkedText) else MarkedText(text="") for text in each]

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from ..store.described import described_model
 from ..store.errors import DataError
 from ..store.machine import use_threads
 from ..store.shown import in_short
@@ -60,6 +61,8 @@ class CausalModel:
         refuse_adapter(folder)  # transformers loads it too where peft is installed
         try:
             with for_transformers(folder) as readable, quiet():
+                if not trust_remote_code:  # the model's own code describes it
+                    described_model(folder, readable=readable)
                 found: Any = transformers.AutoModelForCausalLM.from_pretrained(
                     readable,
                     dtype=getattr(torch, arithmetic),

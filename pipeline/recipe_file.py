@@ -12,6 +12,7 @@ from ..store.errors import UsageError
 from ..store.shown import shown
 from ..store.toml_text import KeyPath, Lines, holds, parse_toml
 from ..store.user_text import read_user_text
+from .executors.config import WrongKeys
 from .recipe import BASE, Recipe, changed_data, section_of
 from .recipe_checks import Problem, impossible
 
@@ -74,7 +75,7 @@ def _validated(data: dict[str, Any]) -> tuple[Recipe | None, list[Problem]]:
         try:
             recipe = Recipe.model_validate(data)
         except ValidationError as error:
-            found = [_problem(dict(details)) for details in error.errors()]
+            found = [problem for details in error.errors() for problem in _problems(dict(details))]
             noted = {problem.path for problem in problems}  # what was dropped is not missing
             problems += [problem for problem in found if problem.path not in noted]
             dropped = [_drop(data, problem) for problem in found]
@@ -118,6 +119,13 @@ def _known_path(changes: Mapping[str, Any], path: KeyPath) -> KeyPath:
         node = node[key]
         found.append(key)
     return tuple(found)
+
+
+def _problems(details: dict[str, Any]) -> list[Problem]:
+    error = details.get("ctx", {}).get("error")
+    if isinstance(error, WrongKeys):
+        return [Problem((*details["loc"], key), text) for key, text in error.problems.items()]
+    return [_problem(details)]
 
 
 def _problem(details: dict[str, Any]) -> Problem:

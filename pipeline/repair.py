@@ -16,6 +16,7 @@ from ..store.inside import plain_name
 from ..store.json_files import is_count, read_object
 from ..store.layout import DATASET_KINDS
 from ..store.manifest import MOST_PARTS, SCHEMA_VERSION
+from ..store.remedy import remake
 from ..store.shown import shown
 from ..store.verify import Finding, PartName, verify
 from ..store.workspace import Workspace
@@ -158,6 +159,6 @@ def _set_aside_by_another(workspace: Workspace, part: PartName) -> Finding:
     return Finding(
         path=workspace.folder(part[0], part[1]) / f"part-{part[2]:05d}.json",
         problem="is not of this recipe, and a repair that was interrupted had set it aside",
-        remedy="Mend it with: fuseline store repair, with the recipe that made it.",
+        remedy=f"{remake(workspace.root)}, where RECIPE is the one that made it",
         part=part,
     )

@@ -15,7 +15,7 @@ import duckdb
 import numpy as np
 import polars as pl
 
-from . import durable
+from . import durable, remedy
 from .catalog_file import DEFAULT_LIMITS, ForeignCatalog, Limits, log_of, open_to_read, open_to_write
 from .corpus_plan import read_documents, read_plan
 from .dataset import Dataset
@@ -69,9 +69,7 @@ def _told(layout: Layout) -> Iterator[None]:
     try:
         yield
     except duckdb.Error as error:
-        raise DataError(
-            f"{layout.catalog_path} cannot be read: {error}\nIt is only an index: make it again with `fuseline store rebuild`."
-        ) from error
+        raise DataError(f"{layout.catalog_path} cannot be read: {error}\n{remedy.rebuild(layout.root)}") from error
 
 
 def forget(layout: Layout, *, kind: str, name: str) -> None:
@@ -114,8 +112,8 @@ def _fold_into(path: Path, layout: Layout) -> None:
             connection.commit()
     except duckdb.Error as error:
         raise DataError(
-            f"{layout.catalog_path} cannot be brought up to date: {error}\nIt is only an index, nothing is lost. "
-            "Make room if the disk is full, and run the same command again; else make it again with `fuseline store rebuild`."
+            f"{layout.catalog_path} cannot be brought up to date: {error}\nMake room if the disk is full, and run the "
+            f"same command again. Otherwise: {remedy.rebuild(layout.root)}"
         ) from error
 
 
@@ -207,8 +205,8 @@ def _part_frames(dataset: Dataset, manifest: Manifest) -> dict[str, pl.DataFrame
         if isinstance(error, FuselineError):
             raise
         reason = str(error).split("\n")[0]
-        remedy = "Fix it with: fuseline store repair RECIPE --full."
-        raise DamagedPart(f"{dataset.manifest_path(manifest.part)}: its arrays do not fit together ({reason}).", remedy=remedy) from error
+        what = remedy.remake_part(dataset.folder, full=True)
+        raise DamagedPart(f"{dataset.manifest_path(manifest.part)}: its arrays do not fit together ({reason}).", remedy=what) from error
 
 
 def _forward_frames(dataset: Dataset, part: int) -> dict[str, pl.DataFrame]:
@@ -291,7 +289,7 @@ def _fold_tokenizers(connection: duckdb.DuckDBPyConnection, layout: Layout, *, n
             if not all(value is None or is_count(value) for value in row[2:4]) or not isinstance(row[4], bool):
                 raise ValueError("roles must be ids of tokens, and prepends_bos true or false")
         except (OSError, ValueError, KeyError, TypeError, pl.exceptions.PolarsError) as error:
-            raise DamagedPart(f"The tokenizer {folder} cannot be read ({error}). Mend it with: fuseline store repair RECIPE.") from error
+            raise DamagedPart(f"The tokenizer {folder} cannot be read ({error}).", remedy=remedy.remake(layout.root)) from error
         connection.execute("INSERT INTO tokenizers VALUES (?, ?, ?, ?, ?)", row)
 
 

@@ -21,6 +21,7 @@ import psutil
 from . import durable
 from .errors import DamagedPart, DataError, WorkspaceBusy
 from .migrations import MIGRATIONS, migrate
+from .remedy import rebuild
 
 MEMORY_LIMIT = 4 << 30  # bytes of a query; half of the machine's memory where that is less
 SPILL_LIMIT = 32 << 30  # bytes that a query may write to the spill folder
@@ -29,7 +30,6 @@ _Config = dict[str, str | bool | int | float | list[str]]
 _NO_VARIABLES: _Config = {"python_enable_replacements": False}  # a caller's variables are no tables
 _PATIENCE_SECONDS = 10.0
 _STORAGE = "v1.5.0"  # so that DuckDB 1.5 can open what a later version wrote
-_REMEDY = "It is only an index: make it again with `fuseline store rebuild`."
 # By their full names, which nothing in a catalog can take over.
 _OBJECTS = """
     SELECT schema_name || '.' || table_name, sql FROM system.main.duckdb_tables() WHERE NOT internal
@@ -49,12 +49,12 @@ _sound: dict[Path, tuple[int, ...]] = {}  # catalogs that this process has looke
 class Limits:
     """What a query may take."""
 
-    memory: int = MEMORY_LIMIT  # bytes
+    memory: int | None = None  # bytes; by default `MEMORY_LIMIT`, or half of the machine's where that is less
     spill: int = SPILL_LIMIT  # bytes of temporary files
 
     def config(self, *, spill_folder: Path | None) -> _Config:
         """The settings of DuckDB; without a spill folder, a query that needs more memory fails."""
-        memory = min(self.memory, psutil.virtual_memory().total // 2) if self.memory == MEMORY_LIMIT else self.memory
+        memory = min(MEMORY_LIMIT, psutil.virtual_memory().total // 2) if self.memory is None else self.memory
         spilling: _Config = {"temp_directory": "", "max_temp_directory_size": "0B"}
         if spill_folder is not None:
             spilling = {"temp_directory": str(spill_folder / "duckdb"), "max_temp_directory_size": f"{self.spill}B"}
@@ -80,7 +80,7 @@ def open_to_read(path: Path, *, limits: Limits, external_access: bool = False) -
     require_file(path)
     with (
         _plain(path) as file,
-        _opened(file, read_only=True, limits=limits, config=_NO_VARIABLES, external_access=external_access) as connection,
+        _opened(file, of=path, read_only=True, limits=limits, config=_NO_VARIABLES, external_access=external_access) as connection,
     ):
         with suppress(duckdb.InvalidInputException):  # this process has it open already, and has locked it
             connection.execute("SET enable_progress_bar = false")
@@ -89,7 +89,9 @@ def open_to_read(path: Path, *, limits: Limits, external_access: bool = False) -
         if _sound.get(path) != state:
             applied = _require_known(connection, path=path)
             if applied != len(MIGRATIONS):
-                raise DataError(f"{path} is of version {applied}, and this fuseline reads version {len(MIGRATIONS)}. {_REMEDY}")
+                raise DataError(
+                    f"{path} is of version {applied}, and this fuseline reads version {len(MIGRATIONS)}. {rebuild(path.parent)}"
+                )
             _sound[path] = state
         yield connection
 
@@ -108,11 +110,11 @@ def open_to_write(path: Path) -> Iterator[duckdb.DuckDBPyConnection]:
     with (
         _plain(path, replace=True) as file,
         _opened(
-            file, read_only=False, limits=DEFAULT_LIMITS, config={"storage_compatibility_version": _STORAGE, **_NO_VARIABLES}
+            file, of=path, read_only=False, limits=DEFAULT_LIMITS, config={"storage_compatibility_version": _STORAGE, **_NO_VARIABLES}
         ) as connection,
     ):
         if _require_known(connection, path=path) > len(MIGRATIONS):
-            raise ForeignCatalog(f"{path} was written by a newer fuseline.", remedy=_REMEDY)
+            raise ForeignCatalog(f"{path} was written by a newer fuseline.", remedy=rebuild(path.parent))
         migrate(connection)
         yield connection
 
@@ -121,7 +123,7 @@ def require_file(path: Path) -> None:
     """Raise ForeignCatalog unless the catalog, and what DuckDB keeps beside it, are files, and not links."""
     for each in (path, log_of(path)):
         if os.path.lexists(each) and (each.is_symlink() or not each.is_file()):
-            raise ForeignCatalog(f"{each} must be a file, and is a link, a folder or a pipe.", remedy=_REMEDY)
+            raise ForeignCatalog(f"{each} must be a file, and is a link, a folder or a pipe.", remedy=rebuild(path.parent))
 
 
 def log_of(path: Path) -> Path:
@@ -148,7 +150,9 @@ def _require_known(connection: duckdb.DuckDBPyConnection, *, path: Path) -> int:
     expected = _made_by(applied)
     strange = sorted(name for name in found.keys() | expected.keys() if found.get(name) != expected.get(name))
     if strange:
-        raise ForeignCatalog(f"{path} holds other tables, views or functions than fuseline's, such as {strange[0]!r}.", remedy=_REMEDY)
+        raise ForeignCatalog(
+            f"{path} holds other tables, views or functions than fuseline's, such as {strange[0]!r}.", remedy=rebuild(path.parent)
+        )
     return int(applied)
 
 
@@ -191,11 +195,11 @@ def _plain(path: Path, *, replace: bool = False) -> Iterator[Path]:
 
 @contextmanager
 def _opened(
-    path: Path, *, read_only: bool, limits: Limits, config: _Config, external_access: bool = False
+    file: Path, *, of: Path, read_only: bool, limits: Limits, config: _Config, external_access: bool = False
 ) -> Iterator[duckdb.DuckDBPyConnection]:
-    """A connection with limits, and a spill folder that nobody else can look into."""
+    """A connection with limits, and a spill folder that nobody else can look into; `of` is the catalog of which `file` may be a copy."""
     settings = config | limits.config(spill_folder=_spill_folder()) | {"enable_external_access": external_access}
-    connection = _connect(path, read_only=read_only, config=settings)
+    connection = _connect(file, of=of, read_only=read_only, config=settings)
     try:
         yield connection
     finally:
@@ -222,18 +226,18 @@ def _spill_folder() -> Path | None:
     return folder
 
 
-def _connect(path: Path, *, read_only: bool, config: _Config) -> duckdb.DuckDBPyConnection:
+def _connect(file: Path, *, of: Path, read_only: bool, config: _Config) -> duckdb.DuckDBPyConnection:
     deadline = time.monotonic() + _PATIENCE_SECONDS
     while True:
         try:
-            return duckdb.connect(str(path), read_only=read_only, config=config)
+            return duckdb.connect(str(file), read_only=read_only, config=config)
         except duckdb.ConnectionException as error:
-            raise WorkspaceBusy(f"{path} is open in this process already, for another purpose. Close that first.") from error
+            raise WorkspaceBusy(f"{of} is open in this process already, for another purpose. Close that first.") from error
         except duckdb.IOException as error:
             if "lock" not in str(error).lower():
-                raise DataError(f"{path} cannot be opened: {error}\n{_REMEDY}") from error
+                raise DataError(f"{of} cannot be opened: {error}\n{rebuild(of.parent)}") from error
             if time.monotonic() > deadline:
-                raise WorkspaceBusy(f"{path} is open in another process, which holds it. Try again in a moment.") from error
+                raise WorkspaceBusy(f"{of} is open in another process, which holds it. Try again in a moment.") from error
             time.sleep(0.1)
         except duckdb.Error as error:
-            raise DataError(f"{path} cannot be opened: {error}\n{_REMEDY}") from error
+            raise DataError(f"{of} cannot be opened: {error}\n{rebuild(of.parent)}") from error

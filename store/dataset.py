@@ -34,6 +34,7 @@ from .machine import threads
 from .manifest import Manifest, part_of, payload_named_by, read_manifest
 from .part import PartArrays, Reads
 from .paths import workspace_around
+from .remedy import remake_part
 from .shown import shown
 
 _REMEDY_OF_RECORD = "Remove it and run the recipe again: it is written anew, and the parts stay if they are of the same inputs."
@@ -224,7 +225,7 @@ class Dataset:
         manifest = self.manifest(part)
         payload = self.folder / manifest.payload
         self._require_inside(payload, part=part)
-        return PartArrays(payload, manifest=manifest, remedy=self._remedy(part), reads=reads)
+        return PartArrays(payload, manifest=manifest, remedy=self._remedy(), reads=reads)
 
     def read(self, part: int, *names: str) -> tuple[NDArray[Any], ...]:
         """Whole arrays of a committed part, decoded and checked against their checksums.
@@ -245,9 +246,7 @@ class Dataset:
         try:
             return durable.read_parquet(path)
         except (OSError, pl.exceptions.PolarsError) as error:
-            raise DamagedPart(
-                f"{path} is named by its manifest but cannot be read ({reason_of(error)}).", remedy=self._remedy(part)
-            ) from error
+            raise DamagedPart(f"{path} is named by its manifest but cannot be read ({reason_of(error)}).", remedy=self._remedy()) from error
 
     def table_path(self, part: int) -> Path:
         """The file of a committed Parquet part, verified.
@@ -263,7 +262,7 @@ class Dataset:
         """Raise DamagedPart unless what the manifest of a committed part names is there; whether it is whole, `verify` says."""
         payload = self.folder / self.manifest(part).payload
         if not payload.exists():
-            raise DamagedPart(f"{payload} is named by its manifest and is gone.", remedy=self._remedy(part))
+            raise DamagedPart(f"{payload} is named by its manifest and is gone.", remedy=self._remedy())
         self._require_inside(payload, part=part)
 
     def manifest_path(self, part: int) -> Path:
@@ -280,22 +279,19 @@ class Dataset:
         try:
             is_same = size_and_crc(path) == manifest.files[name]
         except (OSError, KeyError) as error:
-            raise DamagedPart(
-                f"{path} is named by its manifest but cannot be read ({reason_of(error)}).", remedy=self._remedy(part)
-            ) from error
+            raise DamagedPart(f"{path} is named by its manifest but cannot be read ({reason_of(error)}).", remedy=self._remedy()) from error
         if not is_same:
-            raise DamagedPart(f"{path} is not what was committed: its checksum differs from the manifest's.", remedy=self._remedy(part))
+            raise DamagedPart(f"{path} is not what was committed: its checksum differs from the manifest's.", remedy=self._remedy())
 
     def _require_inside(self, path: Path, *, part: int) -> None:
         """Raise DamagedPart if a file of a part is a link that leads out of the dataset. The dataset's folder itself may be one."""
         try:
             require_inside(path, folder=self.folder)
         except OutsideFolder as error:
-            raise DamagedPart(str(error), remedy=self._remedy(part)) from error
+            raise DamagedPart(error.problem, remedy=self._remedy()) from error
 
-    def _remedy(self, part: int) -> str:
-        manifest = self._path(part, ".json")
-        return f"Remove {manifest} and run the stage again, or run `fuseline store repair RECIPE --full`: only this part is made anew."
+    def _remedy(self) -> str:
+        return remake_part(self.folder, full=True)
 
 
 def as_ranges(parts: Iterable[int]) -> str:

@@ -39,6 +39,8 @@ class WorkspaceBusy(FuselineError, RuntimeError):
 
 def reason_of(error: Exception) -> str:
     """What an error says; of one of the system without the path, which stands beside it; of a missing key that it is missing."""
+    if isinstance(error, FuselineError):  # what to do stands beside it too
+        return error.problem.rstrip(".")
     if isinstance(error, KeyError):
         return f"it lacks {error}"
     return (error.strerror if isinstance(error, OSError) else None) or str(error)

@@ -33,7 +33,9 @@ def plain_name(name: object, *, what: str = "The name") -> str:
     """
     if isinstance(name, str) and is_plain_name(name):
         return name
-    raise OutsideFolder(f"{what} ({shown(name)}) must be the plain name of a file in this folder. Do not use this file: get it again.")
+    raise OutsideFolder(
+        f"{what} ({shown(name)}) must be the plain name of a file in this folder.", remedy="Do not use this file: get it again."
+    )
 
 
 def is_plain_name(name: str) -> bool:
@@ -65,8 +67,8 @@ def require_inside(path: Path, *, folder: Path) -> None:
     """
     if not lies_inside(path, folder=folder):
         raise OutsideFolder(
-            f"{path} is a link that leads out of {folder}, to {_target(path)}. Put what it leads to into the folder; or, if all links are "
-            f"your own, set {FOLLOW_LINKS}=1."
+            f"{path} is a link that leads out of {folder}, to {_target(path)}.",
+            remedy=f"Put what it leads to into the folder; or, if all links are your own, set {FOLLOW_LINKS}=1.",
         )
 
 

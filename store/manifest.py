@@ -10,6 +10,7 @@ from .errors import DamagedPart, NewerPart, reason_of
 from .fingerprint import require_seal
 from .inside import plain_name
 from .json_files import END_OF_TIME, is_count, is_number, read_object
+from .remedy import remake_part
 from .shown import shown
 
 # Versions of manifests. 2: it has a checksum; and an array may be encoded in q8, which a reader of version 1 would take for numbers.
@@ -67,7 +68,7 @@ def read_manifest(path: Path, *, part: int) -> Manifest:
     except NewerPart:
         raise
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        raise DamagedPart(f"{path} cannot be read ({reason_of(error)}).", remedy="Remove it: the part is then made again.") from error
+        raise DamagedPart(f"{path} cannot be read ({reason_of(error)}).", remedy=remake_part(path.parent)) from error
 
 
 def payload_named_by(path: Path, *, part: int) -> str | None:
@@ -98,11 +99,15 @@ def _check(record: dict[str, Any], *, part: int) -> None:
         raise ValueError(f"payload ({shown(record['payload'])}) must be the name of a payload of part {part}")
     if not isinstance(record["fingerprint"], str) or not is_count(record["schema_version"]):
         raise ValueError("fingerprint must be a text and schema_version a number")
+    for name in ("counts", "files", "producer"):
+        if not isinstance(record[name], dict):
+            raise ValueError(f"{name} ({shown(record[name])}) must be an object")
     for name, count in record["counts"].items():
         if not is_count(count):
             raise ValueError(f"counts.{shown(name)} ({shown(count)}) must be a whole number from 0")
     is_table = record["payload"].endswith(".parquet")
-    for name, (size, crc) in record["files"].items():
+    for name, entry in record["files"].items():
+        size, crc = entry if isinstance(entry, list) and len(entry) == 2 else (None, None)
         if type(size) is not int or type(crc) is not int or not 0 <= size <= _MOST_BYTES or not 0 <= crc < 1 << 32:
             raise ValueError(f"files: size and CRC-32 of {shown(name)} must be whole numbers from 0")
         if is_table and name:

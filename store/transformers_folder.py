@@ -80,13 +80,28 @@ def completed_config(folder: Path, *, trust_remote_code: bool = False) -> Any:
     Raises:
         DataError: transformers cannot read it; see also `for_transformers`.
     """
+    with for_transformers(folder) as readable, quiet():
+        return read_config(readable, of=folder, trust_remote_code=trust_remote_code)
+
+
+def read_config(readable: Path, *, of: Path, trust_remote_code: bool = False) -> Any:
+    """The same in `for_transformers`; `of` is the model's folder, for the message.
+
+    Raises:
+        DataError: transformers cannot read it.
+    """
     from transformers import AutoConfig  # only here: its import takes seconds
 
-    with for_transformers(folder) as readable, quiet():
-        try:
-            return AutoConfig.from_pretrained(readable, local_files_only=True, trust_remote_code=trust_remote_code)
-        except Exception as error:  # classes of configurations raise anything
-            raise DataError(f"{folder / _CONFIG} is not a valid configuration: {in_short(error)}.") from error
+    try:
+        return AutoConfig.from_pretrained(readable, local_files_only=True, trust_remote_code=trust_remote_code)
+    except Exception as error:  # classes of configurations raise anything
+        raise invalid_config(of, error) from error
+
+
+def invalid_config(folder: Path, why: Exception | str) -> DataError:
+    """The refusal of a config.json of which transformers makes nothing; the words of transformers may have several lines."""
+    text = why if isinstance(why, str) else " ".join(in_short(why).split()).rstrip(".")
+    return DataError(f"{folder / _CONFIG}: {text}; fix the file or get the model again.")
 
 
 def without_hub_code(value: Any, *, also: Collection[str] = ()) -> Any:

@@ -19,6 +19,7 @@ from .json_files import open_file, read_object
 from .layout import DATASET_KINDS, folders_in, read_run
 from .lineage import check_counts, check_inputs
 from .manifest import Manifest
+from .remedy import rebuild, remake, remake_part
 from .tokenizer import tokenizer_digest
 from .trainings import (
     EVALUATIONS,
@@ -33,8 +34,6 @@ from .trainings import (
 from .workspace import Workspace
 
 PartName = tuple[str, str, int]  # kind and name of the dataset, index of the part
-_REMAKE = "Mend it with: fuseline store repair RECIPE."
-_REBUILD = "It is only an index: make it anew with `fuseline store rebuild`."
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -119,7 +118,7 @@ def _dataset_folders(workspace: Workspace) -> Iterator[Path]:
 def _check_catalog(workspace: Workspace, *, full: bool) -> Iterator[Finding]:
     if not workspace.catalog_path.exists():
         if any(_dataset_folders(workspace)):
-            yield Finding(path=workspace.catalog_path, problem="is missing", remedy=_REBUILD, mend="remove")
+            yield Finding(path=workspace.catalog_path, problem="is missing", remedy=rebuild(workspace.root), mend="remove")
         return
     try:
         catalog.read_all(workspace) if full else catalog.known_parts(workspace)
@@ -129,7 +128,7 @@ def _check_catalog(workspace: Workspace, *, full: bool) -> Iterator[Finding]:
         yield Finding(
             path=workspace.catalog_path,
             problem=error.problem.split("\n")[0].removeprefix(f"{workspace.catalog_path} "),
-            remedy=_REBUILD,
+            remedy=rebuild(workspace.root),
             mend="remove",
         )
 
@@ -197,9 +196,10 @@ def _check_files(dataset: Dataset, *, manifest: Manifest, full: bool) -> None:
     for name, (size, _) in manifest.files.items():
         path = dataset.folder / manifest.payload / name
         if not path.is_file():
-            raise DamagedPart(f"{path} is missing.")
+            raise DamagedPart(f"{path} is missing.", remedy=remake_part(dataset.folder))
         if path.stat().st_size != size:
-            raise DamagedPart(f"{path} has {path.stat().st_size} bytes, and had {size} when it was committed.")
+            problem = f"{path} has {path.stat().st_size} bytes, and had {size} when it was committed."
+            raise DamagedPart(problem, remedy=remake_part(dataset.folder))
         if full or name.endswith("zarr.json"):
             dataset.require_file(manifest, name)
 
@@ -217,7 +217,9 @@ def _check_tokenizer(folder: Path, *, full: bool) -> Iterator[Finding]:
         elif not (folder / "token_bytes.parquet").is_file():
             raise DamagedPart("token_bytes.parquet is missing")
     except (OSError, ValueError, KeyError, TypeError) as error:
-        yield Finding(path=folder, problem=f"is not the tokenizer that it was saved as ({error})", remedy=_REMAKE, mend="remove")
+        yield Finding(
+            path=folder, problem=f"is not the tokenizer that it was saved as ({error})", remedy=remake(folder.parents[1]), mend="remove"
+        )
 
 
 def _key(dataset: Dataset) -> tuple[str, str]:
@@ -226,16 +228,21 @@ def _key(dataset: Dataset) -> tuple[str, str]:
 
 def _gone(dataset: Dataset, part: int) -> Finding:
     problem = "is gone: the catalog knows this part"
-    return Finding(path=dataset.manifest_path(part), problem=problem, remedy=_REMAKE, part=(*_key(dataset), part), mend="remake")
+    return Finding(
+        path=dataset.manifest_path(part), problem=problem, remedy=remake_part(dataset.folder), part=(*_key(dataset), part), mend="remake"
+    )
 
 
 def _damaged(dataset: Dataset, part: int, problem: str) -> Finding:
-    return Finding(path=dataset.manifest_path(part), problem=problem, remedy=_REMAKE, part=(*_key(dataset), part), mend="remake")
+    return Finding(
+        path=dataset.manifest_path(part), problem=problem, remedy=remake_part(dataset.folder), part=(*_key(dataset), part), mend="remake"
+    )
 
 
 def _finding(
     path: Path, error: FuselineError, *, part: PartName | None = None, mend: Literal["remake", "remove", "by hand"] = "by hand"
 ) -> Finding:
-    """What is wrong, without the path, and what to do unless `repair` can do it."""
+    """What is wrong, without the path, and what to do."""
     problem = error.problem.removeprefix(f"{path} ").rstrip(".")
-    return Finding(path=path, problem=problem, remedy=_REMAKE if mend != "by hand" else error.remedy, part=part, mend=mend)
+    is_said = mend == "by hand" or (part is not None and error.remedy)
+    return Finding(path=path, problem=problem, remedy=error.remedy if is_said else remake_part(path.parent), part=part, mend=mend)

@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Any
 from .. import __version__
 from . import durable
 from .dataset import Dataset
-from .errors import DataError, UsageError, WorkspaceBusy
+from .errors import DamagedPart, DataError, UsageError, WorkspaceBusy, reason_of
 from .fingerprint import Identity
 from .inside import require_inside
+from .json_files import read_object
 from .layout import DATASET_KINDS, Layout, folders_in
 from .machine import usable_cores
 
@@ -56,6 +57,7 @@ class Workspace(Layout):
                 durable.write_json(root / "workspace.json", {"created_by": f"fuseline {__version__}"})
         except OSError as error:
             raise DataError(f"The workspace {root} cannot be made or written: {error.strerror or error}.") from error
+        _require_record(root)
         _require_own_folders(root)
         return cls(root)
 
@@ -70,6 +72,7 @@ class Workspace(Layout):
         root = Path(root)
         if not (root / "workspace.json").exists():
             raise UsageError(f"{root} is not a workspace. Name one with --workspace, or make it with: fuseline run RECIPE.")
+        _require_record(root)
         _require_own_folders(root)
         return cls(root)
 
@@ -146,6 +149,17 @@ class Workspace(Layout):
             raise
         finally:
             durable.write_json(folder / "run.json", record | {"status": status, "ended_at": time.time()})
+
+
+def _require_record(root: Path) -> None:
+    """Raise DamagedPart unless `workspace.json` holds what `Workspace.create` writes."""
+    path = root / "workspace.json"
+    try:
+        read_object(path)
+    except (OSError, ValueError) as error:
+        raise DamagedPart(
+            f"{path} cannot be read ({reason_of(error)}).", remedy="If the folder is a workspace, replace the file's text by {}."
+        ) from error
 
 
 def _require_own_folders(root: Path) -> None:

@@ -39,7 +39,7 @@ class EndlessTemplate(DataError):
 
     def __init__(self, index: int, *, limit: str, of: str = "") -> None:
         problem = f"The chat template{of} needs more than {limit} for one conversation."
-        super().__init__(problem, remedy="Use another chat template, or remove the conversation.")
+        super().__init__(problem, remedy="Fix the chat template, or use another one.")
         self.index, self.limit = index, limit
 
 

@@ -1,5 +1,6 @@
 """The `[executor]` of a recipe: what runs the parts of a stage. It changes nothing of what is stored, so it is part of no fingerprint."""
 
+from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
@@ -64,6 +65,14 @@ class StageResources(BaseModel):
         return getattr(self, kind) or self.distributions
 
 
+class WrongKeys(ValueError):
+    """Several keys of one section are wrong: `problems` says of each what."""
+
+    def __init__(self, problems: Mapping[str, str]) -> None:
+        super().__init__("; ".join(problems.values()))
+        self.problems = problems
+
+
 class ExecutorConfig(BaseModel):
     """The `[executor]` of a recipe: what runs the parts of a stage. The parts and their bits are the same, whichever does."""
 
@@ -91,17 +100,23 @@ class ExecutorConfig(BaseModel):
     @field_validator("slurm", mode="before")
     @classmethod
     def _are_options(cls, value: Any) -> Any:
-        for name, option in value.items() if isinstance(value, dict) else ():
-            if name.replace("_", "-") in _OWN_OPTIONS:
-                raise ValueError(f"{name} is set by fuseline: remove it")
-            if key := _RESOURCE_OPTIONS.get(name.replace("_", "-")):
-                raise ValueError(f"{name} is set from [executor.resources]: say {key} in [executor.resources.<stage>] instead")
-            if name.replace("_", "-") not in _OPTIONS:
-                raise ValueError(
-                    f"{shown(name)} is not read from a recipe: remove it, and set SBATCH_… in your environment if sbatch has it"
-                )
-            if option is False or not isinstance(option, str | int):
-                raise ValueError(f"{name} ({option!r}) must be text, a number, or true; leave out what is not wanted")
-            if isinstance(option, str) and not option.isprintable():
-                raise ValueError(f"{name} ({option!r}) must not contain control characters")
+        problems = dict(_wrong_options(value)) if isinstance(value, dict) else {}
+        if problems:
+            raise WrongKeys(problems)
         return value
+
+
+def _wrong_options(options: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """The options of sbatch that a recipe may not say, each with what is wrong."""
+    for name, option in options.items():
+        said = name.replace("_", "-")
+        if said in _OWN_OPTIONS:
+            yield name, f"{name} is set by fuseline: remove it"
+        elif key := _RESOURCE_OPTIONS.get(said):
+            yield name, f"{name} is set from [executor.resources]: say {key} in [executor.resources.<stage>] instead"
+        elif said not in _OPTIONS:
+            yield name, f"{shown(name)} is not read from a recipe: remove it, and set SBATCH_… in your environment if sbatch has it"
+        elif option is False or not isinstance(option, str | int):
+            yield name, f"{name} ({shown(option)}) must be text, a number, or true; leave out what is not wanted"
+        elif isinstance(option, str) and not option.isprintable():
+            yield name, f"{name} ({shown(option)}) must not contain control characters"

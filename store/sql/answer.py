@@ -48,12 +48,18 @@ class Query:
             if isinstance(error, FuselineError):
                 raise
             if isinstance(error, duckdb.OutOfMemoryException):
-                raise UsageError(f"The query needs more than its limits allow. Raise --memory-limit or --spill-limit. ({error})") from error
+                problem = f"The query needs more memory or temporary files than its limits allow ({_first_sentence(error)})."
+                raise UsageError(problem, remedy="Raise --memory-limit or --spill-limit of `fuseline sql`.") from error
             raise UsageError(f"The query failed: {error}") from error
 
     def close(self) -> None:
         """Let the thread end."""
         self._thread.shutdown()
+
+
+def _first_sentence(error: Exception) -> str:
+    """What DuckDB says before its hints, which name settings that are locked here."""
+    return str(error).split("\n")[0].strip().rstrip(".")
 
 
 class Answer:

@@ -19,7 +19,7 @@ import polars as pl
 import pyarrow as pa
 
 from .. import catalog
-from ..catalog_file import MEMORY_LIMIT, SPILL_LIMIT, Limits
+from ..catalog_file import SPILL_LIMIT, Limits
 from ..layout import Layout
 from .answer import Answer, Query
 from .lazy_table import LazyTable, ScanStats
@@ -47,7 +47,7 @@ class Database:
     """SQL over a workspace. Between two queries nothing is held, so that a run going on can bring the catalog up to date."""
 
     def __init__(
-        self, layout: Layout, *, external_access: bool = False, memory_limit: int = MEMORY_LIMIT, spill_limit: int = SPILL_LIMIT
+        self, layout: Layout, *, external_access: bool = False, memory_limit: int | None = None, spill_limit: int = SPILL_LIMIT
     ) -> None:
         """Ask a workspace.
 

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from ..errors import DamagedPart
 from ..part import PartArrays
+from ..remedy import rebuild
 from .lazy_table import TableContent
 from .store_reader import StoreReader
 
@@ -162,7 +163,7 @@ class Part:
         self.n_rows_S = segments["n_rows"].astype(np.int64)
         if len(self.n_rows_S) and not 0 <= self.n_rows_S.min() <= self.n_rows_S.max() <= MOST_SEGMENT_ROWS:
             problem = f"The catalog says of a segment of {self.kind}/{self.name} that it has {self.n_rows_S.max():,} positions."
-            raise DamagedPart(problem, remedy="Run `fuseline store rebuild`.")
+            raise DamagedPart(problem, remedy=rebuild(self.store.layout.root))
         self.starts_S = np.cumsum(self.n_rows_S) - self.n_rows_S
         self.facts = segments
 

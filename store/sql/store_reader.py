@@ -3,6 +3,7 @@
 import re
 from collections import OrderedDict
 from collections.abc import Mapping
+from pathlib import Path
 from threading import Lock
 from typing import Any
 
@@ -15,6 +16,7 @@ from ..errors import DamagedPart
 from ..inside import is_plain_name
 from ..layout import Layout
 from ..part import PartArrays, Reads
+from ..remedy import rebuild
 from ..shown import shown
 from ..tokenizer import token_texts
 from .lazy_table import LABEL
@@ -81,7 +83,7 @@ class StoreReader:
     def dataset(self, kind: str, name: str) -> Dataset:
         """A dataset, opened once."""
         if (kind, name) not in self._datasets:
-            _require_name(name)
+            _require_name(name, root=self.layout.root)
             self._datasets[kind, name] = Dataset.open(self.layout.folder(kind, name))
         return self._datasets[kind, name]
 
@@ -100,13 +102,13 @@ class StoreReader:
     def token_texts(self, digest: str) -> pa.Array:
         """The text of each token of a tokenizer, and a null after the last."""
         if digest not in self._texts:
-            _require_name(digest)
+            _require_name(digest, root=self.layout.root)
             texts = token_texts(self.layout.folder("tokenizers", digest))
             self._texts[digest] = pa.array([*texts, None], pa.string())
         return self._texts[digest]
 
 
-def _require_name(name: str) -> None:
+def _require_name(name: str, *, root: Path) -> None:
     """Raise DamagedPart unless a name from the catalog can be the name of a folder in the workspace."""
     if "/" in name or not is_plain_name(name):
-        raise DamagedPart(f"The catalog names {shown(name)}, which is no name of a dataset.", remedy="Run `fuseline store rebuild`.")
+        raise DamagedPart(f"The catalog names {shown(name)}, which is no name of a dataset.", remedy=rebuild(root))

@@ -343,6 +343,19 @@ class TestRecipe:
         assert message in str(raised.value)
         assert "1 problem:" in str(raised.value)
 
+    def test_all_wrong_options_of_sbatch_are_told_at_once(self, tmp_path):
+        from workspaces import RECIPE
+
+        section = '[executor.slurm]\narray = "1"\npartition = "gpu"\ntime = 90\nwrap = "x"\nqos = false\ncomment = "x\\ny"\n'
+        (tmp_path / "recipe.toml").write_text(f"{RECIPE}\n{section}")
+        with pytest.raises(UsageError, match="has 5 problems:") as raised:
+            load_recipe(tmp_path / "recipe.toml")
+        first, *lines = str(raised.value).splitlines()
+        assert first.endswith("has 5 problems:")
+        assert len({line.split(":")[0] for line in lines}) == 5, "each has its own line of the recipe"
+        for key in ("array", "time", "wrap", "qos", "comment"):
+            assert sum(f"executor.slurm.{key}: " in line for line in lines) == 1
+
     def test_evaluations_are_given_what_distributions_are(self):
         config = ExecutorConfig.model_validate({"resources": {"distributions": {"gpus": 2}}})
         assert config.resources.of("evaluations").gpus == 2

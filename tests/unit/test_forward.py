@@ -208,8 +208,11 @@ def test_in_float32_arithmetic_only_the_weights_are_rounded(models_dir, capped_f
         )
 
 
-@pytest.mark.parametrize("damage", ["no_config", "pickle_only", "no_such_type"])
-def test_a_model_that_cannot_be_loaded_is_told(tmp_path, models_dir, damage):
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [("no_config", r"config\.json: .*fix the file"), ("pickle_only", r"no \*\.safetensors"), ("no_such_type", "does not recognize")],
+)
+def test_a_model_that_cannot_be_loaded_is_told(tmp_path, models_dir, damage, message):
     folder = tmp_path / "model"
     folder.mkdir()
     config = json.loads((models_dir / "tiny-target" / "config.json").read_text())
@@ -219,7 +222,7 @@ def test_a_model_that_cannot_be_loaded_is_told(tmp_path, models_dir, damage):
         (folder / "config.json").write_text(json.dumps(config))
     if damage == "pickle_only":
         torch.save({}, folder / "pytorch_model.bin")
-    with pytest.raises(DataError, match=r"The model .*model cannot be loaded"):
+    with pytest.raises(DataError, match=message):
         CausalModel(folder, dtype="float32", arithmetic="float32", trust_remote_code=False)
 
 

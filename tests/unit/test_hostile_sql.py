@@ -6,12 +6,13 @@ import stat
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import duckdb
 import pytest
 from fuseline.commands.prompt import _history
 from fuseline.store import catalog, catalog_file, durable
-from fuseline.store.catalog_file import ForeignCatalog
+from fuseline.store.catalog_file import MEMORY_LIMIT, ForeignCatalog, Limits
 from fuseline.store.errors import FuselineError, UsageError
 from fuseline.store.sql.database import Database
 from fuseline.store.verify import verify
@@ -225,14 +226,22 @@ def test_the_names_in_a_catalog_lead_nowhere_else(workspace, tmp_path):
 
 
 def test_a_query_takes_no_more_memory_and_room_than_allowed_and_leaves_nothing(workspace):
-    with pytest.raises(UsageError, match=r"--memory-limit or --spill-limit"):
+    with pytest.raises(UsageError, match=r"Raise --memory-limit or --spill-limit of `fuseline sql`\.$") as raised:
         Database(workspace, memory_limit=60_000_000, spill_limit=1_000_000).sql(LARGE)
+    assert "SET " not in str(raised.value)
+    assert "\n" not in str(raised.value)
     assert Database(workspace).sql(LARGE)["n"].item() == 1_000_000
     folder = catalog_file._spill_folder()
     assert folder is not None
     assert stat.S_IMODE(folder.stat().st_mode) == 0o700
     assert not any(path.is_file() for path in folder.rglob("*"))
     assert not Path(f"{workspace.catalog_path}.tmp").exists()
+
+
+def test_a_limit_that_is_given_counts_even_where_it_is_the_usual_one(monkeypatch):
+    monkeypatch.setattr(catalog_file.psutil, "virtual_memory", lambda: SimpleNamespace(total=2 << 30))
+    assert Limits().config(spill_folder=None)["memory_limit"] == f"{1 << 30}B"
+    assert Limits(memory=MEMORY_LIMIT).config(spill_folder=None)["memory_limit"] == f"{MEMORY_LIMIT}B"
 
 
 def test_limits_are_options_of_the_command(workspace, tmp_path):

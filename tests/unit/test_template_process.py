@@ -163,7 +163,10 @@ def test_what_a_template_writes_is_bounded(small, monkeypatch, source, text):
     monkeypatch.setattr(sandbox, "TEMPLATE_SECONDS", 60)
     monkeypatch.setattr(sandbox, "TEMPLATE_TEXT", 1 << 20)
     variables = {"length": (1 << 20) + 16 * 12 * len(text)}
-    with pytest.raises(EndlessTemplate, match=r"^The chat template needs more than 64 MiB of text .* for one conversation\. Use another"):
+    with pytest.raises(
+        EndlessTemplate,
+        match=r"^The chat template needs more than 64 MiB of text .* for one conversation\. Fix the chat template, or use another one\.$",
+    ):
         small.render(source, variables=variables, conversations=[[{"role": "user", "content": text}]], prompt=False)
     assert small.render("x", variables={}, conversations=[[]], prompt=False) == [{"text": "x"}]
 
