@@ -7,14 +7,12 @@ from .. import __version__
 from ..ingest.model_config import ModelConfig
 from ..ingest.models import ModelFolder
 from ..store.dataset import Dataset
-from ..train.config import TrainingConfig
 from .recipe import Recipe
 
 
 def lineage(
-    config: TrainingConfig,
+    fusion: str | None,
     *,
-    fusion: str,
     sources: Sequence[ModelConfig],
     recipe: Recipe,
     models: Mapping[str, ModelFolder],
@@ -24,8 +22,7 @@ def lineage(
     """The corpus, the models with the digests of their weights, and how they were aligned and fused.
 
     Args:
-        config: of the training of which the model comes; one on text alone has no sources.
-        fusion: name of the targets.
+        fusion: name of the targets that the model learned from; None of one that learned from text alone.
         sources: that are fused in them.
         recipe: that names it.
         models: the target's start and the sources, by name.
@@ -33,7 +30,7 @@ def lineage(
         targets: fingerprint of the fused targets.
     """
     origin = _origin(recipe, models=models, corpus=corpus)
-    if not config.uses_targets:
+    if fusion is None:
         return origin
     return origin | {
         "sources": {source.name: models[source.name].origin for source in sources},

@@ -8,7 +8,7 @@ from ..store.layout import Layout
 from ..store.machine import arithmetic_for, flops, has_gpu, threads
 from .graph import Graph
 from .products.product import PartsProduct, Product
-from .sizes import Sizes
+from .sizes import FoundSizes
 
 GPU_FLOPS = 989e12  # one H100 in bfloat16
 UTILISATION = 0.4  # share of it that a good forward pass or training step reaches
@@ -43,11 +43,11 @@ def plan(graph: Graph, *, base: Path, models_dir: Path, layout: Layout) -> list[
     Raises:
         UsageError: a model or the corpus is not at hand, and the recipe does not say what to expect of it.
     """
-    sizes = Sizes(list(graph.recipes.values()), base=base, models_dir=models_dir, layout=layout)
+    sizes = FoundSizes(list(graph.recipes.values()), base=base, models_dir=models_dir, layout=layout)
     return [_planned(product, graph=graph, sizes=sizes) for product in graph]
 
 
-def _planned(product: Product, *, graph: Graph, sizes: Sizes) -> PlannedStage:
+def _planned(product: Product, *, graph: Graph, sizes: FoundSizes) -> PlannedStage:
     cost = product.cost(sizes)
     return PlannedStage(
         stage=f"{product.title} ({cost.remark})" if cost.remark else product.title,

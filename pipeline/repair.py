@@ -14,7 +14,6 @@ from ..store.errors import DamagedPart, FuselineError, reason_of
 from ..store.fingerprint import require_seal, sealed
 from ..store.inside import plain_name
 from ..store.json_files import is_count, read_object
-from ..store.layout import DATASET_KINDS
 from ..store.manifest import MOST_PARTS, SCHEMA_VERSION
 from ..store.remedy import remake
 from ..store.shown import shown
@@ -146,7 +145,7 @@ def _part_name(entry: Sequence[Any]) -> PartName:
         ValueError, TypeError: it is no such name.
     """
     kind, name, part = entry
-    if kind not in DATASET_KINDS or "/" in plain_name(name) or not is_count(part, below=MOST_PARTS):
+    if "/" in plain_name(kind) or "/" in plain_name(name) or not is_count(part, below=MOST_PARTS):
         raise ValueError(f"{shown(list(entry))} must be a kind of dataset, a name and a part")
     return kind, name, part
 

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from ..ingest.chat.readings import CorpusTemplate
 from ..ingest.choose import choose_documents, parts_of
@@ -16,36 +16,16 @@ from ..store.corpus_plan import read_plan
 from ..store.errors import DataError, UsageError
 from ..store.layout import Layout
 from .products.corpus import Corpus
+from .products.cost import ModelSize, SplitSize
 from .products.product import PartsProduct, Product
 from .recipe import Recipe
 
 BYTES_PER_TOKEN = 4.2  # English text, vocabularies of 32,000 to 50,000
-# Bytes per token on disk (benchmarks/store.py): scalars; and of each of the k entries its id, of two or four bytes, and its value.
-_SCALAR_BYTES, _ID_BYTES_U16, _ID_BYTES_U32 = 6.4, 1.35, 1.44
-_VALUE_BYTES = {"f16": 1.12, "q8": 0.74}
-_SMALL_VOCABULARY = 65_536
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ModelSize:
-    """How large a model is."""
-
-    parameters: float
-    vocab_size: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SplitSize:
-    """How large a split of a corpus is."""
-
-    text_bytes: int
-    documents: int
-    parts: int
 
 
 @dataclass
-class Sizes:
-    """The sizes of what a graph is made from. Nothing is downloaded, and nothing in the workspace is changed."""
+class FoundSizes:
+    """Implements `Sizes`. The sizes of what a graph is made from. Nothing is downloaded, and nothing in the workspace is changed."""
 
     recipes: list[Recipe]
     base: Path  # of the recipe, to which its paths are relative
@@ -95,14 +75,6 @@ class Sizes:
         """
         config: ModelConfig | None = getattr(product, "config", None)
         return self._models[product.recipe.target if config is None else config]
-
-    def record_bytes(self, model: ModelSize, *, k: int, codec: Literal["f16", "q8"]) -> float:
-        """Stored bytes of a position."""
-        return _SCALAR_BYTES + k * self.entry_bytes(model, codec=codec)
-
-    def entry_bytes(self, model: ModelSize, *, codec: Literal["f16", "q8"]) -> float:
-        """Stored bytes of an entry of a distribution."""
-        return (_ID_BYTES_U16 if model.vocab_size <= _SMALL_VOCABULARY else _ID_BYTES_U32) + _VALUE_BYTES[codec]
 
     def _planned(self, corpus: Corpus) -> list[Mapping[str, Any]] | None:
         config = corpus.recipe.corpus

@@ -150,7 +150,7 @@ def _known_parts(connection: duckdb.DuckDBPyConnection, kind: str, name: str) ->
 def _forget(connection: duckdb.DuckDBPyConnection, kind: str, name: str) -> None:
     for table in ("datasets", "parts"):
         connection.execute(f"DELETE FROM {table} WHERE kind = ? AND name = ?", [kind, name])
-    for table, column in _TABLES_OF_KIND[kind].items():
+    for table, column in _TABLES_OF_KIND.get(kind, {}).items():
         of_kind = f"AND kind = '{kind}'" if table in _TABLES_WITH_KIND else ""
         connection.execute(f"DELETE FROM {table} WHERE {column} = ? {of_kind}", [name])
 

@@ -41,9 +41,14 @@ class Layout:
         """Where something of this kind and name is, or would be."""
         return self.root / kind / name
 
+    def kinds(self) -> list[str]:
+        """The kinds of datasets: those that every workspace may have, in the order of the pipeline, and others that are there."""
+        there = {path.parent.parent.name for path in self.root.glob("[!.]*/*/dataset.json")}
+        return [*DATASET_KINDS, *sorted(there - set(DATASET_KINDS) - {"runs", "exports", "tokenizers", "models"})]
+
     def datasets(self) -> Iterator[Dataset]:
         """Every dataset of the workspace, in the order of the pipeline."""
-        for kind in DATASET_KINDS:
+        for kind in self.kinds():
             for folder in folders_in(self.root / kind):
                 if os.path.lexists(folder / "dataset.json"):
                     yield Dataset.open(folder)
@@ -58,9 +63,9 @@ class Layout:
         The folder of a kind may be a link, to another disk; one of a dataset that is a link is not swept.
         """
         yield self.root
-        for folder in ("tokenizers", "models", *DATASET_KINDS):
+        for folder in ("tokenizers", "models", *self.kinds()):
             yield self.root / folder
-        for kind in DATASET_KINDS:
+        for kind in self.kinds():
             yield from (folder for folder in folders_in(self.root / kind) if not folder.is_symlink())
 
     def runs(self) -> Iterator[dict[str, Any]]:

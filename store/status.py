@@ -67,7 +67,7 @@ def dataset_statuses(layout: Layout) -> list[DatasetStatus]:
         match dataset.kind:
             case "corpus":
                 expected = len(splits_of[dataset.name]) if dataset.name in splits_of else None
-            case "vocab_maps":
+            case _ if "corpus" not in dataset.description:
                 expected = 1
             case _:
                 facts = dataset.description

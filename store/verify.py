@@ -16,7 +16,7 @@ from .corpus_plan import read_documents, read_plan
 from .dataset import Dataset
 from .errors import DamagedPart, FuselineError, NewerPart, WorkspaceBusy
 from .json_files import open_file, read_object
-from .layout import DATASET_KINDS, folders_in, read_run
+from .layout import folders_in, read_run
 from .lineage import check_counts, check_inputs
 from .manifest import Manifest
 from .remedy import rebuild, remake, remake_part
@@ -109,7 +109,7 @@ def verify(workspace: Workspace, *, full: bool = False) -> Verification:
 
 
 def _dataset_folders(workspace: Workspace) -> Iterator[Path]:
-    for kind in reversed(DATASET_KINDS):  # what something was made of is there before it, also while a run is going on
+    for kind in reversed(workspace.kinds()):  # what something was made of is there before it, also while a run is going on
         for folder in folders_in(workspace.root / kind):
             if os.path.lexists(folder / "dataset.json") or any(folder.glob("part-*.json")):
                 yield folder

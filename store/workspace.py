@@ -18,7 +18,7 @@ from .errors import DamagedPart, DataError, UsageError, WorkspaceBusy, reason_of
 from .fingerprint import Identity
 from .inside import require_inside
 from .json_files import read_object
-from .layout import DATASET_KINDS, Layout, folders_in
+from .layout import Layout, folders_in
 from .machine import usable_cores
 
 if TYPE_CHECKING:
@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 
     from .sql.database import Database, Parameters
 
-_FOLDERS = ("tokenizers", *DATASET_KINDS, "runs", "exports", "models")
 _SHOWN_HOLDER = 200  # characters of what the coordinator says of itself
 
 
@@ -164,6 +163,6 @@ def _require_record(root: Path) -> None:
 
 def _require_own_folders(root: Path) -> None:
     """Raise OutsideFolder if the folder of a kind, or one in it, is a link that leads out: it would be read, written and cleaned."""
-    for kind in _FOLDERS:
-        for path in (root / kind, *folders_in(root / kind)):
+    for kind in folders_in(root):
+        for path in (kind, *folders_in(kind)):
             require_inside(path, folder=root)

@@ -155,7 +155,7 @@ class TrainJob(BaseModel):
     run_folder: Path = Field(description="checkpoints, metrics, logs and TensorBoard events of this run")
     model_folder: Path = Field(description="Hugging Face folder of the model that training starts from")
     model_fingerprint: str = Field(description="of the starting weights")
-    targets_folder: Path = Field(description="dataset of fused targets")
+    targets_folder: Path = Field(description="dataset of fused targets; of a training on text alone, one that has the same tokens")
     targets_fingerprint: str = Field(description="of that dataset")
     tokens_fingerprint: str = Field(description="of the dataset that its token ids are from")
     parts: list[int] = Field(min_length=1, description="indices of the parts to train on")
@@ -207,7 +207,7 @@ class TrainJob(BaseModel):
             json.dumps(
                 {
                     "model": self.model_fingerprint,
-                    # Without fusion the targets' tokens matter, and not what is fused in them.
+                    # Without fusion the tokens matter, and not what is fused for them.
                     "targets": self.targets_fingerprint if self.config.uses_targets else self.tokens_fingerprint,
                     "parts": self.parts,
                     "config": self.config.determines,

@@ -67,7 +67,7 @@ class TargetsData:
         """Index the segments: reads only the segment offsets of each part, and label masks, and for weights by domain documents' ids.
 
         Args:
-            dataset: fused targets.
+            dataset: fused targets; of a training on text alone, anything that has the tokens.
             parts: those to train on.
             vocab_size: of the model; ids must be below.
             config: how to train.
@@ -81,8 +81,7 @@ class TargetsData:
         missing = dataset.missing(parts)
         if missing:
             raise DataError(
-                f"{dataset.folder} lacks {len(missing)} of the {len(parts)} parts to train on ({as_ranges(missing)}). "
-                "Finish the fusion first."
+                f"{dataset.folder} lacks {len(missing)} of the {len(parts)} parts to train on ({as_ranges(missing)}). Run the recipe again."
             )
         self.config, self._dataset, self._vocab_size, self._pin_memory = config, dataset, vocab_size, pin_memory
         offsets = {part: dataset.read(part, "segment_offsets")[0].astype(np.int64) for part in parts}

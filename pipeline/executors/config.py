@@ -62,7 +62,8 @@ class StageResources(BaseModel):
 
     def of(self, kind: str) -> Resources:
         """What a worker of a kind of stage is given."""
-        return getattr(self, kind) or self.distributions
+        found: Resources | None = getattr(self, kind, Resources())
+        return self.distributions if found is None else found
 
 
 class WrongKeys(ValueError):

@@ -2,17 +2,15 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 from ...align.alignments import AlignmentsStage, alignment_identity
 from ...align.maps import VocabularyMapStage, end_of_turn, vocabulary_map_identity
 from ...align.matches import TokenMatchesStage, matches_identity
 from ...store.fingerprint import Identity
+from .cost import Cost, Sizes
 from .forward import Distributions
-from .product import Cost, Drawing, OpenSite, PartsProduct, Product, Site
-
-if TYPE_CHECKING:
-    from ..sizes import Sizes
+from .product import Drawing, OpenSite, PartsProduct, Product, Site
 
 _MATCHES_BYTES = 0.3  # of a token: a part of 1M has about 60,000 different pairs
 _MAP_BYTES, _ALIGNMENT_BYTES = 14, 1.5  # of a source token, of a token of the corpus
@@ -86,7 +84,7 @@ class TokenMatches(PairProduct):
     def stage(self, site: OpenSite) -> TokenMatchesStage:
         return TokenMatchesStage(site.dataset(self), positions=self.recipe.alignment.positions, **self.sides(site))
 
-    def cost(self, sizes: "Sizes") -> Cost:
+    def cost(self, sizes: Sizes) -> Cost:
         tokens = sizes.tokens(self, "train")
         return Cost(stored_bytes=_MATCHES_BYTES * tokens, tokens=tokens)
 
@@ -142,9 +140,6 @@ class VocabularyMap(PairProduct):
             end_of_turn=end_of_turn(source, target=target),
         )
 
-    def description(self, site: OpenSite) -> dict[str, Any]:
-        return {}
-
     def stage(self, site: OpenSite) -> VocabularyMapStage:
         return VocabularyMapStage(
             site.dataset(self),
@@ -156,7 +151,7 @@ class VocabularyMap(PairProduct):
             end_of_turn=end_of_turn(site.dataset(self.source), target=site.dataset(self.target)),
         )
 
-    def cost(self, sizes: "Sizes") -> Cost:
+    def cost(self, sizes: Sizes) -> Cost:
         return Cost(stored_bytes=_MAP_BYTES * sizes.model(self.source).vocab_size)
 
 
@@ -202,6 +197,6 @@ class Alignment(PairProduct):
     def stage(self, site: OpenSite) -> AlignmentsStage:
         return AlignmentsStage(site.dataset(self), **self._keys(site), **self.sides(site))
 
-    def cost(self, sizes: "Sizes") -> Cost:
+    def cost(self, sizes: Sizes) -> Cost:
         tokens = sizes.tokens(self, "train")
         return Cost(stored_bytes=_ALIGNMENT_BYTES * tokens, tokens=tokens)

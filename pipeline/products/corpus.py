@@ -2,16 +2,14 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 from ...ingest.corpus import CorpusStage, corpus_identity
 from ...ingest.corpus_config import corpus_choices
 from ...ingest.earlier_corpus import kept_identity, require_read_right
 from ...store.fingerprint import Identity
-from .product import AtLeast, Cost, Drawing, OpenSite, PartsProduct, Product, Site
-
-if TYPE_CHECKING:
-    from ..sizes import Sizes
+from .cost import Cost, Sizes
+from .product import AtLeast, Drawing, OpenSite, PartsProduct, Product, Site
 
 # Text of English compresses to this share; each document has numbers, a digest and names beside it.
 _COMPRESSED, _DOCUMENT_BYTES = 0.45, 60
@@ -93,7 +91,7 @@ class Corpus(PartsProduct):
         require_read_right(stage, asked=self._asked(site))
         return stage
 
-    def cost(self, sizes: "Sizes") -> Cost:
+    def cost(self, sizes: Sizes) -> Cost:
         text = sizes.text(self, "train"), sizes.text(self, self.recipe.evaluation.split)
         n_bytes, documents = sum(each.text_bytes for each in text), sum(each.documents for each in text)
         return Cost(stored_bytes=_COMPRESSED * n_bytes + _DOCUMENT_BYTES * documents, tokens=sizes.tokens(self, "train"))

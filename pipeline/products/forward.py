@@ -1,19 +1,18 @@
 """What models say of the corpus: distributions on the train split, likelihoods of the held-out one."""
 
+import contextlib
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from ...ingest.distributions import DistributionsStage, distributions_identity, forward_choices
 from ...ingest.model_config import ModelConfig
 from ...store.dataset import Dataset
 from ...store.fingerprint import Identity
 from .corpus import Corpus
-from .product import AtLeast, Cost, Drawing, InputMissing, OpenSite, PartsProduct, Product, Site
-
-if TYPE_CHECKING:
-    from ..sizes import Sizes
+from .cost import Cost, Sizes, record_bytes
+from .product import AtLeast, Drawing, InputMissing, OpenSite, PartsProduct, Product, Site
 
 _EVALUATION_BYTES = 6  # per token
 
@@ -70,10 +69,8 @@ class Forward(PartsProduct):
         model = site.model(self)
         if model is None:
             chosen = forward_choices(split=str(self.split), dtype=self.dtype, top_k=self.top_k, codec=self.codec)
-            try:
+            with contextlib.suppress(InputMissing):
                 chosen |= {"corpus": site.dataset(self.of_corpus).fingerprint}
-            except InputMissing:
-                pass
             return AtLeast(chosen if self.rendering is None else chosen | {"chat": AtLeast(rendering=self.rendering)})
         return distributions_identity(
             model,
@@ -148,9 +145,9 @@ class Distributions(Forward):
     def dtype(self) -> str:
         return self.config.dtype
 
-    def cost(self, sizes: "Sizes") -> Cost:
+    def cost(self, sizes: Sizes) -> Cost:
         model, tokens = sizes.model(self), sizes.tokens(self, "train")
-        stored = tokens * sizes.record_bytes(model, k=self.top_k, codec=self.codec)
+        stored = tokens * record_bytes(model, k=self.top_k, codec=self.codec)
         return Cost(stored_bytes=stored, tokens=tokens, flops=2 * model.parameters * tokens, dtype=self.dtype)
 
 
@@ -212,7 +209,7 @@ class Evaluation(Forward):
     def codec(self) -> Literal["f16", "q8"]:
         return "f16"  # no distribution is stored
 
-    def cost(self, sizes: "Sizes") -> Cost:
+    def cost(self, sizes: Sizes) -> Cost:
         tokens = sizes.tokens(self, self.split)
         return Cost(
             stored_bytes=_EVALUATION_BYTES * tokens, tokens=tokens, flops=2 * sizes.model(self).parameters * tokens, dtype=self.dtype

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 from ...align.config import FusionConfig
 from ...align.fusion import FusionStage, fusion_choices, fusion_identity
@@ -11,11 +11,9 @@ from ...store.fingerprint import Identity, differences
 from ...store.layout import Layout
 from ..recipe import Fusion
 from .aligned import Alignment, VocabularyMap
+from .cost import Cost, Sizes, entry_bytes
 from .forward import Distributions
-from .product import Cost, Drawing, InputMissing, OpenSite, PartsProduct, Product, Site
-
-if TYPE_CHECKING:
-    from ..sizes import Sizes
+from .product import Drawing, InputMissing, OpenSite, PartsProduct, Product, Site
 
 _COMPONENTS = ("distributions", "alignment", "vocabulary map")  # of a source, as the identity lists them
 _TARGET_BYTES = 3.5  # of a token, beside its entries
@@ -131,7 +129,7 @@ class Targets(PartsProduct):
         state = "there" if isinstance(missing.product, Distributions) else "aligned"
         return [f"sources: asked for {source}, which is not {state} yet"]
 
-    def cost(self, sizes: "Sizes") -> Cost:
+    def cost(self, sizes: Sizes) -> Cost:
         target, tokens = sizes.model(self.sources[0].distributions), sizes.tokens(self, "train")
-        entries = self.recipe.top_k * sizes.entry_bytes(target, codec=self.recipe.distributions.codec)
+        entries = self.recipe.top_k * entry_bytes(target, codec=self.recipe.distributions.codec)
         return Cost(stored_bytes=tokens * (_TARGET_BYTES + entries), tokens=tokens)

@@ -4,7 +4,7 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 from ...ingest.models import ModelFolder
 from ...store.errors import FingerprintMismatch
@@ -14,12 +14,10 @@ from ...store.layout import Layout
 from ...train.merging.config import MergeConfig
 from ...train.merging.identity import REPORT, merge_identity
 from ..origin import merged_lineage
+from .cost import Cost, Sizes
 from .forward import Distributions
-from .product import AtLeast, Cost, Drawing, InputMissing, OpenSite, Product, Site
+from .product import AtLeast, Drawing, InputMissing, OpenSite, Product, Site
 from .trained import ITEM_BYTES, ModelProduct, Trained
-
-if TYPE_CHECKING:
-    from ..sizes import Sizes
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -144,7 +142,7 @@ class Merged(ModelProduct):
     def without_input(self, missing: InputMissing) -> list[str]:
         return [f"trainings: asked for {missing.product.name}, which is not there yet, or was made from different inputs"]
 
-    def cost(self, sizes: "Sizes") -> Cost:
+    def cost(self, sizes: Sizes) -> Cost:
         item = ITEM_BYTES[self.config.dtype or self.recipe.training.dtype]
         remark = f"{self.config.method} of {len(self.trainings)}"
         return Cost(stored_bytes=item * sizes.model(self.start).parameters, remark=remark)

@@ -19,11 +19,11 @@ from ...store.fingerprint import Identity, differences
 from ...store.layout import Layout
 from ..executors.work import Stage
 from ..recipe import Recipe
+from .cost import Cost, Sizes
 
 if TYPE_CHECKING:
     from ...ingest.chat.readings import ChatReading, CorpusTemplate
     from ...ingest.sources import Source
-    from ..sizes import Sizes
 
 
 class AtLeast(dict[str, Any]):
@@ -99,17 +99,6 @@ class OpenSite(Site, Protocol):
         """The number format in which the forward passes of a dataset that is begun here are computed."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Cost:
-    """What a product takes, of a whole one; see `plan.PlannedStage`."""
-
-    stored_bytes: float
-    tokens: float = 0
-    flops: float = 0  # operations of the models
-    dtype: str = "float32"  # of their weights
-    remark: str = ""  # that the plan adds to its title
-
-
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Product(ABC):
     """One thing that a recipe makes."""
@@ -165,7 +154,7 @@ class Product(ABC):
         """Whether all of it is there, by the files alone; whether it is this one, its identity says."""
 
     @abstractmethod
-    def cost(self, sizes: "Sizes") -> Cost:
+    def cost(self, sizes: Sizes) -> Cost:
         """What all of it takes."""
 
     @property
@@ -236,7 +225,7 @@ class PartsProduct(Product):
 
     def description(self, site: OpenSite) -> dict[str, Any]:
         """Facts that do not determine the content: see `Dataset.description`."""
-        return {"corpus": self.recipe.corpus.name}
+        return {} if self.corpus is None or self.split is None else {"corpus": self.corpus.name}
 
     def folder(self, layout: Layout) -> Path:
         """Of its dataset."""

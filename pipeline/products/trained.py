@@ -5,7 +5,7 @@ from abc import abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 from ...ingest.models import ModelFolder
 from ...store.errors import UsageError
@@ -16,12 +16,10 @@ from ...train.records import last_checkpoint, read_done, require_identity
 from ..origin import lineage
 from ..recipe import Training
 from .corpus import Corpus
+from .cost import Cost, Sizes
 from .forward import Distributions, Evaluation
 from .fused import Targets
-from .product import AtLeast, Cost, Drawing, InputMissing, OpenSite, PartsProduct, Product, Site
-
-if TYPE_CHECKING:
-    from ..sizes import Sizes
+from .product import AtLeast, Drawing, InputMissing, OpenSite, PartsProduct, Product, Site
 
 ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}  # of a weight
 _STATE_BYTES = 12  # of a parameter in a checkpoint, beside the weight: a float32 master and two moments
@@ -61,7 +59,7 @@ class Trained(ModelProduct):
     training: Training
     of_corpus: Corpus
     start: Distributions  # of the target's start
-    targets: Targets
+    targets: Targets | None  # None of a training on text alone, which reads the tokens from `start`
     held_out: Evaluation | None  # what the training is evaluated on
 
     @classmethod
@@ -73,7 +71,7 @@ class Trained(ModelProduct):
                 training=training,
                 of_corpus=drawing.get(Corpus, ""),
                 start=drawing.get(Distributions, recipe.target.name),
-                targets=drawing.get(Targets, training.fusion.name),
+                targets=drawing.get(Targets, training.fusion.name) if training.config.uses_targets else None,
                 held_out=None if training.config.evaluate_every is None else drawing.get(Evaluation, recipe.target.name),
             )
 
@@ -96,12 +94,12 @@ class Trained(ModelProduct):
 
     @property
     def inputs(self) -> tuple[Product, ...]:
-        return (self.of_corpus, self.start, self.targets, *([] if self.held_out is None else [self.held_out]))
+        return tuple(needed for needed in (self.of_corpus, self.start, self.targets, self.held_out) if needed is not None)
 
     @property
     def learned_from(self) -> PartsProduct:
         """The targets; or, on text alone, the distributions that have its tokens."""
-        return self.targets if self.config.uses_targets else self.start
+        return self.start if self.targets is None else self.targets
 
     @property
     def determining(self) -> tuple[Product, ...]:
@@ -121,7 +119,7 @@ class Trained(ModelProduct):
         """Everything that the ranks need to know; the corpus must be there."""
         models, layout = site.models(self.recipe), site.layout
         model, distributions = models[self.recipe.target.name], site.dataset(self.start)
-        targets_fingerprint = fingerprint(site.identity(self.targets))
+        learned = fingerprint(site.identity(self.learned_from))
         corpus = site.dataset(self.of_corpus)
         held_out = None
         if self.held_out is not None:
@@ -132,8 +130,8 @@ class Trained(ModelProduct):
             run_folder=self.run_folder(layout).absolute(),
             model_folder=model.folder.absolute(),
             model_fingerprint=model.start_digest,
-            targets_folder=self.targets.folder(layout).absolute(),
-            targets_fingerprint=targets_fingerprint,
+            targets_folder=self.learned_from.folder(layout).absolute(),
+            targets_fingerprint=learned,
             tokens_fingerprint=distributions.fingerprint,
             start_folder=distributions.folder.absolute(),
             parts=site.parts(self.start),
@@ -143,13 +141,12 @@ class Trained(ModelProduct):
             # Where the recipe names none, the export has the start's own.
             chat_template=template.template.source if template is not None and chat is not None and chat.template is not None else None,
             lineage=lineage(
-                self.config,
-                fusion=self.targets.name,
+                None if self.targets is None else self.targets.name,
                 sources=self.training.fusion.sources,
                 recipe=self.recipe,
                 models=models,
                 corpus=corpus,
-                targets=targets_fingerprint,
+                targets=learned,
             ),
             config=self.config,
         )
@@ -192,7 +189,7 @@ class Trained(ModelProduct):
     def without_input(self, missing: InputMissing) -> list[str]:
         return [f"learned from something else than {self.learned_from.kind}/{self.learned_from.name}"]
 
-    def cost(self, sizes: "Sizes") -> Cost:
+    def cost(self, sizes: Sizes) -> Cost:
         config, target = self.config, sizes.model(self.start)
         if config.steps is None:
             trained = sizes.tokens(self.start, "train") * (config.epochs or 1)
