@@ -9,7 +9,17 @@ from . import __version__
 from .commands.console import show_document, show_estimate, show_plan, show_query_stats, show_report, show_status, show_wanted, watch_status
 from .commands.merge import merge_command
 from .commands.opening import open_pipeline, open_workspace, workspace_of
-from .commands.options import SIZE, Group, StageGroup, executor_options, models_default, recipe_options, workspace_option
+from .commands.options import (
+    SIZE,
+    WORKSPACES,
+    Group,
+    RecipeOptions,
+    StageGroup,
+    models_default,
+    parts_options,
+    recipe_options,
+    workspace_option,
+)
 from .commands.store import store
 from .commands.terminal import say
 from .store.errors import UsageError
@@ -30,19 +40,10 @@ def main() -> None:
 
 
 @main.command()
-@recipe_options
-@executor_options
+@parts_options
 @click.option("--variant", metavar="NAME", help="Make only what this variant of the recipe needs; the recipe itself is `base`.")
 @click.option("--dry-run", is_flag=True, help="Only say what would be done, and what it would take.")
-def run(
-    recipe: Path,
-    workspace: Path | None,
-    models_dir: Path,
-    variant: str | None,
-    dry_run: bool,
-    executor: str | None,
-    workers: int | None,
-) -> None:
+def run(options: RecipeOptions, variant: str | None, dry_run: bool) -> None:
     """Do everything of RECIPE that is missing, in order.
 
     With [[variants]] in the recipe, what they share is made once. Running it again resumes, or says that there is nothing to do.
@@ -54,15 +55,15 @@ def run(
     if dry_run:
         from .pipeline.recipe_file import load_recipe
 
-        show_plan(load_recipe(recipe), path=recipe, workspace=workspace, models_dir=models_dir, variant=variant)
+        show_plan(load_recipe(options.recipe), options=options, variant=variant)
         return
-    with open_pipeline(recipe, workspace, models_dir, executor=executor, workers=workers, variant=variant) as pipeline:
+    with open_pipeline(options, variant=variant) as pipeline:
         pipeline.run()
         show_report(pipeline.workspace)
 
 
 @main.command()
-@click.option("--workspace", "-w", type=click.Path(file_okay=False, path_type=Path), default=Path("workspaces/demo"), show_default=True)
+@click.option("--workspace", "-w", type=click.Path(file_okay=False, path_type=Path), default=WORKSPACES / "demo", show_default=True)
 @click.option("--models", "models_dir", type=click.Path(file_okay=False, path_type=Path), help="Folder that holds the two models already.")
 def demo(workspace: Path, models_dir: Path | None) -> None:
     """Fuse Gemma-3-270M into SmolLM2-135M-Instruct on a small corpus.
@@ -74,11 +75,11 @@ def demo(workspace: Path, models_dir: Path | None) -> None:
     from .ingest.demo_models import fetch_demo_models
 
     recipe = Path(__file__).parent / "recipes" / "demo.toml"
-    show_estimate(recipe, workspace=workspace, models_dir=models_dir or models_default())
+    options = RecipeOptions(recipe=recipe, workspace=workspace, models_dir=models_dir or models_default())
+    show_estimate(options)
     if models_dir is None:
-        models_dir = models_default()
-        fetch_demo_models(models_dir, on_progress=lambda text: say(text, err=True))
-    with open_pipeline(recipe, workspace, models_dir) as pipeline:
+        fetch_demo_models(options.models_dir, on_progress=lambda text: say(text, err=True))
+    with open_pipeline(options) as pipeline:
         pipeline.run()
         show_report(pipeline.workspace)
 
@@ -89,26 +90,24 @@ def ingest() -> None:
 
 
 @ingest.command("corpus")
-@recipe_options
-@executor_options
-def ingest_corpus(recipe: Path, workspace: Path | None, models_dir: Path, executor: str | None, workers: int | None) -> None:
+@parts_options
+def ingest_corpus(options: RecipeOptions) -> None:
     """Read, de-duplicate, shuffle and segment the corpus.
 
     Example:  fuseline ingest corpus recipes/demo.toml
     """
-    with open_pipeline(recipe, workspace, models_dir, executor=executor, workers=workers) as pipeline:
+    with open_pipeline(options) as pipeline:
         pipeline.make("ingest corpus")
 
 
 @ingest.command("distributions")
-@recipe_options
-@executor_options
-def ingest_distributions(recipe: Path, workspace: Path | None, models_dir: Path, executor: str | None, workers: int | None) -> None:
+@parts_options
+def ingest_distributions(options: RecipeOptions) -> None:
     """Store every model's top-k next-token distributions on the train split.
 
     Example:  fuseline ingest distributions recipes/demo.toml
     """
-    with open_pipeline(recipe, workspace, models_dir, executor=executor, workers=workers) as pipeline:
+    with open_pipeline(options) as pipeline:
         pipeline.make("ingest distributions")
 
 
@@ -154,14 +153,13 @@ def align_show(
 
 
 @align.command("run")
-@recipe_options
-@executor_options
-def align_run(recipe: Path, workspace: Path | None, models_dir: Path, executor: str | None, workers: int | None) -> None:
+@parts_options
+def align_run(options: RecipeOptions) -> None:
     """Map each source's positions and vocabulary to the target's.
 
     Example:  fuseline align recipes/demo.toml
     """
-    with open_pipeline(recipe, workspace, models_dir, executor=executor, workers=workers) as pipeline:
+    with open_pipeline(options) as pipeline:
         pipeline.make("align")
 
 
@@ -176,22 +174,20 @@ def fuse() -> None:
 
 
 @fuse.command("run")
-@recipe_options
-@executor_options
-def fuse_run(recipe: Path, workspace: Path | None, models_dir: Path, executor: str | None, workers: int | None) -> None:
+@parts_options
+def fuse_run(options: RecipeOptions) -> None:
     """Fuse the aligned distributions into one target distribution per position.
 
     With [merge] in the recipe, each source is fused with the target's start by itself.
 
     Example:  fuseline fuse recipes/demo.toml
     """
-    with open_pipeline(recipe, workspace, models_dir, executor=executor, workers=workers) as pipeline:
+    with open_pipeline(options) as pipeline:
         pipeline.make("fuse")
 
 
 @fuse.command("add-source")
-@recipe_options
-@executor_options
+@parts_options
 @click.option("--name", required=True, help="Name of the new source in the workspace.")
 @click.option("--model", required=True, metavar="ID_OR_PATH", help="Its id on the Hugging Face hub, or its folder.")
 @click.option("--revision", help="Commit, tag or branch of a hub model.")
@@ -199,11 +195,7 @@ def fuse_run(recipe: Path, workspace: Path | None, models_dir: Path, executor: s
 @click.option("--chat-template", type=click.Choice(["shared", "own"]), help="Whether it reads conversations in its own chat template.")
 @click.option("--dry-run", is_flag=True, help="Only say what would be done, and what it would take.")
 def fuse_add_source(
-    recipe: Path,
-    workspace: Path | None,
-    models_dir: Path,
-    executor: str | None,
-    workers: int | None,
+    options: RecipeOptions,
     name: str,
     model: str,
     revision: str | None,
@@ -220,11 +212,11 @@ def fuse_add_source(
     """
     from .pipeline.added_source import add_source
 
-    added = add_source(recipe, name=name, model=model, revision=revision, dtype=dtype, chat_template=chat_template)
+    added = add_source(options.recipe, name=name, model=model, revision=revision, dtype=dtype, chat_template=chat_template)
     if dry_run:
-        show_plan(added.recipe, path=recipe, workspace=workspace, models_dir=models_dir)
+        show_plan(added.recipe, options=options)
         return
-    with open_pipeline(recipe, workspace, models_dir, executor=executor, workers=workers, added=added) as pipeline:
+    with open_pipeline(options, added=added) as pipeline:
         pipeline.run()
         show_report(pipeline.workspace)
 
@@ -233,15 +225,15 @@ def fuse_add_source(
 @recipe_options
 @click.option("--only", metavar="NAME", help="Train only this one: training.name of the recipe, with [merge] as in fused--SOURCE, or clm.")
 @click.option("--prepare", is_flag=True, help="Start nothing: write the job files, and say how to start the ranks with torchrun.")
-def train(recipe: Path, workspace: Path | None, models_dir: Path, only: str | None, prepare: bool) -> None:
+def train(options: RecipeOptions, only: str | None, prepare: bool) -> None:
     """Train the target on the fused targets, and the baseline without them; with [merge] once for each source.
 
-    Starts torchrun with tensor_parallel × data_parallel ranks on this machine. With --prepare you start the ranks yourself, on several
+    Starts tensor_parallel × data_parallel ranks on this machine. With --prepare you start the ranks yourself, on several
     machines, say; `fuseline eval` takes up what they made.
 
     Example:  fuseline train recipes/demo.toml --only fused
     """
-    with open_pipeline(recipe, workspace, models_dir, makes_parts=False) as pipeline:
+    with open_pipeline(options, makes_parts=False) as pipeline:
         names = [product.name for product in pipeline.graph if product.command == "train"]
         if only is not None and only not in names:
             raise UsageError(f"--only ({only}) must be one of the recipe's trainings: {', '.join(names)}.")
@@ -253,14 +245,13 @@ def train(recipe: Path, workspace: Path | None, models_dir: Path, only: str | No
 
 
 @main.command("eval")
-@recipe_options
-@executor_options
-def evaluate(recipe: Path, workspace: Path | None, models_dir: Path, executor: str | None, workers: int | None) -> None:
+@parts_options
+def evaluate(options: RecipeOptions) -> None:
     """Measure bits per byte and perplexity of all models on the held-out text.
 
     Example:  fuseline eval recipes/demo.toml
     """
-    with open_pipeline(recipe, workspace, models_dir, executor=executor, workers=workers) as pipeline:
+    with open_pipeline(options) as pipeline:
         pipeline.make("eval")
         show_report(pipeline.workspace)
 

@@ -29,6 +29,7 @@ if TYPE_CHECKING:  # what a command needs is imported when it runs, so that --he
     from ..store.upkeep import Leftover, Usage
     from ..store.verify import Finding, Verification
     from ..store.workspace import Workspace
+    from .options import RecipeOptions
 
 
 _WATCH_SECONDS = 2.0  # between two looks at the files, on a terminal
@@ -204,18 +205,18 @@ def show_query_stats(stats: "QueryStats") -> None:
         )
 
 
-def show_plan(recipe: "Recipe", *, path: Path, workspace: Path | None, models_dir: Path, variant: str | None = None) -> None:
-    """What a recipe would take; `path` is its own."""
+def show_plan(recipe: "Recipe", *, options: "RecipeOptions", variant: str | None = None) -> None:
+    """What a recipe would take; `options` are the command's."""
     from ..pipeline.graph import products
     from ..pipeline.plan import GPU_FLOPS, UTILISATION, plan
     from ..pipeline.progress import size
     from ..pipeline.sizes import BYTES_PER_TOKEN
     from ..store.layout import Layout
 
-    folder, graph = Layout(workspace or Path("workspaces") / path.stem), products(recipe)
+    folder, graph = Layout(options.workspace_folder), products(recipe)
     if variant is not None:
         graph = graph.only(variant)
-    stages = plan(graph, base=path.parent, models_dir=models_dir, layout=folder)
+    stages = plan(graph, base=options.recipe.parent, models_dir=options.models_dir, layout=folder)
     has_variants = len(graph.recipes) > 1
     rows = [
         [
@@ -237,7 +238,7 @@ def show_plan(recipe: "Recipe", *, path: Path, workspace: Path | None, models_di
     )
 
 
-def show_estimate(recipe: Path, *, workspace: Path, models_dir: Path) -> None:
+def show_estimate(options: "RecipeOptions") -> None:
     """How long what is missing of a recipe takes on this machine, on the error stream; nothing if nothing is."""
     from ..pipeline.graph import products
     from ..pipeline.plan import plan, seconds_here
@@ -245,7 +246,13 @@ def show_estimate(recipe: Path, *, workspace: Path, models_dir: Path) -> None:
     from ..store.layout import Layout
     from ..store.machine import threads
 
-    seconds = seconds_here(plan(products(load_recipe(recipe)), base=recipe.parent, models_dir=models_dir, layout=Layout(workspace)))
+    stages = plan(
+        products(load_recipe(options.recipe)),
+        base=options.recipe.parent,
+        models_dir=options.models_dir,
+        layout=Layout(options.workspace_folder),
+    )
+    seconds = seconds_here(stages)
     if seconds:
         minutes, n = max(1, round(seconds / 60)), threads()
         text = f"This takes {minutes} to {2 * minutes} minutes here ({n} thread{'s' * (n != 1)})"

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from ..store.errors import UsageError
 from .console import show_addition
+from .options import WORKSPACES, RecipeOptions, default_workspace
 
 if TYPE_CHECKING:  # what a command needs is imported when it runs, so that --help is quick
     from collections.abc import Iterator
@@ -18,12 +19,8 @@ if TYPE_CHECKING:  # what a command needs is imported when it runs, so that --he
 
 @contextmanager
 def open_pipeline(
-    recipe: Path,
-    workspace: Path | None,
-    models_dir: Path,
+    options: RecipeOptions,
     *,
-    executor: str | None = None,
-    workers: int | None = None,
     fold: bool = True,
     makes_parts: bool = True,
     added: "AddedSource | None" = None,
@@ -31,12 +28,16 @@ def open_pipeline(
 ) -> "Iterator[Pipeline]":
     """Check the recipe, become the workspace's coordinator, bring its catalog up to date, and hand out the pipeline.
 
-    With `makes_parts` an executor that cannot be had is told here, before hours are spent on something else. A source that is `added` is
-    written into the recipe when all models were found, can read what they are to read, and the target can be trained.
+    Args:
+        options: of the command.
+        fold: whether to bring the catalog up to date.
+        makes_parts: an executor that is not available here is then reported at once, before hours are spent on something else.
+        added: a source that is written into the recipe when all models were found, can read the corpus, and the target can be trained.
+        variant: makes only what this variant of the recipe needs.
     """
     from ..pipeline.recipe_file import load_recipe
 
-    checked = added.recipe if added else load_recipe(recipe)
+    checked = added.recipe if added else load_recipe(options.recipe)
 
     from ..pipeline.executors.executor import open_executor
     from ..pipeline.pipeline import Pipeline
@@ -45,18 +46,18 @@ def open_pipeline(
     from ..store.workspace import Workspace
 
     progress = Progress()
-    chosen = {name: value for name, value in (("kind", executor), ("workers", workers)) if value is not None}
+    chosen = {name: value for name, value in (("kind", options.executor), ("workers", options.workers)) if value is not None}
     checked = checked.model_copy(update={"executor": checked.executor.model_copy(update=chosen)})
     engine = functools.cache(lambda: open_executor(checked.executor, say=progress.say))
     if makes_parts:
         engine()
-    opened = Workspace.create(workspace or Path("workspaces") / recipe.stem)
+    opened = Workspace.create(options.workspace_folder)
     with opened.coordinator():
         pipeline = Pipeline(
             checked,
-            base=recipe.parent,
+            base=options.recipe.parent,
             workspace=opened,
-            models_dir=models_dir,
+            models_dir=options.models_dir,
             progress=progress,
             executor=engine,
             variant=variant,
@@ -65,7 +66,7 @@ def open_pipeline(
             pipeline.check_models()
             show_addition(added, opened)
             added.save()
-        durable.write_bytes(opened.root / "recipe.toml", recipe.read_bytes())
+        durable.write_bytes(opened.root / "recipe.toml", options.recipe.read_bytes())
         if fold:
             pipeline.fold()
         yield pipeline
@@ -80,7 +81,7 @@ def open_workspace(workspace: Path | None) -> "Workspace":
     from ..store.workspace import Workspace
 
     if workspace is None:
-        found = sorted(path.parent for path in Path("workspaces").glob("*/workspace.json"))
+        found = sorted(path.parent for path in WORKSPACES.glob("*/workspace.json"))
         if len(found) != 1:
             if not found:
                 raise UsageError("There is no workspace in workspaces/. Make one with `fuseline run RECIPE`, or name one with --workspace.")
@@ -92,5 +93,5 @@ def open_workspace(workspace: Path | None) -> "Workspace":
 
 def workspace_of(recipe: Path | None) -> Path | None:
     """The workspace that a recipe has unless another one is named, if it is there."""
-    folder = Path("workspaces") / recipe.stem if recipe else None
+    folder = default_workspace(recipe) if recipe else None
     return folder if folder and (folder / "workspace.json").exists() else None

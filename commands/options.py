@@ -1,11 +1,13 @@
 """What the commands have in common: their options, and how a user's error is shown."""
 
 import errno
+import functools
 import io
 import os
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
@@ -16,6 +18,7 @@ from ..store.paths import expanded
 from ..store.shown import harmless
 from .terminal import say
 
+WORKSPACES = Path("workspaces")  # of the current folder: what holds workspaces that are not named
 _LEAST_SIZE = 1_000_000  # bytes
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -133,22 +136,70 @@ models_option = click.option(
 )
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RecipeOptions:
+    """What a command that makes something of a recipe is given."""
+
+    recipe: Path
+    workspace: Path | None
+    models_dir: Path
+    executor: str | None = None
+    workers: int | None = None
+
+    @property
+    def workspace_folder(self) -> Path:
+        """The workspace that is named, or the recipe's."""
+        return self.workspace or default_workspace(self.recipe)
+
+
+def default_workspace(recipe: Path) -> Path:
+    """The workspace of a recipe where none is named."""
+    return WORKSPACES / recipe.stem
+
+
 def recipe_options(command: Command) -> Command:
-    """RECIPE, --workspace and --models, of what makes something."""
-    for decorate in (
-        models_option,
-        click.option(
-            "--workspace",
-            "-w",
-            type=click.Path(file_okay=False, path_type=Path),
-            envvar="FUSELINE_WORKSPACE",
-            show_default="workspaces/<name of the recipe>",
-            help="Folder that holds everything of the project.",
-        ),
-        click.argument("recipe", type=click.Path(dir_okay=False, path_type=Path)),
-    ):
-        command = decorate(command)
-    return command
+    """RECIPE, --workspace and --models: the command takes them as its first argument, a `RecipeOptions`."""
+    return _with_options(command, _RECIPE_OPTIONS)
+
+
+def parts_options(command: Command) -> Command:
+    """The same, and --executor and --workers, of a command that makes parts."""
+    return _with_options(command, (*_RECIPE_OPTIONS, *_EXECUTOR_OPTIONS))
+
+
+def _with_options(command: Command, options: Sequence[Callable[[Command], Command]]) -> Command:
+    names = [each.name for each in fields(RecipeOptions)]
+
+    @functools.wraps(command)
+    def call(**given: Any) -> Any:
+        return command(RecipeOptions(**{name: given.pop(name) for name in names if name in given}), **given)
+
+    found: Any = call
+    for decorate in reversed(options):
+        found = decorate(found)
+    return found
+
+
+_RECIPE_OPTIONS: tuple[Callable[[Any], Any], ...] = (
+    click.argument("recipe", type=click.Path(dir_okay=False, path_type=Path)),
+    click.option(
+        "--workspace",
+        "-w",
+        type=click.Path(file_okay=False, path_type=Path),
+        envvar="FUSELINE_WORKSPACE",
+        show_default="workspaces/<name of the recipe>",
+        help="Folder that holds everything of the project.",
+    ),
+    models_option,
+)
+_EXECUTOR_OPTIONS: tuple[Callable[[Any], Any], ...] = (
+    click.option(
+        "--executor",
+        type=click.Choice(["local", "slurm", "ray"]),
+        help="What runs the parts: processes here, a Slurm job array, or a Ray cluster. Overrides the recipe.",
+    ),
+    click.option("--workers", type=click.IntRange(min=1), help="Parts computed at the same time. Overrides the recipe."),
+)
 
 
 workspace_option = click.option(
@@ -159,17 +210,3 @@ workspace_option = click.option(
     show_default="the only one in workspaces/",
     help="Folder that holds everything of the project.",
 )
-
-
-def executor_options(command: Command) -> Command:
-    """--executor and --workers, of what makes parts."""
-    for decorate in (
-        click.option("--workers", type=click.IntRange(min=1), help="Parts computed at the same time. Overrides the recipe."),
-        click.option(
-            "--executor",
-            type=click.Choice(["local", "slurm", "ray"]),
-            help="What runs the parts: processes here, a Slurm job array, or a Ray cluster. Overrides the recipe.",
-        ),
-    ):
-        command = decorate(command)
-    return command

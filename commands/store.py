@@ -6,7 +6,7 @@ import click
 
 from .console import show_findings, show_leftovers, show_repair, show_usage
 from .opening import open_pipeline, open_workspace
-from .options import executor_options, recipe_options, workspace_option
+from .options import RecipeOptions, parts_options, workspace_option
 from .terminal import say
 
 
@@ -50,13 +50,10 @@ def verify(workspace: Path | None, full: bool, as_json: bool) -> None:
 
 
 @store.command()
-@recipe_options
-@executor_options
+@parts_options
 @click.option("--full", is_flag=True, help="Look also for damage that only reading everything shows.")
 @click.option("--dry-run", is_flag=True, help="Only say what would be made again.")
-def repair(
-    recipe: Path, workspace: Path | None, models_dir: Path, executor: str | None, workers: int | None, full: bool, dry_run: bool
-) -> None:
+def repair(options: RecipeOptions, full: bool, dry_run: bool) -> None:
     """Make again, with the stages of RECIPE, exactly the parts that are damaged or gone.
 
     What never was made is left to `fuseline run`. A part that comes out other than it was is reported.
@@ -65,7 +62,7 @@ def repair(
     """
     from ..store.workspace import Workspace
 
-    opened = Workspace.open(workspace or Path("workspaces") / recipe.stem)
+    opened = Workspace.open(options.workspace_folder)
     if dry_run:
         from ..store.verify import verify
 
@@ -73,7 +70,7 @@ def repair(
         return
     from ..pipeline.repair import repair
 
-    with open_pipeline(recipe, opened.root, models_dir, executor=executor, workers=workers, fold=False) as pipeline:
+    with open_pipeline(options, fold=False) as pipeline:
         done = repair(pipeline, full=full)
     show_repair(done)
     if done.left:

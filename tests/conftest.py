@@ -14,7 +14,16 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent / "support"))
 
+import warm
 from tiny import save_model, train_byte_level, train_sentencepiece
+
+warm.offer(Path(CACHE.name))
+
+
+@pytest.fixture
+def cold(monkeypatch) -> None:
+    """Processes are started as usual, not forked from the warm server."""
+    monkeypatch.setenv(warm.COLD, "1")
 
 
 @pytest.fixture(scope="session")

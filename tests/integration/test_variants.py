@@ -122,7 +122,6 @@ def test_a_variant_has_the_bits_of_a_recipe_that_says_the_same(models, workspace
 
 def test_a_kind_of_product_is_one_entry_and_its_stage(project, models, workspace, monkeypatch):
     """`run`, `--dry-run`, `status`, `verify`, `repair` and SQL know it from there."""
-    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[1] / "support"))
     monkeypatch.setattr(graph_module, "KINDS", [*graph_module.KINDS, Lengths])
     options = (project, "-w", workspace, "--models", models)
     assert any(line.startswith("lengths corpus") for line in run("run", *options, "--dry-run")[1].splitlines())
