@@ -6,9 +6,9 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ..ingest.model_config import ModelConfig
-from ..pipeline.recipe_file import said_of_problems
+from ..pipeline.problems import problems_of, said_of_problems
 from ..store.errors import UsageError
-from ..store.shown import listed, shown, written
+from ..store.shown import listed, written
 from ..store.toml_text import KeyPath, parse_toml
 from ..store.user_text import read_user_text
 from ..train.merging.config import Density, Finite, MergeConfig
@@ -38,6 +38,7 @@ class _Models(BaseModel):
 
 
 _PER_MODEL = {"weights": "weight", "densities": "density"}  # keys of MergeConfig that a merge's file says with each model
+_KEYS = sorted({*_Models.model_fields, *MergeConfig.model_fields} - _PER_MODEL.keys())  # of [merge]
 
 
 def load_merge_file(path: Path) -> MergeRequest:
@@ -97,21 +98,6 @@ def _validated(kind: type[BaseModel], data: dict[str, Any], *, note: Any) -> Any
     try:
         return kind.model_validate(data)
     except ValidationError as error:
-        for details in error.errors():
-            match details["type"]:
-                case "extra_forbidden":
-                    what = f"unknown key. Valid are: {', '.join(_valid_keys(details['loc']))}"
-                case "missing":
-                    what = "is missing"
-                case "value_error":
-                    what = str(details["ctx"]["error"])
-                case _:
-                    what = f"{shown(details['input'])}: {details['msg'].removeprefix('Input ')}"
-            note(tuple(details["loc"]), what)
+        for problem in problems_of(error, of=kind, valid=_KEYS):
+            note(problem.path, problem.text)
         return None
-
-
-def _valid_keys(path: tuple[str | int, ...]) -> list[str]:
-    if path[0] == "models":
-        return list(_Model.model_fields)
-    return sorted({*_Models.model_fields, *MergeConfig.model_fields} - _PER_MODEL.keys())

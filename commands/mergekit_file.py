@@ -10,6 +10,7 @@ from typing import Any, NoReturn
 from pydantic import ValidationError
 
 from ..ingest.model_config import ModelConfig
+from ..pipeline.problems import problems_of
 from ..store.errors import UsageError
 from ..store.shown import in_short, shown, written
 from ..store.yaml_text import parse_yaml
@@ -71,10 +72,8 @@ class _Reader:
         try:
             config = MergeConfig.model_validate(settings | ({"variant": "mergekit"} if method == "sce" else {}))
         except ValidationError as error:
-            details = error.errors()[0]
-            if details["type"] == "value_error":  # a key of another method
-                self.refuse("parameters:", f"{details['ctx']['error']}.")
-            self.refuse(".".join(map(str, details["loc"])), f"({shown(details['input'])}): {details['msg'].removeprefix('Input ')}.")
+            problem = problems_of(error, of=MergeConfig)[0]
+            self.refuse(".".join(map(str, problem.path)) or "parameters:", f"{problem.text}.")  # without a path: a key of another method
         models = tuple(model for model, _ in sources)
         if not models:
             self.refuse("models", "must name a model beside base_model.")

@@ -15,6 +15,7 @@ from ..store.errors import UsageError
 from ..store.paths import expanded
 from ..store.toml_text import parse_toml
 from ..store.user_text import decode_user_text
+from .problems import problems_of
 from .recipe import Recipe
 from .recipe_file import load_recipe, parse_recipe
 
@@ -74,8 +75,8 @@ def add_source(
     try:
         ModelConfig.model_validate(entry)
     except ValidationError as error:
-        details = error.errors()[0]
-        raise UsageError(f"--{details['loc'][0]} ({details['input']}) is wrong: {details['msg']}.") from error
+        problem = problems_of(error, of=ModelConfig)[0]
+        raise UsageError(f"--{problem.path[0]}: {problem.text}.") from error
     before = path.read_bytes()
     after = _with_table(before, entry)
     return AddedSource(path=path, recipe=_checked(after, entry=entry, before=before, path=path), before=before, after=after)

@@ -1,6 +1,6 @@
 """A workspace that a run has opened: its models are found and checked, datasets are opened or begun, stages can be asked for."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -257,10 +257,17 @@ class Opened:
             return arithmetic_for(dtype)
         return dtype if self._executor.resources.of(dataset.kind).gpus > 0 else processor_arithmetic_for(dtype)
 
-    def require_inputs(self, product: Product) -> None:
-        """Raise UsageError, with the command that makes it, unless everything that a product is made from is there."""
+    def require_inputs(self, product: Product, *, but: Collection[Product] = ()) -> None:
+        """Raise UsageError, with the command that makes it, unless everything that a product is made from is there.
+
+        What is made on demand is not needed, but its own inputs are; nor are the products in `but`, which the caller makes before.
+        """
         for needed in product.inputs:
-            if isinstance(needed, PartsProduct):
+            if needed in but:
+                continue
+            if needed.is_made_on_demand:
+                self.require_inputs(needed, but=but)
+            elif isinstance(needed, PartsProduct):
                 require(self.dataset(needed), parts=self.parts(needed), command=needed.command)
             else:
                 needed.require_done(self)

@@ -88,7 +88,9 @@ class Pipeline:
         found = conflicts(self.site) if command in ("fuse", "train") else []
         require_free([each for each in found if command == "train" or each.what.startswith("targets/")], layout=self.workspace)
         for product in chosen:
-            self._require_inputs(product)
+            self.site.require_inputs(product, but=chosen)
+        for product in chosen:
+            self._make_inputs(product)
             self._make(product)
         if command == Merged.command:
             self._say_what_is_not_merged()
@@ -128,13 +130,11 @@ class Pipeline:
                     section = sections[command]
                     self.site.require_domains(section, corpus, getattr(recipe, section).domain_weights)
 
-    def _require_inputs(self, product: Product) -> None:
-        """See that everything a product is made from is there; what is made on demand is made."""
+    def _make_inputs(self, product: Product) -> None:
+        """What a product is made from, and that is made on demand."""
         for needed in product.inputs:
             if needed.is_made_on_demand and not product.is_done(self.workspace):
-                self._require_inputs(needed)
                 self._make(needed)
-        self.site.require_inputs(product)
 
     def fold(self) -> None:
         """Bring the catalog up to date; if someone else has it open for long, that is left for later."""
@@ -217,7 +217,8 @@ class Pipeline:
         require_free(conflicts(self.site), layout=self.workspace)
         for product in self.graph.of_kind(Trained):
             if names is None or product.name in names:
-                self._require_inputs(product)
+                self.site.require_inputs(product)
+                self._make_inputs(product)
                 job = product.job(self.site)
                 job.save()
                 self.progress.say(

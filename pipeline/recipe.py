@@ -3,7 +3,7 @@
 import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, Self, get_args
+from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ModelWrapValidatorHandler, PrivateAttr, model_validator
 
@@ -14,6 +14,7 @@ from ..ingest.model_config import ModelConfig
 from ..train.config import TrainingConfig
 from ..train.merging.config import MergeConfig
 from .executors.config import ExecutorConfig
+from .problems import section_of
 
 BASE = "base"  # names the recipe itself among its variants
 
@@ -194,12 +195,3 @@ def _changed(data: Mapping[str, Any], changes: Mapping[str, Any], *, section: ty
         else:
             found[key] = copy.deepcopy(value)
     return found
-
-
-def section_of(section: type[BaseModel], key: str) -> type[BaseModel] | None:
-    """The section that a key of a section holds, or a list of which it holds; None of any other key."""
-    field = section.model_fields.get(key)
-    if field is None:
-        return None
-    choices = (field.annotation, *get_args(field.annotation))  # a section, a list of them, or one that may be left out
-    return next((choice for choice in choices if isinstance(choice, type) and issubclass(choice, BaseModel)), None)

@@ -1,20 +1,11 @@
 """Combinations of a recipe's sections that cannot work."""
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 
 from ..store.toml_text import KeyPath
 from ..train.merging.config import MergeConfig
+from .problems import Problem
 from .recipe import Recipe
-
-
-@dataclass(frozen=True, slots=True)
-class Problem:
-    """One thing wrong with a recipe."""
-
-    path: KeyPath
-    text: str
-    is_unknown: bool = False  # the key, or the section, is none of a recipe's
 
 
 def impossible(recipe: Recipe) -> Iterator[Problem]:

@@ -1,8 +1,7 @@
 """The file of a recipe: TOML, read, checked as a whole, and reported on by line."""
 
 import copy
-import difflib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,15 +9,13 @@ from pydantic import ValidationError
 
 from ..store.errors import UsageError
 from ..store.shown import shown
-from ..store.toml_text import KeyPath, Lines, holds, parse_toml
+from ..store.toml_text import KeyPath, holds, parse_toml
 from ..store.user_text import read_user_text
-from .executors.config import WrongKeys
-from .recipe import BASE, Recipe, changed_data, section_of
-from .recipe_checks import Problem, impossible
+from .problems import Problem, problems_of, said_of_problems, short_key
+from .recipe import BASE, Recipe, changed_data
+from .recipe_checks import impossible
 
 _COMPARED = ("name", "path", "model", "revision")  # the keys that other sections are compared with, and those without which there is none
-MOST_PROBLEMS = 10  # that a message lists
-_LONGEST_KEY = 80  # characters of a key that a message names
 
 
 def load_recipe(path: Path) -> Recipe:
@@ -45,26 +42,6 @@ def parse_recipe(text: str, *, path: Path) -> Recipe:
     return recipe
 
 
-def said_of_problems(problems: Sequence[tuple[KeyPath, str]], *, text: str, what: str) -> str:
-    """What is wrong in a file, with lines; of many problems the first `MOST_PROBLEMS`.
-
-    Args:
-        problems: the key, and what is wrong with it.
-        text: of the file, which is valid TOML.
-        what: names it, as in "The recipe x.toml".
-    """
-    lines = Lines(text)
-    placed = sorted((lines.of(path), ".".join(map(_short_key, path)) or "recipe", said) for path, said in problems[:MOST_PROBLEMS])
-    listed = "\n".join(f"  line {line}: {where}: {said}" for line, where, said in placed)
-    more = f"\n  and {len(problems) - MOST_PROBLEMS:,} more" if len(problems) > MOST_PROBLEMS else ""
-    return f"{what} has {len(problems):,} problem{'s' * (len(problems) > 1)}:\n{listed}{more}"
-
-
-def _short_key(key: str | int) -> str:
-    text = str(key)
-    return text if len(text) <= _LONGEST_KEY else f"{text[:_LONGEST_KEY]}..."
-
-
 def _validated(data: dict[str, Any]) -> tuple[Recipe | None, list[Problem]]:
     """The recipe, if it can be made at all, and everything wrong with it.
 
@@ -75,7 +52,7 @@ def _validated(data: dict[str, Any]) -> tuple[Recipe | None, list[Problem]]:
         try:
             recipe = Recipe.model_validate(data)
         except ValidationError as error:
-            found = [problem for details in error.errors() for problem in _problems(dict(details))]
+            found = problems_of(error, of=Recipe)
             noted = {problem.path for problem in problems}  # what was dropped is not missing
             problems += [problem for problem in found if problem.path not in noted]
             dropped = [_drop(data, problem) for problem in found]
@@ -105,7 +82,7 @@ def _variant_problems(recipe: Recipe, data: dict[str, Any]) -> Iterator[Problem]
             _, problems = _validated(changed_data(data, variant.changes))
             for problem in problems:
                 path = _known_path(variant.changes, problem.path)
-                inside = "" if path == problem.path else f"with the keys of this variant, {'.'.join(map(_short_key, problem.path))}: "
+                inside = "" if path == problem.path else f"with the keys of this variant, {'.'.join(map(short_key, problem.path))}: "
                 yield Problem((*place, *path), f"{inside}{problem.text}")
 
 
@@ -119,39 +96,6 @@ def _known_path(changes: Mapping[str, Any], path: KeyPath) -> KeyPath:
         node = node[key]
         found.append(key)
     return tuple(found)
-
-
-def _problems(details: dict[str, Any]) -> list[Problem]:
-    error = details.get("ctx", {}).get("error")
-    if isinstance(error, WrongKeys):
-        return [Problem((*details["loc"], key), text) for key, text in error.problems.items()]
-    return [_problem(details)]
-
-
-def _problem(details: dict[str, Any]) -> Problem:
-    path = tuple(details["loc"])
-    match details["type"]:
-        case "extra_forbidden":
-            valid = list(_fields_at(path[:-1]))
-            close = difflib.get_close_matches(_short_key(path[-1]), valid, n=1)
-            hint = f"Did you mean {close[0]}? " if close else ""
-            return Problem(path, f"unknown key. {hint}Valid are: {', '.join(valid)}", is_unknown=True)
-        case "missing":
-            return Problem(path, f"is missing: {_fields_at(path[:-1])[str(path[-1])].description or 'a section'}")
-        case "value_error":
-            return Problem(path, str(details["ctx"]["error"]))
-        case _:
-            message = details["msg"].removeprefix("Input ")
-            return Problem(path, f"{shown(details['input'])} {message if message.startswith('should') else 'is wrong: ' + message}")
-
-
-def _fields_at(path: KeyPath) -> Mapping[str, Any]:
-    """The fields of the section at a path, by name."""
-    model: Any = Recipe
-    for key in path:
-        if isinstance(key, str):
-            model = section_of(model, key)
-    return model.model_fields
 
 
 def _drop(data: dict[str, Any], problem: Problem) -> bool:

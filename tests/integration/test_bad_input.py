@@ -132,7 +132,7 @@ def test_stages_out_of_order_name_the_one_that_comes_first(project, models_dir):
     code, output = run("fuse", project, *options)
     assert (code, "fuseline ingest distributions" in output) == (2, True)
     code, output = run("train", project, *options)
-    assert (code, "fuseline fuse" in output) == (2, True)
+    assert (code, "fuseline ingest distributions" in output) == (2, True)
 
 
 def test_a_folder_that_is_not_a_workspace_is_left_alone(project, models_dir):

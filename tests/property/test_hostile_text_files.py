@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 from fuseline.commands.merge_file import load_merge_file
-from fuseline.pipeline.recipe_file import MOST_PROBLEMS, load_recipe, parse_recipe
+from fuseline.pipeline.problems import MOST_PROBLEMS
+from fuseline.pipeline.recipe_file import load_recipe, parse_recipe
 from fuseline.store.errors import FuselineError, UsageError
 from fuseline.store.toml_text import Lines, holds, parse_toml
 from hypothesis import HealthCheck, example, given, settings

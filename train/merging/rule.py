@@ -52,3 +52,17 @@ def mean_of_squares(blocks: Iterator[Tensor], *, n_positions: int) -> list[float
     """Mean over all positions of the squares of each row, in float64. numpy adds in an order that no number of threads changes."""
     totals = sum(np.square(values_MN.numpy(), dtype=np.float64).sum(axis=-1) for values_MN in blocks)
     return [float(total) / n_positions for total in np.atleast_1d(totals)]
+
+
+def shares(weights: Sequence[float], *, normalize: bool) -> tuple[float, ...]:
+    """The weights, with `normalize` divided by their sum."""
+    total = sum(weights) if normalize else 1.0
+    return tuple(weight / total for weight in weights)
+
+
+def shares_of_squares(squares: Sequence[float], *, least: float = 0.0) -> tuple[float, ...]:
+    """Mean squares divided by their sum; equal shares where the sum is 0 or below `least`."""
+    total = sum(squares)
+    if total < least or total == 0:
+        return tuple(1 / len(squares) for _ in squares)
+    return tuple(square / total for square in squares)

@@ -1,24 +1,15 @@
-"""Weights of the models that are computed from how far each moved, tensor by tensor (FuseChat)."""
+"""`sce`: select, calculate, erase (FuseChat)."""
 
 from collections.abc import Callable, Iterator
 from typing import Literal
 
 from torch import Tensor
 
-from .rule import Block, Blocks, Rule, mean_of_squares, moved, weighted_sum
+from .elected import elected
+from .rule import Block, Blocks, Rule, mean_of_squares, moved, shares_of_squares
 from .selection import find_cuts
-from .task_vectors import elected
 
 _SMALLEST = 1e-6  # of mergekit: a smaller sum of mean squares is taken as 0, a smaller divisor as this
-
-
-def varm(blocks: Blocks, *, n_positions: int) -> Rule:
-    """Variation ratio merge: θ_0 + Σ_j w_j δ_j, w_j ∝ mean(δ_j²) over the tensor (FuseChat 1.0, arXiv:2402.16107, on merging).
-
-    Where nothing moved the weights are equal.
-    """
-    weights = _shares(mean_of_squares((block.deltas_MN for block in blocks), n_positions=n_positions))
-    return Rule(weights, lambda block: moved(block.base_N, weighted_sum(block.deltas_MN, weights=weights)))
 
 
 def sce(blocks: Blocks, *, n_positions: int, density: float, variant: Literal["fuseai", "mergekit"]) -> Rule:
@@ -34,7 +25,7 @@ def sce(blocks: Blocks, *, n_positions: int, density: float, variant: Literal["f
     (cut,) = find_cuts(lambda: (_variance(block.deltas_MN)[None] for block in blocks), densities=[density], nonzero=True)
     selected = _selected(blocks, select=cut.selector())
     least = _SMALLEST if variant == "mergekit" else 0.0
-    weights = _shares(mean_of_squares(selected, n_positions=n_positions), least=least)
+    weights = shares_of_squares(mean_of_squares(selected, n_positions=n_positions), least=least)
     select = cut.selector()
 
     def apply(block: Block) -> Tensor:
@@ -58,10 +49,3 @@ def _variance(deltas_MN: Tensor) -> Tensor:
     others_MN = deltas_MN[1:] - deltas_MN[0]  # the first is 0 by this measure
     mean_N = others_MN.sum(dim=0).div_(len(deltas_MN))
     return others_MN.sub_(mean_N).square_().sum(dim=0).add_(mean_N.square_()).div_(len(deltas_MN))
-
-
-def _shares(squares: list[float], *, least: float = 0.0) -> tuple[float, ...]:
-    total = sum(squares)
-    if total < least or total == 0:
-        return tuple(1 / len(squares) for _ in squares)
-    return tuple(square / total for square in squares)
