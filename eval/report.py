@@ -13,12 +13,12 @@ from .comparison import Difference, differences
 # Only documents that every model could read: the others' difficulty would count for some models alone.
 _HELD_OUT = """
     WITH held_out AS (
-        SELECT segments.model, corpus, doc_id, documents.split, domain, nll, n_scored, scored_bytes,
+        SELECT segments.kind, segments.model, corpus, doc_id, documents.split, domain, nll, n_scored, scored_bytes,
             (corpus, doc_id) IN (SELECT (corpus, doc_id) FROM quarantine WHERE kind = 'evaluations') AS is_left_out
-        FROM segments JOIN documents USING (corpus, doc_id) WHERE kind = 'evaluations')
+        FROM segments JOIN documents USING (corpus, doc_id) WHERE kind IN ('evaluations', 'ensembles'))
 """
 _SUMS = f"""{_HELD_OUT}
-    SELECT corpus, split, domain, model, sum(nll) AS nll, sum(n_scored) AS n_scored, sum(scored_bytes) AS scored_bytes,
+    SELECT corpus, split, domain, model, kind, sum(nll) AS nll, sum(n_scored) AS n_scored, sum(scored_bytes) AS scored_bytes,
         count(DISTINCT doc_id) AS documents
     FROM held_out WHERE NOT is_left_out GROUP BY ALL ORDER BY ALL
 """
@@ -61,6 +61,7 @@ class Evaluation:
     documents: int
     left_out: int
     sums: dict[str, dict[str, Sums]]  # by model and domain
+    mixed: frozenset[str]  # names of ensembles: their tokens are chunks that all members share
 
     def table(self, metric: str) -> tuple[list[str], list[tuple[str, list[float]]]]:
         """The columns after the model's name, and a row per model, worst first: the metric for each domain, and for all the text."""
@@ -69,6 +70,8 @@ class Evaluation:
         none = Sums(math.nan, 0, 0)
         table = []
         for model, by_domain in self.sums.items():
+            if metric == "perplexity" and model in self.mixed:
+                continue
             total = sum(by_domain.values(), start=Sums(0.0, 0, 0))
             table.append((model, [sums.metric(metric) for sums in (*(by_domain.get(domain, none) for domain in shown), total)]))
         return [*(domain or "(none)" for domain in shown), "all"], sorted(table, key=lambda row: -row[1][-1])
@@ -79,11 +82,21 @@ def evaluations(connection: duckdb.DuckDBPyConnection) -> list[Evaluation]:
     left_out = {(corpus, split): number for corpus, split, number in connection.execute(_LEFT_OUT).fetchall()}
     found: dict[tuple[str, str], dict[str, dict[str, Sums]]] = {}
     documents: dict[tuple[str, str], dict[str, int]] = {}
-    for corpus, split, domain, model, nll, n_scored, scored_bytes, n_documents in connection.execute(_SUMS).fetchall():
+    mixed: set[str] = set()
+    for corpus, split, domain, model, kind, nll, n_scored, scored_bytes, n_documents in connection.execute(_SUMS).fetchall():
         found.setdefault((corpus, split), {}).setdefault(model, {})[domain] = Sums(nll, int(n_scored), int(scored_bytes))
-        documents.setdefault((corpus, split), {})[domain] = n_documents
+        documents.setdefault((corpus, split), {})[domain] = max(n_documents, documents.get((corpus, split), {}).get(domain, 0))
+        if kind == "ensembles":
+            mixed.add(model)
     return [
-        Evaluation(corpus=key[0], split=key[1], documents=sum(documents[key].values()), left_out=left_out.get(key, 0), sums=sums)
+        Evaluation(
+            corpus=key[0],
+            split=key[1],
+            documents=sum(documents[key].values()),
+            left_out=left_out.get(key, 0),
+            sums=sums,
+            mixed=frozenset(mixed),
+        )
         for key, sums in found.items()
     ]
 

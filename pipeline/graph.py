@@ -10,6 +10,7 @@ from typing import TypeVar
 from ..store.errors import UsageError
 from .products.aligned import Alignment, TokenMatches, VocabularyMap
 from .products.corpus import Corpus
+from .products.ensembles import Ensemble
 from .products.forward import Distributions, Evaluation, MadeEvaluation
 from .products.fused import Targets
 from .products.merged import Merged
@@ -26,6 +27,7 @@ KINDS: list[type[Product]] = [
     Alignment,
     Targets,
     Evaluation,
+    Ensemble,
     Trained,
     Merged,
     MadeEvaluation,

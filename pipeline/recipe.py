@@ -33,6 +33,12 @@ class EvaluationConfig(BaseModel):
     all_at_once: bool = Field(
         False, description="with [merge]: also fuse all sources at once, train on that, all else equal, and compare with the merged model"
     )
+    ensembles: list[Literal["uniform", "bayes", "oracle_document", "oracle_token"]] = Field(
+        [],
+        description="baselines without training: the models' outputs, mixed on the held-out text with equal weights (`uniform`) or by what "
+        "each has predicted of the document so far (`bayes`); and the bounds of choosing one model per document or per token, by the text",
+    )
+    ensemble_members: list[str] = Field([], description="names of the models that are mixed; by default all sources and the target's start")
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,6 +117,11 @@ class Recipe(BaseModel):
     def models(self) -> list[ModelConfig]:
         """The target's start first, then the sources."""
         return [self.target, *self.sources]
+
+    @property
+    def ensemble_members(self) -> list[str]:
+        """Names of the models whose outputs are mixed."""
+        return self.evaluation.ensemble_members or [model.name for model in self.models]
 
     @property
     def top_k(self) -> int:

@@ -23,6 +23,12 @@ def impossible(recipe: Recipe) -> Iterator[Problem]:
         yield Problem(("training", "clm_weight"), "1 is what the baseline trains with: set evaluation.clm_baseline = false")
     if recipe.evaluation.all_at_once and recipe.merge is None:
         yield Problem(("evaluation", "all_at_once"), "is for recipes with [merge]; without it all sources are fused at once: remove it")
+    if recipe.evaluation.ensembles and recipe.corpus.chat is not None:
+        yield Problem(("evaluation", "ensembles"), "are of plain text, and the corpus holds conversations: remove it")
+    for name in recipe.evaluation.ensemble_members:
+        if name not in [model.name for model in recipe.models]:
+            models = ", ".join(model.name for model in recipe.models)
+            yield Problem(("evaluation", "ensemble_members"), f"{name!r} must be the name of one of the models: {models}")
     if recipe.evaluation.split == "train":
         yield Problem(("evaluation", "split"), "'train' is what the models are trained on: choose another split")
     for path, model in [(("target",), recipe.target), *((("sources", i), source) for i, source in enumerate(recipe.sources))]:

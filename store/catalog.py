@@ -135,6 +135,7 @@ _TABLES_OF_KIND = {
     "corpus": {"corpora": "corpus", "documents": "corpus"},
     "distributions": {"segments": "name", "quarantine": "name", "models": "model"},
     "evaluations": {"segments": "name", "quarantine": "name"},
+    "ensembles": {"segments": "name", "quarantine": "name"},
     "token_matches": {},
     "vocab_maps": {"vocab_maps": "name"},
     "alignments": {"alignment_coverage": "name"},
@@ -256,6 +257,7 @@ def _vocabulary_frames(dataset: Dataset, part: int) -> dict[str, pl.DataFrame]:
 _FOLDS = {
     "distributions": _forward_frames,
     "evaluations": _forward_frames,
+    "ensembles": _forward_frames,
     "alignments": _alignment_frames,
     "targets": _target_frames,
     "vocab_maps": _vocabulary_frames,

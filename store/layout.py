@@ -21,7 +21,7 @@ from .json_files import END_OF_TIME, is_number, read_object
 from .shown import shown
 
 # In the order of the pipeline, which is also the order in which the catalog folds them.
-DATASET_KINDS = ("corpus", "distributions", "token_matches", "vocab_maps", "alignments", "targets", "evaluations")
+DATASET_KINDS = ("corpus", "distributions", "token_matches", "vocab_maps", "alignments", "targets", "evaluations", "ensembles")
 
 _RUN_KEYS = ("run", "stage", "dataset", "parameters", "fuseline", "host", "started_at", "ended_at", "status", "metrics")  # of a run.json
 

@@ -62,6 +62,8 @@ def input_fingerprints(dataset: Dataset) -> list[str]:
             return [identity["matches"]] if "matches" in identity else []
         case "alignments":
             return [identity[key] for key in ("source", "target", "vocabulary") if key in identity]
+        case "ensembles":
+            return list(identity["members"])
         case "targets":
             return list(dict.fromkeys(fingerprint for source in identity["sources"] for fingerprint in source))
         case _:

@@ -69,7 +69,15 @@ ALTER TABLE metrics ADD COLUMN peak_memory_bytes BIGINT;
 ALTER TABLE metrics ADD COLUMN warning VARCHAR;
 """
 
-MIGRATIONS = (_TABLES, _TARGET_SEGMENTS, _TARGET_SOURCES, _TRAINING_EVALUATIONS)
+_ENSEMBLES = """
+CREATE OR REPLACE VIEW evaluations AS
+    SELECT model, split, domain, count(DISTINCT doc_id) AS documents, sum(n_scored)::BIGINT AS n_tokens,
+        sum(scored_bytes)::BIGINT AS n_bytes, sum(nll) AS nll, exp(sum(nll) / sum(n_scored)) AS perplexity,
+        sum(nll) / (ln(2) * sum(scored_bytes)) AS bpb
+    FROM segments JOIN documents USING (corpus, doc_id) WHERE kind IN ('evaluations', 'ensembles') GROUP BY model, split, domain;
+"""
+
+MIGRATIONS = (_TABLES, _TARGET_SEGMENTS, _TARGET_SOURCES, _TRAINING_EVALUATIONS, _ENSEMBLES)
 
 
 def migrate(connection: duckdb.DuckDBPyConnection, *, n_migrations: int = len(MIGRATIONS)) -> None:

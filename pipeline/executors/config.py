@@ -58,6 +58,7 @@ class StageResources(BaseModel):
     vocab_maps: Resources = Field(Resources(), description="vocabulary maps")
     alignments: Resources = Field(Resources(), description="position maps")
     targets: Resources = Field(Resources(), description="fusion")
+    ensembles: Resources = Field(Resources(), description="mixing the models' likelihoods")
     evaluations: Resources | None = Field(None, description="forward passes on the held-out text; none asks for what `distributions` does")
 
     def of(self, kind: str) -> Resources:

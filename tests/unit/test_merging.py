@@ -445,8 +445,8 @@ def test_the_command(family, tmp_path):
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        ("density = 0.2", "densty = 0.2", "line 3: merge.densty: unknown key. Valid are: base, "),
-        ("density = 0.2", "density = 2.0", "line 3: merge.density: 2.0: should be less than or equal to 1"),
+        ("density = 0.2", "densty = 0.2", "line 3: merge.densty: unknown key. Did you mean density? Valid are: base, "),
+        ("density = 0.2", "density = 2.0", "line 3: merge.density: 2.0 should be less than or equal to 1"),
         ("density = 0.2", "weights = { first = 1.0 }", "line 3: merge.weights: say it as `weight` in each of [[merge.models]]"),
         ('model = "two"', "", "line 9: merge.models.1.model: is missing"),
         ('name = "second"', 'name = "first"', "line 10: merge.models.1.name: 'first' is the name of another model too"),
