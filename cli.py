@@ -236,8 +236,8 @@ def fuse_add_source(
 def train(recipe: Path, workspace: Path | None, models_dir: Path, only: str | None, prepare: bool) -> None:
     """Train the target on the fused targets, and the baseline without them; with [merge] once for each source.
 
-    Starts torchrun with tensor_parallel × data_parallel ranks on this machine. With --prepare you start the ranks yourself, on several
-    machines, say; `fuseline eval` takes up what they made.
+    Starts tensor_parallel × data_parallel ranks on this machine. With --prepare you start the ranks yourself with torchrun, for example on
+    several machines; `fuseline eval` then uses the models that they trained.
 
     Example:  fuseline train recipes/demo.toml --only fused
     """
@@ -401,8 +401,8 @@ def sql(
 
     Of stored arrays, read only as far as a query needs them: distributions (a row per position and rank), positions, alignments, targets;
     and texts, vocab_map_entries, token_matches. Of the catalog: corpora, documents, models, tokenizers, datasets, parts, segments,
-    quarantine, vocab_maps, alignment_coverage, target_segments, target_sources, runs, checkpoints, metrics, evaluations. docs/sql.md is a
-    cookbook.
+    quarantine, vocab_maps, alignment_coverage, target_segments, target_sources, runs, checkpoints, metrics,
+    training_evaluations, evaluations. docs/sql.md is a cookbook.
 
     \b
     Example:  fuseline sql "SELECT model, domain, avg(entropy) FROM positions GROUP BY ALL ORDER BY ALL"
