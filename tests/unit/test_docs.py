@@ -43,7 +43,8 @@ Without `[merge]` all sources are fused at once. With `[merge]` the recipe is pa
 
 `fuseline fuse add-source` adds a source to a pairwise recipe and makes nothing again that is already there.
 
-Relative paths in a recipe start at the recipe's folder. `recipes/` has complete recipes. [variants.md](variants.md) explains `[[variants]]`.
+Relative paths in a recipe start at the recipe's folder. `recipes/` has complete recipes. [variants.md](variants.md) explains
+`[[variants]]`.
 """
 SECTIONS = {
     "corpus": "[corpus]",
@@ -366,7 +367,7 @@ def keys_of(section: type[BaseModel]) -> Iterator[tuple[str, Any]]:
 def resolves(path: str) -> bool:
     """Whether a recipe has this section or key; what follows a table of names and values is free, as are `<placeholders>`."""
     section: type[BaseModel] | None = Recipe
-    for key in path.split("."):
+    for key in path.removeprefix("variants.").split("."):  # which change any
         if section is None:
             return True
         if key.startswith("<"):
@@ -378,6 +379,7 @@ def resolves(path: str) -> bool:
     return True
 
 
+OF_SBATCH = {"partition", "exclusive"}  # options in `[executor.slurm]`
 OF_A_MERGE = {"merge.models", "base", "base_revision", "tokenizer", "weight", "density"}  # only in the file of `fuseline merge`
 
 
@@ -390,9 +392,9 @@ def test_every_section_and_key_on_a_page_exists(page):
         if found := re.fullmatch(r"\[\[?([a-z_]+(?:\.[a-z_<>]+)*)\]?\]", span):
             assert resolves(found[1]) or found[1] in OF_A_MERGE, span
         elif (found := re.fullmatch(r"([a-z_]+(?:\.[a-z_]+)+)(?: = .*)?", span)) and found[1].split(".")[0] in Recipe.model_fields:
-            assert resolves(found[1]), span
-        elif found := re.fullmatch(r"([a-z_]+) = (.*)", span):
-            assert found[1] in known or found[1] in OF_A_MERGE, span
+            assert resolves(found[1]) or found[1].endswith(".py"), span
+        elif found := re.fullmatch(r"([a-z_]+) = ([^'].*)", span):
+            assert found[1] in known or found[1] in OF_A_MERGE | OF_SBATCH, span
             choices = [choice for annotation in known.get(found[1], []) for choice in _choices(annotation)]
             if choices and found[2].startswith('"'):
                 assert found[2].strip('"') in choices, span
