@@ -143,12 +143,13 @@ def cli_page() -> str:
         for option in options:
             record = option.get_help_record(context)
             assert record is not None
-            page.append(f"| `{record[0].replace('|', chr(92) + '|')}` | {record[1].replace('  ', ' ')} |\n")
+            said, about = record[0].replace("|", "\\|"), record[1].replace("  ", " ").replace("<", "\\<")
+            page.append(f"| `{said}` | {about} |\n")
     return "".join(page)
 
 
 def _usage_of_group(group: click.Group) -> list[str]:
-    return ["[RECIPE | COMMAND]" if "run" in group.commands else "COMMAND"]
+    return ["[RECIPE | COMMAND]" if "run" in group.commands and group is not main else "COMMAND"]
 
 
 def _paragraphs(text: str) -> Iterator[str]:
@@ -174,7 +175,7 @@ def _joined(lines: list[str]) -> list[str]:
 
 
 def every_command() -> Iterator[tuple[str, click.Command]]:
-    """All commands and groups with their names, in the order of the help."""
+    """All commands and groups with their names, in the order of the program."""
 
     def under(group: click.Group, prefix: str) -> Iterator[tuple[str, click.Command]]:
         for name, command in group.commands.items():
