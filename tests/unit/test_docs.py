@@ -24,7 +24,10 @@ from fuseline.store.workspace import Workspace
 from pydantic import BaseModel
 
 ROOT = Path(fuseline.__file__).parent
-PAGES = [ROOT / name for name in ("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "benchmarks/README.md")] + sorted((ROOT / "docs").glob("*.md"))
+PAGES = [
+    *(ROOT / name for name in ("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "benchmarks/README.md")),
+    *sorted((ROOT / "docs").glob("*.md")),
+]
 RECIPE_PAGE, CLI_PAGE = ROOT / "docs" / "recipe.md", ROOT / "docs" / "cli.md"
 MOST_README_WORDS, LONGEST_LINE = 900, 140
 
@@ -61,9 +64,11 @@ SECTIONS = {
     "executor.resources.distributions": "[executor.resources.<kind>]",
     "variants": "[[variants]]",
 }
-VARIANTS_END = """| any section or key above, but `executor` | | as in the recipe | the value that differs: `training.seed = 1`, `fusion.method = "avgce"` |
-| `sources` | list of text or list of table | all | names of the recipe's sources to keep, or a list of sources that replaces it |
-"""
+VARIANTS_END = (
+    "| any section or key above, but `executor` |  | as in the recipe | the value that differs: `training.seed = 1`, "
+    '`fusion.method = "avgce"` |\n'
+    "| `sources` | list of text or list of table | all | names of the recipe's sources to keep, or other sources |\n"
+)
 CLI_INTRODUCTION = """# Commands
 
 This page is generated from the commands themselves. It lists every command and every option. `fuseline --help` and `--help` after any
