@@ -1,5 +1,6 @@
 """The documentation says what the program does. `python tests/unit/test_docs.py` writes the two generated pages again."""
 
+import importlib
 import inspect
 import re
 import shlex
@@ -30,6 +31,7 @@ PAGES = [
 ]
 RECIPE_PAGE, CLI_PAGE = ROOT / "docs" / "recipe.md", ROOT / "docs" / "cli.md"
 MOST_README_WORDS, LONGEST_LINE = 900, 140
+LANGUAGES = {"console", "bash", "toml", "sql", "python", "text"}
 
 RECIPE_INTRODUCTION = """# Recipe
 
@@ -67,7 +69,7 @@ SECTIONS = {
 VARIANTS_END = (
     "| any section or key above, but `executor` |  | as in the recipe | the value that differs: `training.seed = 1`, "
     '`fusion.method = "avgce"` |\n'
-    "| `sources` | list of text or list of table | all | names of the recipe's sources to keep, or other sources |\n"
+    "| `sources` | list of text | all | names of the recipe's sources that the variant uses |\n"
 )
 CLI_INTRODUCTION = """# Commands
 
@@ -237,6 +239,26 @@ def test_lines_are_short(page):
 
 
 @each_page
+def test_words_are_plain(page):
+    assert re.findall(r"\b(?:anew|at hand|to be had|is told|are told|mend(?:ed)?|other inputs)\b", prose(page)) == []
+
+
+@each_page
+def test_every_block_of_code_is_in_a_language_that_is_checked(page):
+    """A block of `text` is output."""
+    assert set(re.findall(r"^```(\S*)\n.*?^```$", page.read_text(), re.DOTALL | re.MULTILINE)) <= LANGUAGES
+
+
+@each_page
+def test_python_on_a_page_compiles_and_imports_what_exists(page):
+    for block in blocks(page, "python"):
+        compile(block, str(page), "exec")
+        for module, names in re.findall(r"^from (fuseline\S*) import (.*)$", block, re.MULTILINE):
+            for name in names.split(", "):
+                assert hasattr(importlib.import_module(module), name)
+
+
+@each_page
 def test_every_relative_link_leads_somewhere(page):
     for target in re.findall(r"\]\(([^)\s]+)\)", prose(page)):
         if target.startswith(("http://", "https://")):
@@ -373,7 +395,7 @@ def keys_of(section: type[BaseModel]) -> Iterator[tuple[str, Any]]:
 def resolves(path: str) -> bool:
     """Whether a recipe has this section or key; what follows a table of names and values is free, as are `<placeholders>`."""
     section: type[BaseModel] | None = Recipe
-    for key in path.removeprefix("variants.").split("."):  # which change any
+    for key in path.split("."):
         if section is None:
             return True
         if key.startswith("<"):
