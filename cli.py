@@ -284,15 +284,15 @@ def report(workspace: Path | None) -> None:
 @click.argument("folder", type=click.Path(path_type=Path))
 @click.option("--message", "-m", metavar="TEXT", help="Send only this message, and end; - reads it from the standard input.")
 @click.option("--system", metavar="TEXT", help="A system message, for models that take one.")
-@click.option("--max-tokens", type=click.IntRange(min=1), default=512, show_default=True, help="Most tokens of an answer.")
+@click.option("--max-tokens", type=click.IntRange(min=1), default=512, show_default=True, help="Largest number of tokens in an answer.")
 @click.option(
     "--temperature",
     type=click.FloatRange(min=0),
     default=0.0,
     show_default=True,
-    help="0 takes the most probable token each time; more is more varied.",
+    help="0 always takes the most probable token; higher values vary more.",
 )
-@click.option("--seed", type=int, help="Of the choice of tokens, where the temperature is above 0.")
+@click.option("--seed", type=int, help="Seed of the choice of tokens, if the temperature is above 0.")
 def chat(folder: Path, message: str | None, system: str | None, max_tokens: int, temperature: float, seed: int | None) -> None:
     """Chat with the model in FOLDER, an export or any model in the Hugging Face format.
 
@@ -323,9 +323,9 @@ def chat(folder: Path, message: str | None, system: str | None, max_tokens: int,
 @click.argument("recipe", required=False, type=click.Path(dir_okay=False, path_type=Path))
 @workspace_option
 @click.option("--json", "as_json", is_flag=True, help="For scripts.")
-@click.option("--watch", is_flag=True, help="Refresh it until Ctrl-C.")
+@click.option("--watch", is_flag=True, help="Refresh until Ctrl-C.")
 @click.option("--graph", is_flag=True, help="With RECIPE: show what is made from what. Needs no workspace.")
-@click.option("--format", "style", type=click.Choice(["text", "dot", "mermaid"]), default="text", help="Of --graph.")
+@click.option("--format", "style", type=click.Choice(["text", "dot", "mermaid"]), default="text", help="Format of --graph.")
 def status(recipe: Path | None, workspace: Path | None, as_json: bool, watch: bool, graph: bool, style: str) -> None:
     """Show what exists, what is missing, what runs or failed, sizes, rates and the time left.
 
@@ -378,13 +378,13 @@ def status(recipe: Path | None, workspace: Path | None, as_json: bool, watch: bo
     "--format",
     "style",
     type=click.Choice(["table", "csv", "json", "parquet"]),
-    help="By default what the name of the file says; on the standard output a table.",
+    help="By default the name of the file decides; on the standard output it is a table.",
 )
 @click.option("--output", "-o", type=click.Path(dir_okay=False, path_type=Path), help="File to write to; needed for parquet.")
 @click.option("--stats", is_flag=True, help="Report, on the error stream, how many chunks and bytes of stored arrays were read.")
 @click.option("--external-access", is_flag=True, help="Let queries read and write files outside the workspace.")
-@click.option("--memory-limit", type=SIZE, help="Most memory that a query takes; by default 4GiB, or half of the machine's.")
-@click.option("--spill-limit", type=SIZE, help="Most that a query which needs more memory writes to temporary files; by default 32GiB.")
+@click.option("--memory-limit", type=SIZE, help="Largest memory of a query; by default 4GiB, or half of the machine's.")
+@click.option("--spill-limit", type=SIZE, help="Largest size of the temporary files of a query that needs more memory; by default 32GiB.")
 def sql(
     query: str | None,
     workspace: Path | None,

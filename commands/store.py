@@ -84,7 +84,7 @@ def repair(
 @workspace_option
 @click.option("--delete", is_flag=True, help="Remove what is listed.")
 def gc(workspace: Path | None, delete: bool) -> None:
-    """List what nothing refers to: payloads without a manifest, what dead writers left, tokenizers without a dataset.
+    """List what nothing refers to: payloads without a manifest, leftovers of writers that died, tokenizers without a dataset.
 
     Removes nothing without --delete. What was touched within the last hour is never listed.
 
