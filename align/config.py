@@ -12,8 +12,8 @@ class AlignmentConfig(BaseModel):
 
     positions: Literal["cover", "span", "dtw"] = Field(
         "cover",
-        description="position map: `span` pairs positions whose prefixes end at the same byte; `cover` also has a source position speak of "
-        "what lies inside the token that follows it, by those of its entries that agree with the text so far; `dtw` warps the token "
+        description="position map: `span` pairs positions whose prefixes end at the same byte; `cover` also uses a source position for "
+        "what is inside the token that follows it, by those of its entries that agree with the text so far; `dtw` warps the token "
         "strings by their edit distances (FuseLLM)",
     )
     dtw_match: Literal["em", "mined", "fusechat"] = Field(
@@ -108,7 +108,8 @@ class FusionConfig(BaseModel):
     )
     metric: Literal["bpb", "ce"] = Field(
         "bpb",
-        description="`bpb` (bits per byte) compares across tokenizers; `ce` (nats per token) is the papers'; of one token the two are one",
+        description="`bpb` (bits per byte) compares across tokenizers; `ce` (nats per token) is the papers'; for one token both are "
+        "the same",
     )
     pack_length: int | None = Field(
         None, ge=2, description="with unit `pack`: target tokens in a pack, at most; by default corpus.context_length"

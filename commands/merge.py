@@ -33,7 +33,7 @@ def merge_command(file: Path, output: Path, models_dir: Path, as_json: bool) -> 
     FILE is TOML, or mergekit's YAML (.yaml, .yml). It names the models, as folders relative to it or by their ids on the Hugging Face hub,
     and the method: linear, slerp, task_arithmetic, ties, dare_linear, dare_ties, varm, sce. docs/merging.md has the formulas.
 
-    Memory does not grow with the models. The folder appears in one step, when it is whole.
+    Memory does not grow with the models. The folder appears in one step, when it is complete.
 
     Example:  fuseline merge merge.toml -o models/merged
     """

@@ -132,7 +132,7 @@ models_option = click.option(
     type=click.Path(file_okay=False, path_type=Path),
     default=models_default,
     show_default="$FUSELINE_MODELS or ~/.cache/fuseline/models",
-    help="Folder with models by the last part of their hub id; looked into before the Hugging Face hub.",
+    help="Folder with models, as OWNER/NAME, OWNER--NAME or NAME; it is searched before the Hugging Face hub.",
 )
 
 

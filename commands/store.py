@@ -12,13 +12,13 @@ from .terminal import say
 
 @click.group()
 def store() -> None:
-    """Care for the workspace."""
+    """Look after the workspace: check, repair, clean up."""
 
 
 @store.command()
 @workspace_option
 def rebuild(workspace: Path | None) -> None:
-    """Make the catalog anew from what is on disk.
+    """Make the catalog again from the files on disk.
 
     Example:  fuseline store rebuild -w workspaces/demo
     """
@@ -51,12 +51,12 @@ def verify(workspace: Path | None, full: bool, as_json: bool) -> None:
 
 @store.command()
 @parts_options
-@click.option("--full", is_flag=True, help="Look also for damage that only reading everything shows.")
-@click.option("--dry-run", is_flag=True, help="Only say what would be made again.")
+@click.option("--full", is_flag=True, help="Also find damage that shows only when everything is read.")
+@click.option("--dry-run", is_flag=True, help="Only show what would be made again.")
 def repair(options: RecipeOptions, full: bool, dry_run: bool) -> None:
-    """Make again, with the stages of RECIPE, exactly the parts that are damaged or gone.
+    """Make again, with the stages of RECIPE, exactly the parts that are damaged or missing.
 
-    What never was made is left to `fuseline run`. A part that comes out other than it was is reported.
+    Parts that were never made are left to `fuseline run`. A part that comes out different is reported.
 
     Example:  fuseline store repair recipes/demo.toml --full
     """
@@ -81,7 +81,7 @@ def repair(options: RecipeOptions, full: bool, dry_run: bool) -> None:
 @workspace_option
 @click.option("--delete", is_flag=True, help="Remove what is listed.")
 def gc(workspace: Path | None, delete: bool) -> None:
-    """List what nothing refers to: payloads without a manifest, what dead writers left, tokenizers without a dataset.
+    """List what nothing refers to: payloads without a manifest, leftovers of writers that died, tokenizers without a dataset.
 
     Removes nothing without --delete. What was touched within the last hour is never listed.
 
@@ -103,7 +103,7 @@ def gc(workspace: Path | None, delete: bool) -> None:
 @workspace_option
 @click.option("--json", "as_json", is_flag=True, help="For scripts.")
 def du(workspace: Path | None, as_json: bool) -> None:
-    """Show what each dataset and each of its arrays takes up, in all and per token.
+    """Show what each dataset and each of its arrays takes up, in total and per token.
 
     Example:  fuseline store du -w workspaces/demo
     """

@@ -20,21 +20,23 @@ class CorpusConfig(BaseModel):
         "are of the split `train` without it",
     )
     revision: str | None = Field(None, description="commit, tag or branch of a hub dataset")
-    configuration: str | None = Field(None, description="which of a hub dataset's configurations, where it has several")
+    configuration: str | None = Field(None, description="configuration of a hub dataset that has several")
     chat: ChatConfig | None = Field(None, description="the documents are conversations")
     text_column: str = Field("text", description="column that holds the text; without [corpus.chat]")
-    domain_column: str | None = Field(None, description="column that holds each document's domain; without it all are of one domain")
+    domain_column: str | None = Field(
+        None, description="column that holds each document's domain; without it all documents have one domain"
+    )
     split_column: str | None = Field(None, description="column that holds each document's split, for files that mix them")
     held_out_fraction: float = Field(0.0, ge=0, lt=1, description="share of the train documents to move to the split `test`, by their hash")
-    max_train_bytes: int | None = Field(None, gt=0, description="use only about so many bytes of the train split")
+    max_train_bytes: int | None = Field(None, gt=0, description="use only about this many bytes of the train split")
     keep_duplicates: bool = Field(False, description="keep documents with the same text more than once")
     context_length: int = Field(2048, ge=16, description="most tokens of a segment, for every model's tokenizer")
     part_bytes: int = Field(4 << 20, ge=1024, description="bytes of text of a part, the unit of work and of commit")
     seed: int = Field(0, ge=0, description="seed of the order of documents")
-    expected_documents: int | None = Field(None, gt=0, description="for --dry-run where the corpus is not at hand: documents to train on")
-    expected_bytes: int | None = Field(None, gt=0, description="for --dry-run where the corpus is not at hand: bytes to train on")
+    expected_documents: int | None = Field(None, gt=0, description="for --dry-run, if the corpus is not available: documents to train on")
+    expected_bytes: int | None = Field(None, gt=0, description="for --dry-run, if the corpus is not available: bytes to train on")
     expected_held_out_bytes: int | None = Field(
-        None, gt=0, description="for --dry-run where the corpus is not at hand: bytes to evaluate on"
+        None, gt=0, description="for --dry-run, if the corpus is not available: bytes to evaluate on"
     )
 
     @model_validator(mode="after")

@@ -45,11 +45,11 @@ class TrainingConfig(BaseModel):
     name: str = Field("fused", min_length=1, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="names the run and the exported model")
     clm_weight: Fraction = Field(0.1, description="λ: weight of next-token cross-entropy; 1 - λ weighs the fused targets (the papers: 0.9)")
     clm_weight_end: Fraction | None = Field(
-        None, description="λ at the last step, to which it goes linearly from clm_weight at the first; none keeps it constant"
+        None, description="λ at the last step; it changes linearly from clm_weight; none keeps it constant"
     )
     fusion_loss: Literal["ce", "kl"] = Field(
         "ce",
-        description="cross-entropy with the fused targets, or less their own entropy: 0 where they are met; same gradient",
+        description="cross-entropy with the fused targets; `kl` subtracts their own entropy: 0 where they are met; same gradient",
     )
     temperature: Positive = Field(
         1.0, description="divides the logits of model and targets in the fusion loss, which is multiplied by its square; needs renormalise"
@@ -65,7 +65,8 @@ class TrainingConfig(BaseModel):
     sequence_length: Annotated[int, Field(ge=2)] = Field(2048, description="tokens in a packed sequence, at most")
     packing: Literal["isolated", "concatenated"] = Field(
         "isolated",
-        description="segments in a packed sequence do not see each other; or, as published, they are laid end to end, cut, and one text",
+        description="`isolated`: packed segments do not see each other; `concatenated`, as published: they are laid end to end, cut, and "
+        "read as one text",
     )
     global_batch_size: Count = Field(128, description="packed sequences in an optimizer step")
     micro_batch_size: Count = Field(1, description="packed sequences in one forward pass of a rank")

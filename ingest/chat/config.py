@@ -17,7 +17,7 @@ def _is_day(text: str) -> str:
 
 
 class ChatConfig(BaseModel):
-    """How conversations are read and written down."""
+    """How conversations are read and written."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
@@ -30,5 +30,5 @@ class ChatConfig(BaseModel):
         None, description="file with the Jinja chat template that conversations are written in; by default the target's own"
     )
     date: Annotated[str, AfterValidator(_is_day)] = Field(
-        "2024-07-26", description="the day (YYYY-MM-DD) that chat templates are told which ask for today's, so that runs can be repeated"
+        "2024-07-26", description="the date (YYYY-MM-DD) for chat templates that ask for today's, so that runs can be repeated"
     )

@@ -44,11 +44,11 @@ class Resources(BaseModel):
     gpus: int = Field(0, ge=0, description="GPUs; without one forward passes run on CPU cores")
     cpus: int = Field(1, ge=1, description="CPU cores")
     memory_gb: float | None = Field(None, gt=0, description="memory in GB; none leaves it to the cluster")
-    minutes: int = Field(60, ge=5, description="slurm: time after which a task is requeued, to go on with the parts that it has left")
+    minutes: int = Field(60, ge=5, description="slurm: time after which a task is requeued, to continue with its remaining parts")
 
 
 class StageResources(BaseModel):
-    """`[executor.resources]`: a table of resources for each kind of stage; what is left out is one core."""
+    """`[executor.resources]`: a table of resources for each kind of stage; a stage that is left out gets one core."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
@@ -76,7 +76,7 @@ class WrongKeys(ValueError):
 
 
 class ExecutorConfig(BaseModel):
-    """The `[executor]` of a recipe: what runs the parts of a stage. The parts and their bits are the same, whichever does."""
+    """The `[executor]` of a recipe: what runs the parts of a stage. The parts and their bits are the same with each."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
@@ -84,7 +84,7 @@ class ExecutorConfig(BaseModel):
         "local", description="processes on this machine, a Slurm job array, or actors on a Ray cluster"
     )
     workers: int | None = Field(
-        None, ge=1, description="parts computed at the same time; none is one per GPU or else one (local), or 4 (slurm, ray)"
+        None, ge=1, description="parts computed at the same time; none: one per GPU, or one without GPUs (local); 4 (slurm, ray)"
     )
     retries: int = Field(2, ge=0, description="how often a part that failed is tried again before it is reported")
     resources: StageResources = Field(StageResources(), description="what each worker is given (slurm, ray)")
