@@ -244,9 +244,19 @@ def train(options: RecipeOptions, only: str | None, prepare: bool) -> None:
             pipeline.make("train", names=chosen)
 
 
-@main.command("eval")
+@main.group("eval", cls=StageGroup)
+def evaluate() -> None:
+    """Measure all models on the held-out text; compare two of them.
+
+    `fuseline eval RECIPE` is short for `fuseline eval run RECIPE`.
+
+    Example:  fuseline eval recipes/demo.toml
+    """
+
+
+@evaluate.command("run")
 @parts_options
-def evaluate(options: RecipeOptions) -> None:
+def evaluate_run(options: RecipeOptions) -> None:
     """Measure bits per byte and perplexity of all models on the held-out text.
 
     Example:  fuseline eval recipes/demo.toml
@@ -254,6 +264,25 @@ def evaluate(options: RecipeOptions) -> None:
     with open_pipeline(options) as pipeline:
         pipeline.make("eval")
         show_report(pipeline.workspace)
+
+
+@evaluate.command("compare")
+@click.argument("model")
+@click.argument("other")
+@workspace_option
+@click.option("--split", help="Split of the corpus; by default every split on which both were evaluated.")
+@click.option("--json", "as_json", is_flag=True, help="For scripts.")
+def evaluate_compare(model: str, other: str, workspace: Path | None, split: str | None, as_json: bool) -> None:
+    """Compare MODEL with OTHER on the same documents: is the difference in bits per byte more than chance?
+
+    Shows the difference with its 95 % interval (a paired bootstrap over documents), by domain with p-values adjusted by Holm, and how many
+    documents would be needed where it is not significant. Reads what is stored; no model is run.
+
+    Example:  fuseline eval compare fused clm -w workspaces/demo
+    """
+    from .commands.comparing import show_comparison
+
+    show_comparison(open_workspace(workspace), model=model, other=other, split=split, as_json=as_json)
 
 
 main.add_command(merge_command)

@@ -53,8 +53,8 @@ def differences(
         seed: of the resamples.
     """
     n_documents, base = len(nll_DM), names.index(baseline)
-    found_M = _bpb(nll_DM.sum(0), bytes_DM.sum(0))
-    resampled_RM = _resampled(nll_DM, bytes_DM, seed=seed)
+    found_M = bits_per_byte(nll_DM.sum(0), bytes_DM.sum(0))
+    resampled_RM = resampled_bpb(nll_DM, bytes_DM, seed=seed)
     low_M, high_M = np.percentile(resampled_RM - resampled_RM[:, [base]], [2.5, 97.5], axis=0)
     return [
         Difference(
@@ -70,7 +70,7 @@ def differences(
     ]
 
 
-def _resampled(nll_DM: NDArray[np.float64], bytes_DM: NDArray[np.float64], *, seed: int) -> NDArray[np.float64]:
+def resampled_bpb(nll_DM: NDArray[np.float64], bytes_DM: NDArray[np.float64], *, seed: int) -> NDArray[np.float64]:
     """Bits per byte of each model on each resample: as many documents as there are, drawn with replacement."""
     n_documents, random = len(nll_DM), np.random.default_rng(seed)
     resamples = max(1_000, min(_RESAMPLES, 16 * _DRAWN // n_documents))  # over a million documents fewer are enough, and take seconds
@@ -78,9 +78,10 @@ def _resampled(nll_DM: NDArray[np.float64], bytes_DM: NDArray[np.float64], *, se
     for first in range(0, resamples, rows := max(1, _DRAWN // n_documents)):
         size = min(rows, resamples - first)
         times_RD = random.multinomial(n_documents, np.full(n_documents, 1 / n_documents), size=size).astype(np.float64)
-        blocks.append(_bpb(times_RD @ nll_DM, times_RD @ bytes_DM))
+        blocks.append(bits_per_byte(times_RD @ nll_DM, times_RD @ bytes_DM))
     return np.concatenate(blocks)
 
 
-def _bpb(nll: NDArray[np.float64], n_bytes: NDArray[np.float64]) -> NDArray[np.float64]:
+def bits_per_byte(nll: NDArray[np.float64], n_bytes: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Of likelihoods in nats."""
     return nll / (math.log(2) * np.maximum(n_bytes, 1))

@@ -23,9 +23,9 @@ _SUMS = f"""{_HELD_OUT}
     FROM held_out WHERE NOT is_left_out GROUP BY ALL ORDER BY ALL
 """
 # A document counts where the baseline and all models that are compared with it have it.
-_BY_DOCUMENT = f"""{_HELD_OUT}
-    SELECT list(model ORDER BY model), list(nll ORDER BY model), list(scored_bytes ORDER BY model) FROM (
-        SELECT doc_id, model, sum(nll) AS nll, sum(scored_bytes) AS scored_bytes FROM held_out
+BY_DOCUMENT = f"""{_HELD_OUT}
+    SELECT list(model ORDER BY model), list(nll ORDER BY model), list(scored_bytes ORDER BY model), any_value(domain) FROM (
+        SELECT doc_id, domain, model, sum(nll) AS nll, sum(scored_bytes) AS scored_bytes FROM held_out
         WHERE NOT is_left_out AND corpus = $corpus AND split = $split AND list_contains($models, model) GROUP BY ALL)
     GROUP BY doc_id HAVING len(list(model)) = len($models) ORDER BY doc_id
 """
@@ -107,7 +107,7 @@ def compared(connection: duckdb.DuckDBPyConnection, *, evaluation: Evaluation, b
     if baseline not in names or len(names) == 1:
         return []
     asked = {"corpus": evaluation.corpus, "split": evaluation.split, "models": names}
-    rows = connection.execute(_BY_DOCUMENT, asked).fetchall()
+    rows = connection.execute(BY_DOCUMENT, asked).fetchall()
     if not rows:
         return []
     nll_DM, bytes_DM = (np.array([row[column] for row in rows], np.float64) for column in (1, 2))
