@@ -121,7 +121,7 @@ def pointer(folder: Path) -> None:
             other_width,
             ["the shape of model.layers.0.mlp.down_proj.weight in the weights [32, 64] must be", "[32, 48]", "Correct config.json"],
         ),
-        (pointer, ["is a pointer of git-lfs", "git lfs pull"]),
+        (pointer, ["is a git-lfs pointer", "git lfs pull"]),
     ],
 )
 def test_a_folder_that_cannot_be_used_is_refused_when_it_is_opened(project, models, damage, messages):
@@ -198,8 +198,8 @@ def test_what_was_made_with_another_reading_of_the_tokenizer_is_refused_with_bot
     code, output = run("ingest", "distributions", *arguments)
     assert code == 1
     assert "distributions/source was made from different inputs" in output
-    assert "Earlier the tokenizer was read as (bos 1, eos 2, pad None, unk 0, no bos). Now it is read as (bos 1, " in output
-    assert "Set prepends_bos = false for the model in the recipe to keep the old reading, or use another --workspace." in output
+    assert "Earlier, fuseline read the tokenizer as (bos 1, eos 2, pad None, unk 0, no bos). Now it reads it as (bos 1, " in output
+    assert "To keep the earlier reading, set prepends_bos = false for the model in the recipe; or use another --workspace." in output
 
 
 def test_what_was_made_when_fewer_roles_were_read_is_kept(project, models):
@@ -218,5 +218,5 @@ def test_what_was_made_when_fewer_roles_were_read_is_kept(project, models):
     path.write_text(json.dumps(config | {"unk_token": None, "eos_token": "<unk>"}))  # another eos is another reading
     code, output = run("ingest", "distributions", *arguments)
     assert code == 1
-    assert "Now it is read as (bos 1, eos 0, pad None, unk None, " in output
+    assert "Now it reads it as (bos 1, eos 0, pad None, unk None, " in output
     assert "). Use another --workspace." in output

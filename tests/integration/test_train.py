@@ -264,13 +264,13 @@ def test_a_damaged_checkpoint_is_told(inputs, alone, tmp_path):
         (byte,) = file.read(1)
         file.seek(-1, os.SEEK_CUR)
         file.write(bytes([byte ^ 1]))
-    reason = rf"\({re.escape(shard.name)} is not what was written\)"
+    reason = rf"\({re.escape(shard.name)} has changed since it was written\)"
     with pytest.raises(
         FuselineError, match=rf"The checkpoint {damaged} cannot be read {reason}\. Remove it to go on from the one before\."
     ):
         train(job)
     os.truncate(shard, shard.stat().st_size // 2)
-    assert re.fullmatch(r"\S+ has \d+ bytes, and had \d+", checkpoint_damage(damaged, full=False))
+    assert re.fullmatch(r"\S+ has \d+ bytes, but had \d+", checkpoint_damage(damaged, full=False))
 
 
 def test_a_checkpoint_takes_what_was_foretold(alone):

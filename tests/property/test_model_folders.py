@@ -171,7 +171,7 @@ def test_the_weights_are_in_the_files_that_transformers_reads(sources, fresh, n_
         model, missing = None, {"all"}
     if missing:
         with pytest.raises(
-            DataError, match=r"(lacks weights|has shards of a model and no|has no model\.safetensors|has no \*\.safetensors)"
+            DataError, match=r"(lacks weights|has shards of a model but no|has no model\.safetensors|has no \*\.safetensors)"
         ):
             opened(folder)
         return

@@ -206,7 +206,7 @@ def test_whatever_lies_where_duckdb_keeps_its_files_a_run_makes_the_catalog_agai
     else:
         path.symlink_to(outside / ("file" if kind == "link" else "nothing"))
     if suffix != ".tmp":
-        with pytest.raises(ForeignCatalog, match="must be a file"):
+        with pytest.raises(ForeignCatalog, match="must be a regular file"):
             workspace.sql("SELECT 1")
     catalog.fold(workspace)
     assert workspace.sql("SELECT count(*) AS n FROM segments")["n"].item() > 0

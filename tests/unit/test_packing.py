@@ -308,7 +308,7 @@ def test_positions_weigh_what_the_domain_of_their_document_does(tmp_path):
     for batch, pack in zip(batches, packs, strict=True):
         expected = [[3.0, 1.0, 0.5][piece.segment // 4 % 3] for piece in pack for _ in range(piece.length)]
         assert batch.weights_T.tolist() == expected
-    with pytest.raises(UsageError, match=r"training\.domain_weights: prose must be among the corpus's domains: code, law, news\."):
+    with pytest.raises(UsageError, match=r"training\.domain_weights: prose must be domains of the corpus: code, law, news\."):
         make_data(dataset, domains=domains, domain_weights={"prose": 2.0})
 
 
