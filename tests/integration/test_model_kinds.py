@@ -151,8 +151,8 @@ def test_what_is_odd_about_a_folder_is_told_each_time_and_found_once(project, mo
     for _ in range(2):
         code, output = ingest(project, models)
         assert code == 0
-        assert "Beware: model source: config.json says tie_word_embeddings = true, but an output layer is stored that differs" in output
-        assert "Beware: model target: its texts start with [1], and those of AutoTokenizer of transformers with no token" in output
+        assert "Beware: model source: config.json says tie_word_embeddings = true, but the stored output layer differs" in output
+        assert "Beware: model target: its texts start with [1], but those of AutoTokenizer of transformers with no token" in output
         assert "set prepends_bos = false for this model in the recipe" in output
     assert len(list((project.parent / "workspace" / "models").glob("*.json"))) == 2
 
@@ -173,7 +173,7 @@ def test_models_of_two_owners_that_are_one_folder(project, models):
     project.write_text(RECIPE.replace('"tiny-target"', '"one/tiny-source"').replace('"tiny-source"', '"two/tiny-source"'))
     code, output = ingest(project, models)
     assert code == 1
-    assert "The models target (one/tiny-source) and source (two/tiny-source) are different ones" in output
+    assert "The models target (one/tiny-source) and source (two/tiny-source) are different, but" in output
 
 
 def test_byte_order_marks_in_a_model_folder_change_nothing(project, models, corpus_texts):

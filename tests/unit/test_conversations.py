@@ -48,7 +48,7 @@ def test_alpaca_rows():
         (["text"], "message 1 is of type str, not an object with a role and a text"),
         ([{"role": "user", "content": "a"}, {"role": "<|im_end|>", "content": "b"}], "message 2: the role ('<|im_end|>') must be one of"),
         ([{"role": "user", "content": 3}], "message 1: the text is of type int"),
-        ([{"role": "user", "content": [{"type": "image", "url": "x"}]}], "message 1 has a part that is no text"),
+        ([{"role": "user", "content": [{"type": "image", "url": "x"}]}], "message 1 has a part that is not text"),
         ([{"role": "assistant", "content": "", "tool_calls": [{}]}], "message 1 has tool_calls"),
         ([{"role": "assistant", "content": "x", "weight": 0}], "message 1 has weight 0"),
         ([{"role": "assistant", "content": "x", "reasoning_content": "hm"}], "message 1 has reasoning_content"),

@@ -218,7 +218,7 @@ def test_the_names_in_a_catalog_lead_nowhere_else(workspace, tmp_path):
     with duckdb.connect(workspace.catalog_path) as connection:
         for table in ("datasets", "parts", "segments"):
             connection.execute(f"UPDATE {table} SET name = '../../../elsewhere' WHERE name = 'alpha-first'")
-    with pytest.raises(FuselineError, match=r"'\.\./\.\./\.\./elsewhere', which is no name"):
+    with pytest.raises(FuselineError, match=r"'\.\./\.\./\.\./elsewhere', which is not a valid name"):
         workspace.sql("SELECT sum(entropy) FROM positions WHERE corpus = 'first' AND model = 'alpha'")
 
 

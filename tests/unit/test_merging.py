@@ -451,7 +451,7 @@ def test_the_command(family, tmp_path):
         ('model = "two"', "", "line 9: merge.models.1.model: is missing"),
         ('name = "second"', 'name = "first"', "line 10: merge.models.1.name: 'first' is the name of another model too"),
         ('model = "two"', 'model = "two"\nweight = 1', "merge: weights is only for method"),
-        ('model = "two"', 'model = "./none"', "The model second (./none) is not a folder here"),
+        ('model = "two"', 'model = "./none"', "The model second (./none) is not a local folder"),
         ("density = 0.2", 'tokenizer = "third"', "line 3: merge.tokenizer: 'third' must be one of the models: first, second"),
         ("[merge]", "[other]\n[merge]", "must have one section, [merge]"),
         ("[merge]", "[merge", "is not valid TOML"),

@@ -346,7 +346,7 @@ def test_an_id_beyond_the_vocabulary_is_refused(dataset):
 
 
 def test_missing_parts_are_named_as_ranges(dataset):
-    with pytest.raises(DataError, match=r"lacks 4 of the 6 parts to train on \(97-99, 101\)\. Finish the fusion first\."):
+    with pytest.raises(DataError, match=r"lacks 4 of the 6 parts to train on \(97-99, 101\)\. Run the recipe again\."):
         TargetsData(dataset, parts=[10, 11, 97, 98, 99, 101], vocab_size=VOCAB, config=TrainingConfig())
     assert as_ranges([12, 3, 4, 6, 7, 5]) == "3-7, 12"
     assert as_ranges([]) == ""

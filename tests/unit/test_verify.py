@@ -196,7 +196,7 @@ def test_sources_of_targets_that_make_no_sense_are_told_by_reading_everything(wo
     for change, message in [
         ({"weight_SN": weight_SN / 2}, "weight_SN must sum to 1 over the sources"),
         ({"lost_SN": lost_SN + 0.25}, "mapped_SN, merged_SN, lost_SN and tail_SN must sum to 1"),
-        ({"source_S": np.full_like(source_S, 7)}, "source_S has the source 7, and there are 2"),
+        ({"source_S": np.full_like(source_S, 7)}, "source_S has the source 7, but there are 2 sources"),
         ({"weight_SN": weight_SN[:, :1]}, "weight_SN has 1 columns, but there are 2 sources"),
         ({"lost_SN": lost_SN[:1]}, "the array lost_SN cannot be read (it has 1 rows"),
     ]:
