@@ -138,7 +138,7 @@ def test_tensors_that_a_target_does_not_have_are_refused_before_anything_is_made
     change(models / "tiny-target", lambda tensors: tensors.update({"vision.weight": torch.zeros(2)}))
     code, output = run("run", project, "-w", project.parent / "workspace", "--models", models)
     assert code == 1
-    assert "has 1 tensors that its config.json does not describe, and that training would drop: vision.weight. Use it as a source" in output
+    assert "has 1 tensors that its config.json does not describe; training would drop them: vision.weight. Use it as a source" in output
     code, output = ingest(project, models)
     assert code == 0  # as a source it can be used
     assert "Beware: model target: 1 tensors in its weights are not used" in output

@@ -266,7 +266,7 @@ def test_a_damaged_checkpoint_is_told(inputs, alone, tmp_path):
         file.write(bytes([byte ^ 1]))
     reason = rf"\({re.escape(shard.name)} has changed since it was written\)"
     with pytest.raises(
-        FuselineError, match=rf"The checkpoint {damaged} cannot be read {reason}\. Remove it to go on from the one before\."
+        FuselineError, match=rf"The checkpoint {damaged} cannot be read {reason}\. Remove it to continue from the previous one\."
     ):
         train(job)
     os.truncate(shard, shard.stat().st_size // 2)
