@@ -65,8 +65,8 @@ class TrainingConfig(BaseModel):
     sequence_length: Annotated[int, Field(ge=2)] = Field(2048, description="most tokens of a packed sequence")
     packing: Literal["isolated", "concatenated"] = Field(
         "isolated",
-        description="`isolated`: segments in a packed sequence do not see each other; `concatenated`, as published: segments are joined and "
-        "cut as one text",
+        description="`isolated`: segments in a packed sequence do not see each other; `concatenated`, as published: segments are joined "
+        "and cut as one text",
     )
     global_batch_size: Count = Field(128, description="packed sequences in an optimizer step")
     micro_batch_size: Count = Field(1, description="packed sequences in one forward pass of a rank")

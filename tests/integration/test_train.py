@@ -101,7 +101,7 @@ def test_the_run_folder_is_complete(alone):
 def test_a_start_that_is_another_model_than_that_of_the_distributions_is_told(alone, data_parallel):
     job, found = data_parallel
     assert [record["warning"] is not None for record in found] == [True] + [False] * (len(found) - 1)
-    assert "The start of the training is not the model that the target's distributions were computed with" in found[0]["warning"]
+    assert "The training does not start from the model of the target's stored distributions" in found[0]["warning"]
     check = json.loads((job.run_folder / "start.json").read_text())
     assert check["difference"] > check["tolerance"]
     assert not (alone[0].run_folder / "start.json").exists()  # no distributions were named
@@ -224,7 +224,7 @@ def test_a_signal_saves_a_checkpoint_and_a_second_trainer_is_kept_out(inputs, tm
         [sys.executable, "-m", "fuseline.train", job.run_folder], env=os.environ | place, capture_output=True, text=True, check=False
     )
     assert other.returncode == 1
-    assert other.stderr == f"fuseline.train: error: Another trainer is at work in {job.run_folder}. Wait for it, or stop it.\n"
+    assert other.stderr == f"fuseline.train: error: Another trainer is running in {job.run_folder}. Wait for it, or stop it.\n"
     process.send_signal(signal.SIGUSR1)
     assert process.wait(timeout=60) == 128 + signal.SIGUSR1
     assert not ranks_of(job.run_folder)

@@ -283,12 +283,12 @@ def test_data_without_any_label_is_refused(tmp_path):
     ("settings", "remark"),
     [
         ({"global_batch_size": 5}, None),
-        ({"global_batch_size": 40}, r"has 10 sequences and a step takes 40: each step reads every document 4\.0 times\. Lower "),
-        ({"global_batch_size": 2, "steps": 50}, r"50 steps of 2 sequences read the corpus, which has 10 sequences, 10\.0 times"),
+        ({"global_batch_size": 40}, r"has 10 sequences, but a step takes 40: each step reads every document 4\.0 times\. Lower "),
+        ({"global_batch_size": 2, "steps": 50}, r"50 steps of 2 sequences read the corpus \(10 sequences\) 10\.0 times"),
         ({"global_batch_size": 2, "steps": 5}, None),
         (
             {"global_batch_size": 8, "epochs": 1},
-            r"epochs have 10 sequences, and 2 steps of 8 read 16: 6 sequences are read one extra time\. Lower",
+            r"epochs have 10 sequences, but 2 steps of 8 read 16: 6 sequences are read one extra time\. Lower",
         ),
         ({"global_batch_size": 8, "epochs": 4}, None),
     ],

@@ -1,4 +1,4 @@
-"""Means of the models' weights themselves: along a line, or along a great circle."""
+"""Means of the models' weights: along a line, or along a great circle."""
 
 import math
 from collections.abc import Sequence
@@ -7,14 +7,14 @@ from torch import Tensor
 
 from .rule import Block, Blocks, Rule, moved, weighted_sum
 
-_NEARLY_PARALLEL = 0.9995  # cosine above which slerp is a straight line, as in mergekit: the sine of the angle is too small to divide by
+_NEARLY_PARALLEL = 0.9995  # cosine above which slerp is linear, as in mergekit: the sine of the angle is too small as a divisor
 _SHORTEST = 1e-8  # a shorter tensor has no direction
 
 
 def linear(*, weights: Sequence[float], normalize: bool) -> Rule:
     """Weighted mean Σ_j w_j θ_j / Σ_j w_j, or without `normalize` the weighted sum (arXiv:2203.05482, section 2, "uniform soup").
 
-    The mean is computed as θ_1 + Σ_j (w_j / Σ w) (θ_j - θ_1), so that the mean of equal models is that model to the bit.
+    The mean is computed as θ_1 + Σ_j (w_j / Σ w) (θ_j - θ_1), so that the mean of equal models is exactly that model.
     """
     if not normalize:
         return Rule(tuple(weights), lambda block: weighted_sum(block.models_MN, weights=weights))
@@ -48,7 +48,7 @@ def slerp(blocks: Blocks, *, t: float) -> Rule:
 
 
 def _on_the_line(block: Block, *, t: float) -> Tensor:
-    """From the nearer end, which is met to the bit."""
+    """Interpolate from the nearer end, which is exact."""
     if t < 0.5:
         return moved(block.base_N, t * block.deltas_MN[0])
     return moved(block.models_MN[0], (t - 1) * block.deltas_MN[0])

@@ -1,4 +1,4 @@
-"""The methods by name: from the settings to the rule for one tensor."""
+"""The merge methods by name: from the settings to the rule for one tensor."""
 
 from collections.abc import Sequence
 
@@ -10,11 +10,11 @@ from .variation import sce, varm
 
 
 def rule_of(config: MergeConfig, *, tensor: str, models: Sequence[str], blocks: Blocks, n_positions: int) -> Rule:
-    """How the tensor of this name is merged.
+    """The rule for the tensor with this name.
 
     Args:
-        config: names the method.
-        tensor: its name, from which DARE draws.
+        config: the method and its settings.
+        tensor: its name, part of DARE's seed.
         models: names, in the order of the blocks' rows.
         blocks: the tensor in all models.
         n_positions: numbers in it, at least one.

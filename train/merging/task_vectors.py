@@ -1,4 +1,4 @@
-"""Sums of task vectors δ_j = θ_j - θ_0: all of each, what is left of it after trimming (TIES), or a random share of it (DARE)."""
+"""Sums of task vectors δ_j = θ_j - θ_0: whole, trimmed (TIES), or a random share (DARE)."""
 
 import hashlib
 import json
@@ -11,7 +11,7 @@ from torch import Tensor
 from .rule import Block, Blocks, Rule, moved, weighted_sum
 from .selection import find_cuts
 
-_DRAWS = 1 << 32  # numbers a draw can be
+_DRAWS = 1 << 32  # number of values of a draw
 
 
 def task_arithmetic(*, weights: Sequence[float], normalize: bool, scale: float) -> Rule:
@@ -23,8 +23,8 @@ def task_arithmetic(*, weights: Sequence[float], normalize: bool, scale: float) 
 def ties(blocks: Blocks, *, densities: Sequence[float], weights: Sequence[float], normalize: bool, scale: float) -> Rule:
     """Trim, elect, and disjoint merge (arXiv:2306.01708, section 4.2).
 
-    Of each δ_j the share `densities[j]` of largest magnitude is kept, tensor by tensor (the paper: of the whole model), at least one
-    position; of equal ones the first. The rest is `elected`.
+    The share `densities[j]` of each δ_j with the largest magnitude is kept, per tensor (in the paper: per model), at least one position;
+    on ties the first. The rest is `elected`.
     """
     cuts = find_cuts(lambda: (block.deltas_MN.abs() for block in blocks), densities=densities)
     kept = [cut.selector() for cut in cuts]
@@ -52,7 +52,7 @@ def dare(
     Then the sum of `task_arithmetic`, or with `elect` the disjoint merge of `ties`.
 
     Args:
-        keys: what the draws of each model are made from, say seed, model and tensor. They depend on nothing else, not on the blocks.
+        keys: the seeds of each model's draws, such as seed, model and tensor. The draws depend on nothing else, not on the blocks.
     """
     generators = [np.random.Philox(key=_key(key)) for key in keys]
     shares = _shares(weights, normalize=normalize)
@@ -77,9 +77,9 @@ def elected(
     Args:
         deltas_MN: the task vectors.
         weights: w_j.
-        votes: v_j; the elected sign is that of Σ_j v_j δ_j, and positive where this is exactly 0, as in mergekit. By default the weights.
+        votes: v_j; the elected sign is that of Σ_j v_j δ_j, and positive if this is exactly 0, as in mergekit. By default the weights.
         normalize: whether to divide.
-        least: a smaller divisor is taken as this.
+        least: smallest divisor.
     """
     sign_N = (weighted_sum(deltas_MN, weights=votes or weights) >= 0).to(deltas_MN.dtype).mul_(2).sub_(1)
     total_N, divisor_N = torch.zeros_like(sign_N), torch.zeros_like(sign_N)
@@ -104,6 +104,6 @@ def _key(parts: Sequence[str | int]) -> int:
 
 
 def _drawn(generator: np.random.Philox, *, n: int, density: float) -> Tensor:
-    """Which of the next n positions are kept. Each draw of the generator serves two of them, so n must be even but in the last block."""
+    """Which of the next n positions are kept. Each draw of the generator serves two of them, so n must be even except in the last block."""
     draws_N = generator.random_raw((n + 1) // 2).view(np.uint32)[:n]
     return torch.from_numpy(draws_N < np.uint32(min(round(density * _DRAWS), _DRAWS - 1)))
