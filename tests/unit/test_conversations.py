@@ -67,7 +67,7 @@ def test_columns_say_the_format_and_a_missing_one_is_told():
     assert find_reader(["turns"], wanted=None, column="turns", where="d").required == ("turns",)
     with pytest.raises(DataError, match=r"its columns are text, not messages.*corpus\.chat\.column"):
         find_reader(["text"], wanted=None, column=None, where="d")
-    with pytest.raises(DataError, match="and not turns"):
+    with pytest.raises(DataError, match="messages, not turns"):
         find_reader(["messages"], wanted=None, column="turns", where="d")
 
 
