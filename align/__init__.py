@@ -1,1 +1,1 @@
-"""Position maps, vocabulary maps and fusion."""
+"""Position maps, vocabulary maps and fusion of distributions."""

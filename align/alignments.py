@@ -2,11 +2,11 @@
 
 Arrays of a part (T positions and S segments of the target's part):
 
-    source_position_T                 index of the source position in the source's part, -1 where there is none
-    ahead_T                           of `cover`: bytes that the target position has read beyond the source position
-    doc_id_S, segment_S               which segments these are
-    n_positions_S, n_aligned_S        positions of the segment, and those with a source position that has read the same: its coverage
-    cost_S                            of `dtw`: cost of the segment's path, in characters
+    source_position_T                 index of the source position in the source's part, -1 if there is none
+    ahead_T                           for `cover`: bytes that the target position has read beyond the source position
+    doc_id_S, segment_S               document and number of each segment
+    n_positions_S, n_aligned_S        positions of the segment, and those with a source position that has read the same text: its coverage
+    cost_S                            for `dtw`: cost of the segment's path, in characters
 """
 
 from typing import Any
@@ -23,7 +23,7 @@ from .vocabulary import target_ids
 def alignment_identity(
     source: Dataset, *, target: Dataset, positions: str, match: Match | None = None, vocabulary_map: Dataset | None = None
 ) -> dict[str, Any]:
-    """What determines the position maps between two models' distributions; of `dtw` also which matched tokens agree, and by which map."""
+    """What determines the position maps between two models' distributions; for `dtw` also the agreement rule and its vocabulary map."""
     identity = {"stage": "alignments/1", "source": source.fingerprint, "target": target.fingerprint, "positions": positions}
     if match is not None:
         identity["match"] = match
@@ -33,12 +33,12 @@ def alignment_identity(
 
 
 class AlignmentsStage(PairStage):
-    """Aligns one source's positions to the target's."""
+    """Aligns a source's positions to the target's."""
 
     def __init__(self, dataset: Dataset, *, match: Match | None = None, vocabulary_map: Dataset | None = None, **sides: Any) -> None:
         """`sides` are the arguments of every `PairStage`.
 
-        `match` says, for `dtw`, which matched tokens agree; `vocabulary_map` by which map, where that asks for one.
+        For `dtw`, `match` says which matched tokens agree, and `vocabulary_map` is the map for it, if `match` needs one.
         """
         super().__init__(dataset, **sides)
         self.match, self.vocabulary_map = match, vocabulary_map

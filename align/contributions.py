@@ -1,18 +1,18 @@
-"""What each source brings to each segment of fused targets: small arrays beside the targets, of which SQL can ask who won where, and why.
+"""The contribution of each source to each segment of fused targets: small arrays beside the targets, for SQL queries on who won and why.
 
-Axes: N sources, S segments of a part, T its positions, C entries of a projection. Arrays are float32; NaN where there is nothing to say:
+Axes: N sources, S segments of a part, T its positions, C entries of a projection. Arrays are float32; NaN where undefined:
 
-    cost_SN             what the source cost in the unit of the segment (`weights`); with unit `token`, as a mean
+    cost_SN             cost of the source in the unit of the segment (`weights`); with unit `token`, the mean
     weight_SN           its weight by the method, as a mean over the segment's positions
-    share_SN            its weight in what was fused, as a mean over the segment's positions: also for others that say nothing there
+    share_SN            its weight in the fused result, as a mean over the segment's positions: including weight from silent sources
     n_spoken_SN         positions at which it has a distribution (uint32)
     mapped_SN, merged_SN, lost_SN, tail_SN     what became of its probability on the way to the target's tokens (`projection`): means over
-                        these positions, 1 in sum
+                        these positions, which sum to 1
     agreement_SN        share of these positions at which its most probable target token is that of the target's own start
-    nll_SN              nats of the segment's text under it, token by token in its own vocabulary: before the map
-    gold_nll_SN         nats of the target tokens that follow, at these positions, under what came through the map; as nll_SN, of
-                        conversations of the assistant's tokens alone
-    n_gold_SN           how many tokens these are: those with any probability (uint32)
+    nll_SN              nats of the segment's text under the source, token by token in its own vocabulary: before the map
+    gold_nll_SN         nats of the next target tokens, at these positions, under the mapped distribution; like nll_SN, for conversations
+                        only of the assistant's tokens
+    n_gold_SN           number of these tokens: those with any probability (uint32)
 """
 
 from collections.abc import Sequence
@@ -43,13 +43,13 @@ def contributions(
     """The arrays above, by name.
 
     Args:
-        projections: of each source; the first is the target's own start.
+        projections: one per source; the first is the target's own start.
         offsets: where the target's segments start, and the end of the last.
         costs_NT: cost of each source at each position, inf where unknown.
         weights_NT: weights by the method.
-        shares_NT: weights in what was fused.
-        nll_NS: nats of each segment under each source, NaN where it has not read it.
-        is_label_T: positions before the tokens that these nats are of; None for all.
+        shares_NT: weights in the fused result.
+        nll_NS: nats of each segment under each source, NaN if it has not read the segment.
+        is_label_T: positions before the tokens that count in these nats; None for all.
     """
     columns: dict[str, list[NDArray[Any]]] = {name: [] for name in NAMES}
     everywhere_T = np.ones(offsets[-1], np.bool_)
@@ -81,7 +81,7 @@ def contributions(
 
 
 def favourites(projection: Projection) -> NDArray[np.int32]:
-    """The most probable token of each position, [T], of equals the one of lowest id; -1 where there is none."""
+    """The most probable token of each position, [T], the lowest id on ties; -1 if there is none."""
     ids_T = np.full(len(projection.n_T), -1, np.int32)
     _favourites(projection.ids_TC, projection.probs_TC, projection.n_T, ids_T)
     return ids_T
@@ -93,7 +93,7 @@ def sums(values_T: NDArray[Any], *, offsets: NDArray[np.int64]) -> NDArray[np.fl
 
 
 def means(values_T: NDArray[Any], *, where_T: NDArray[np.bool_], offsets: NDArray[np.int64]) -> NDArray[np.float32]:
-    """Mean over some positions of each segment, [S]; NaN where there are none."""
+    """Mean over some positions of each segment, [S]; NaN if there are none."""
     return _means(values_T, where_T, offsets)
 
 

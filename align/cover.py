@@ -1,16 +1,16 @@
-"""The compiled loop of `cover`: what a source says at every target position, also inside of its own tokens.
+"""The compiled loop of `cover`: a source's distribution at every target position, even inside its own tokens.
 
-The target's tokens are read one after another, and with them goes a set of readings: source tokens that the text may be in the middle of,
-each with the bytes of it that were read, and the boundary, where the source's own tokens of the text end too. Their masses sum to 1. At a
-position the boundary is spread over the source's entries there, and each reading says how the text goes on: with the first piece, in the
-target's vocabulary, of what is left of its token. Then the target's next token is read: readings that said so stay, with their masses over
-that token's probability, and the others go. So the source's `internationally` still predicts `ly` after the target's `international`,
-though the source itself, after a token `international` of its own, does not.
+The target's tokens are read one after another, with a set of readings: source tokens that the text may be inside of, each with its
+number of bytes read, and the boundary, where the source's own tokens of the text end too. Their masses sum to 1. At a position, the mass
+of the boundary is spread over the source's entries there, and each reading predicts how the text continues: with the first piece, in the
+target's vocabulary, of the rest of its token. Then the target's next token is read: readings that predicted it are kept, with their masses
+divided by that token's probability, and the others are dropped. So the source's `internationally` still predicts `ly` after the target's
+`international`, although the source itself does not predict it after its own token `international`.
 
-It is the marginal over covers (Vieira et al. 2024, arXiv 2412.03719) as far as the stored entries know it. The path, the source's own token
-that follows in the text, is always among the entries, with its stored probability; where the target's next token goes on beyond it, that
-token's mass is what the source gave the text up to there, and the rest of the path's mass stays where the map puts it. So the probabilities
-of the text's target tokens multiply to no less than what the source gave the text.
+It is the marginal over covers (Vieira et al. 2024, arXiv 2412.03719) within the stored entries. The path, the source's own next token in
+the text, is always among the entries, with its stored probability. If the target's next token extends beyond the path, that token's mass is
+the source's probability of the text up to its end, and the rest of the path's mass stays where the map puts it. So the product of the
+probabilities of the text's target tokens is at least the source's probability of the text.
 
 Axes: T target positions, U source positions, V source vocabulary, B bytes of its tokens, K stored entries, C entries of a projection,
 H readings.
@@ -21,8 +21,8 @@ from typing import Any
 import numpy as np
 from numba import njit
 
-KEPT = 8  # readings beside the path that are kept when a token is read; what does not fit is lost (at most 6 in benchmarks/quality.py)
-ROOM = KEPT + 3  # beside the stored entries: those, the path, the token that follows it, and the target's next token
+KEPT = 8  # readings besides the path that are kept when a token is read; more are lost (at most 6 occur in benchmarks/quality.py)
+ROOM = KEPT + 3  # besides the stored entries: the readings, the path, the token after it, and the target's next token
 
 
 @njit(cache=True)
@@ -34,9 +34,9 @@ def project_cover(
     """Fill the arrays of a `Projection`, whose capacity C is at least K + ROOM."""
     n_most = topk_ids_UK.shape[1] + ROOM
     tokens_H, read_H, mass_H = np.zeros(n_most, np.int64), np.zeros(n_most, np.int64), np.zeros(n_most)
-    says_H = np.zeros(n_most, np.int64)  # the target token with which each goes on
+    says_H = np.zeros(n_most, np.int64)  # the target token with which each continues
     n, path, boundary, ended = 0, -1, 0.0, 0.0
-    starts = True  # nothing was read before this position
+    starts = True  # nothing has been read before this position
     for t in range(len(position_T)):
         u, ahead = position_T[t], ahead_T[t]
         if u < 0:
@@ -61,7 +61,7 @@ def project_cover(
             )  # fmt: skip
         is_aligned_T[t] = True
 
-        # What the source gives the text from here to the end of the target's next token.
+        # The source's probability of the text from here to the end of the target's next token.
         gold_id, along, beginning = gold_ids_T[t], 0.0, 1.0
         starts = gold_id < 0 or path < 0 or position_T[t + 1] < u
         if not starts:
@@ -100,7 +100,7 @@ def project_cover(
         if starts:
             continue
 
-        # Read it.
+        # Read the target's next token.
         n_read = np.int64(beyond) - np.int64(ahead)
         for step in range(u, there):
             n_read += offsets_V1[gold_ids_U[step] + 1] - offsets_V1[gold_ids_U[step]]
@@ -114,7 +114,7 @@ def project_cover(
                 tokens_H[kept], read_H[kept], mass_H[kept] = tokens_H[h], read_H[h] + n_read, mass_H[h]
                 kept += 1
             elif left == 0 and beyond == 0:
-                boundary += mass_H[h]  # other tokens of the same text, which is taken to go on as after the source's own
+                boundary += mass_H[h]  # other tokens with the same text; assume that the text continues as after the source's own token
             else:
                 ended += mass_H[h]
         n, path = kept, -1
@@ -137,7 +137,7 @@ def project_cover(
 def _spread(
     topk_ids_K: Any, topk_probs_K: Any, gold_id: int, gold_prob: float, n: int, boundary: float, tokens_H: Any, read_H: Any, mass_H: Any
 ) -> Any:
-    """Add the entries of a source position; how many readings there are, which is the path, and the mass outside of the entries."""
+    """Add the entries of a source position; return the number of readings, the index of the path, and the mass outside the entries."""
     path, tail = -1, boundary
     for entry in range(len(topk_ids_K)):
         prob = topk_probs_K[entry]
@@ -158,10 +158,10 @@ def _begin(
     topk_ids_K: Any, topk_probs_K: Any, gold_id: int, gold_prob: float, n_bytes: int, buffer_B: Any, offsets_V1: Any, n: int,
     scale: float, tokens_H: Any, read_H: Any, mass_H: Any,
 ) -> Any:  # fmt: skip
-    """Add the entries of a source position that begin as the token that follows; how many readings there are, and which is the path."""
+    """Add the entries of a source position that begin like the next token; return the number of readings and the index of the path."""
     for entry in range(len(topk_ids_K)):
         token = topk_ids_K[entry]
-        if token != gold_id and _begin_alike(token, gold_id, n_bytes, buffer_B, offsets_V1):
+        if token != gold_id and _begin_equal(token, gold_id, n_bytes, buffer_B, offsets_V1):
             tokens_H[n], read_H[n], mass_H[n] = token, n_bytes, scale * topk_probs_K[entry]
             n += 1
     tokens_H[n], read_H[n], mass_H[n] = gold_id, n_bytes, scale * gold_prob
@@ -172,16 +172,16 @@ def _begin(
 def _mass_of_beginning(
     topk_ids_K: Any, topk_probs_K: Any, gold_id: int, gold_prob: float, n_bytes: int, buffer_B: Any, offsets_V1: Any
 ) -> float:
-    """The mass of the entries that `_begin` adds, unscaled; NaN where nothing follows."""
+    """The mass of the entries that `_begin` adds, unscaled; NaN if there is no next token."""
     total = gold_prob
     for entry in range(len(topk_ids_K)):
-        if topk_ids_K[entry] != gold_id and _begin_alike(topk_ids_K[entry], gold_id, n_bytes, buffer_B, offsets_V1):
+        if topk_ids_K[entry] != gold_id and _begin_equal(topk_ids_K[entry], gold_id, n_bytes, buffer_B, offsets_V1):
             total += topk_probs_K[entry]
     return total
 
 
 @njit(cache=True, inline="always")
-def _begin_alike(token: int, other: int, n_bytes: int, buffer_B: Any, offsets_V1: Any) -> bool:
+def _begin_equal(token: int, other: int, n_bytes: int, buffer_B: Any, offsets_V1: Any) -> bool:
     if token + 1 >= len(offsets_V1) or offsets_V1[token + 1] - offsets_V1[token] < n_bytes:
         return False
     a, b = offsets_V1[token], offsets_V1[other]
@@ -190,7 +190,7 @@ def _begin_alike(token: int, other: int, n_bytes: int, buffer_B: Any, offsets_V1
 
 @njit(cache=True, inline="always")
 def _mapped(token: int, read: int, target_ids_V: Any, rest_ids_B: Any, offsets_V1: Any) -> int:
-    """The target token with which the text of a source token goes on after its first bytes; -1 where the map knows none."""
+    """The target token with which the text of a source token continues after its first bytes; -1 if it is unmapped."""
     if token >= len(target_ids_V):
         return -1
     if read == 0:
@@ -201,7 +201,7 @@ def _mapped(token: int, read: int, target_ids_V: Any, rest_ids_B: Any, offsets_V
 
 @njit(cache=True, inline="always")
 def put(ids_C: Any, probs_C: Any, n: int, token_id: int, mass: float) -> bool:
-    """Add mass to a target token among the first n entries, or as one more; whether it is one more."""
+    """Add mass to a target token among the first n entries, or as a new entry; return whether it is new."""
     for c in range(n):
         if ids_C[c] == token_id:
             probs_C[c] += mass

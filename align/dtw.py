@@ -1,21 +1,21 @@
 """The position map `dtw`: dynamic time warping over the token strings (FuseLLM, arXiv 2401.10491, section 3.2, and its released code).
 
 The cost of matching two tokens is the Levenshtein distance of their spellings without the word-start mark. The cheapest monotonic path
-matches every token of each side with at least one of the other; where paths cost the same, going back from the end, a step that leaves
-both tokens is preferred, then one that leaves the source's, then one that leaves the target's. Spellings are the tokenizers' own: a
-byte-level tokenizer writes `âĢĶ` where a SentencePiece tokenizer writes `—`.
+matches every token of each side with at least one of the other. If paths cost the same, then, going back from the end, a step on both
+sides is preferred, then one on the source's side, then one on the target's. Spellings are the tokenizers' own: a byte-level tokenizer
+writes `âĢĶ` for `—` of a SentencePiece tokenizer.
 
-A target position is *aligned* if the tokens that the path matches agree (FuseChat, arXiv 2408.07990, section 3.1, on groups):
+A target position is *aligned* if the matched tokens agree (FuseChat, arXiv 2408.07990, section 3.1, on groups):
 
     em          exactly one source token is matched, and the spellings are equal
-    mined       so, or the vocabulary map takes the source token to the target token
-    fusechat    so, or one of the two is matched with a group of the other's tokens, all its own, and ends with the spelling of the group's
-                last token: that last token speaks
+    mined       as em, or the vocabulary map maps the source token to the target token
+    fusechat    as mined, or one of the two is matched with an exclusive group of the other's tokens, and ends with the spelling of the
+                group's last token, whose distribution is then used
 
-Positions rise, but unlike those of `span` they may repeat, and a pair's prefixes need not end at the same byte: in a stretch of equal
-tokens the path may be off by some. A leading bos is matched with the other's bos, not by its spelling; with no other bos it is unaligned.
+Positions rise, but unlike those of `span` they may repeat, and the prefixes of a pair may end at different bytes: in a run of equal tokens
+the path may be off by some. A leading bos is matched with the other's bos, not by its spelling; if the other has no bos it is unaligned.
 
-Time is quadratic in the length of a segment; memory is bounded: the path is traced back block by block of rows.
+Time is quadratic in the length of a segment. Memory is bounded, because the path is traced back in blocks of rows.
 
 Axes: T positions of a part, S segments, V source vocabulary, W target vocabulary, N different strings, C characters of all of them.
 """
@@ -32,21 +32,21 @@ from .edit_distance import PackedStrings, distance_to, forget_pattern, note_patt
 from .positions import UNALIGNED
 
 Match = Literal["em", "mined", "fusechat"]
-_MOVES_BYTES = 1 << 26  # of the steps that are kept to trace the path back
-_COSTS_BYTES = 1 << 26  # of the distances that are kept of a segment's different pairs of tokens
+_MOVES_BYTES = 1 << 26  # of the steps that are stored to trace the path back
+_COSTS_BYTES = 1 << 26  # of the cached distances between a segment's different tokens
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Spellings:
-    """The tokens of two vocabularies as strings that can be compared."""
+    """The tokens of two vocabularies as comparable strings."""
 
     strings: PackedStrings
-    bare_V: NDArray[np.int32]  # which string each source token is without word-start marks
+    bare_V: NDArray[np.int32]  # the string of each source token without word-start marks
     bare_W: NDArray[np.int32]
-    spelling_V: NDArray[np.int32]  # equal to that of a target token if the two are spelled the same, but for the kind of word-start mark
+    spelling_V: NDArray[np.int32]  # equal to that of a target token if the two have the same spelling, ignoring the kind of word-start mark
     spelling_W: NDArray[np.int32]
-    marked_spelling_V: NDArray[np.int32]  # the same with a word-start mark before it, where there is none
-    marked_id_V: NDArray[np.int32]  # the source token that is spelled so; -1 for none
+    marked_spelling_V: NDArray[np.int32]  # the same with a word-start mark added if there is none
+    marked_id_V: NDArray[np.int32]  # the source token with that spelling; -1 for none
     starts_word_W: NDArray[np.bool_]
 
     @classmethod
@@ -58,7 +58,7 @@ class Spellings:
 
     @classmethod
     def of_pieces(cls, source_pieces: list[str], *, target_pieces: list[str], source_word_start: str, target_word_start: str) -> Self:
-        """The same of lists of pieces, by id; the marks stand for a space that comes before a word."""
+        """The same for lists of pieces, by id; the marks represent a space before a word."""
         numbers: dict[str, int] = {}
         bare = [
             [numbers.setdefault(piece.replace(mark, ""), len(numbers)) for piece in pieces]
@@ -90,11 +90,11 @@ class Side:
 
     token_ids_T: NDArray[Any]
     offsets: NDArray[np.int64]  # segment s is token_ids_T[offsets[s] : offsets[s + 1]]
-    bos_id: int | None  # of the bos with which segments start; None where they do not
+    bos_id: int | None  # the bos at the start of segments; None if there is none
 
     @property
     def text_starts_S(self) -> NDArray[np.int64]:
-        """Where each segment's text begins: after its bos."""
+        """Where each segment's text begins, after its bos."""
         starts_S = self.offsets[:-1].copy()
         if self.bos_id is not None and len(self.token_ids_T):
             first_S = self.token_ids_T[np.minimum(starts_S, len(self.token_ids_T) - 1)]
@@ -104,14 +104,14 @@ class Side:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Matches:
-    """The tokens that are matched: with each target position a run of source positions, from the first to the last."""
+    """The matched tokens: for each target position a run of source positions, from the first to the last."""
 
-    first_T: NDArray[np.int32]  # indices in the source's part; -1 where nothing is matched
+    first_T: NDArray[np.int32]  # indices in the source's part; -1 if there is no match
     last_T: NDArray[np.int32]
-    cost_S: NDArray[np.int64]  # of the segment's path, in characters; 0 where there is none
+    cost_S: NDArray[np.int64]  # of the segment's path, in characters; 0 if there is none
 
     def pairs(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Every pair of a source position and a target position that are matched, by target position."""
+        """Every matched pair of a source position and a target position, by target position."""
         matched_T = np.flatnonzero(self.first_T >= 0)
         first_T = self.first_T[matched_T].astype(np.int64)
         n_T = self.last_T[matched_T] - first_T + 1
@@ -142,10 +142,10 @@ def warp(source: Side, *, target: Side, source_segment_of_S: NDArray[np.int64], 
 def agreeing_positions(
     matches: Matches, *, source: Side, target: Side, spellings: Spellings, match: Match, target_ids_V: NDArray[np.int32] | None = None
 ) -> NDArray[np.int32]:
-    """The position map: of the matched positions those whose tokens agree.
+    """The position map: the matched positions whose tokens agree.
 
-    The first token of a segment's text is compared as if the source's began with a word-start mark, where the target's does: that mark is
-    the dummy prefix of its tokenizer.
+    For the first token of a segment's text, the source's token is compared with a word-start mark if the target's has one: that mark is the
+    dummy prefix of the target's tokenizer.
 
     Args:
         matches: the result of `warp`.
@@ -156,7 +156,7 @@ def agreeing_positions(
         target_ids_V: the vocabulary map, -1 where unmapped; not used by `em`.
 
     Returns:
-        For each target position the index of its source position in the source's part, int32; -1 where there is none.
+        For each target position the index of its source position in the source's part, int32; -1 if there is none.
     """
     position_T = np.full(len(target.token_ids_T), UNALIGNED, np.int32)
     if match == "em" or target_ids_V is None:
@@ -184,7 +184,7 @@ def _warp(
             continue
         source_start, target_start = source_starts_S[of_source], target_starts_S[s]
         if source_start > source_offsets[of_source] and target_start > target_offsets[s]:
-            first_T[target_offsets[s]] = last_T[target_offsets[s]] = source_offsets[of_source]  # both begin with bos
+            first_T[target_offsets[s]] = last_T[target_offsets[s]] = source_offsets[of_source]  # both segments begin with bos
         source_strings, source_slots = _numbered(source_T[source_start : source_offsets[of_source + 1]], slot_N)
         target_strings, target_slots = _numbered(target_T[target_start : target_offsets[s + 1]], slot_N)
         if len(source_slots) == 0 or len(target_slots) == 0:
@@ -197,7 +197,7 @@ def _warp(
 
 @njit(cache=True, nogil=True)
 def _numbered(strings_T: Any, slot_N: Any) -> Any:
-    """The different strings of a sequence, in order of appearance, and for each position which of them it is."""
+    """The different strings of a sequence, in order of appearance, and the index of each position's string."""
     strings, slots_T = np.empty(len(strings_T), np.int32), np.empty(len(strings_T), np.int32)
     n = 0
     for t in range(len(strings_T)):
@@ -212,13 +212,13 @@ def _numbered(strings_T: Any, slot_N: Any) -> Any:
 
 @njit(cache=True, nogil=True)
 def _costs(string: int, targets: Any, chars_C: Any, offsets_N1: Any, marks_N: Any, masks_A: Any, costs: Any) -> None:
-    """The distance of one string to each of several."""
+    """The distance of a string to each of several strings."""
     pattern_C = chars_C[offsets_N1[string] : offsets_N1[string + 1]]
     note_pattern(masks_A, pattern_C)
     for slot in range(len(targets)):
         other = targets[slot]
         length = offsets_N1[other + 1] - offsets_N1[other]
-        if marks_N[string] & marks_N[other] == 0:  # no character in common: each is changed
+        if marks_N[string] & marks_N[other] == 0:  # no common character: every character changes
             costs[slot] = max(len(pattern_C), length)
         else:
             costs[slot] = distance_to(masks_A, pattern_C, chars_C[offsets_N1[other] : offsets_N1[other + 1]])
@@ -230,9 +230,9 @@ def _path(
     source_strings: Any, source_slots: Any, target_strings: Any, target_slots: Any, chars_C: Any, offsets_N1: Any, marks_N: Any,
     masks_A: Any, moves_bytes: int, costs_bytes: int, source_start: int, first_T: Any, last_T: Any,
 ) -> int:  # fmt: skip
-    """The cheapest path through one segment: writes the run of source positions of each target position, returns the cost."""
+    """The cheapest path through one segment: write the run of source positions of each target position, return the cost."""
     n, m, m_strings = len(source_slots), len(target_slots), len(target_strings)
-    # Distances of the strings that appear first are kept, as many as there is room for; those of others are found again in each row.
+    # Distances of the strings that appear first are cached, as many as fit; the others are computed again in each row.
     n_kept = min(len(source_strings), max(1, costs_bytes // (4 * m_strings)))
     kept, passing = np.empty((n_kept, m_strings), np.int32), np.empty(m_strings, np.int32)
     for slot in range(n_kept):
@@ -240,7 +240,7 @@ def _path(
     block = min(n, max(1, moves_bytes // m))
     moves = np.empty((block, m), np.uint8)
     n_blocks = (n + block - 1) // block
-    before_blocks = np.empty((n_blocks, m), np.int32)  # the row before each block, to find the block's moves again
+    before_blocks = np.empty((n_blocks, m), np.int32)  # the row before each block, to compute the block's moves again
     row = np.zeros(m, np.int32)
     for b in range(n_blocks):
         before_blocks[b] = row
@@ -263,10 +263,10 @@ def _path(
                 _row(kept[slot] if slot < n_kept else passing, target_slots, again == 0, row, moves[again - b * block])
             held = b
         move = moves[i - b * block, j]
-        if move != 1:  # leaves the target's token
+        if move != 1:  # a step on the target's side
             first_T[j] = source_start + i
             j -= 1
-        if move != 2:  # leaves the source's
+        if move != 2:  # a step on the source's side
             i -= 1
         if move != 1:
             last_T[j] = source_start + i
@@ -276,7 +276,7 @@ def _path(
 
 @njit(cache=True, nogil=True)
 def _row(costs: Any, target_slots: Any, is_first: bool, row: Any, moves: Any) -> None:
-    """One row of the dynamic programme, in place of the one before. Moves: 0 leaves both tokens, 1 the source's, 2 the target's."""
+    """One row of the dynamic programme, in place. Moves: 0 is a step on both sides, 1 on the source's, 2 on the target's."""
     if is_first:
         row[0] = costs[target_slots[0]]
         for j in range(1, len(row)):
@@ -331,10 +331,10 @@ def _agree(
 
 @njit(cache=True, nogil=True)
 def _ends_group(first_T: Any, t: int) -> bool:
-    """Whether the position is the last of several that are matched with one source position.
+    """Whether the position is the last of several that are matched with the same source position.
 
-    Groups never overlap: where the path could turn from a run on one side into a run on the other, a step on both sides is no dearer, and
-    preferred.
+    Groups never overlap: where the path could turn from a run on one side into a run on the other, a step on both sides costs no more and
+    is preferred.
     """
     starts = t == 0 or first_T[t - 1] != first_T[t]
     goes_on = t + 1 < len(first_T) and first_T[t + 1] == first_T[t]
@@ -343,7 +343,7 @@ def _ends_group(first_T: Any, t: int) -> bool:
 
 @njit(cache=True, nogil=True)
 def _ends_with(whole: int, ending: int, chars_C: Any, offsets_N1: Any) -> bool:
-    """Whether a string ends with another, which is not empty."""
+    """Whether a string ends with another string that is not empty."""
     length = offsets_N1[ending + 1] - offsets_N1[ending]
     if length == 0 or length > offsets_N1[whole + 1] - offsets_N1[whole]:
         return False

@@ -1,10 +1,10 @@
-"""Levenshtein distances between the strings of two vocabularies, and the nearest string of one to each of the other.
+"""Levenshtein distances between the strings of two vocabularies, and the nearest string in one for each string of the other.
 
-The distance is bit-parallel (Myers 1999, in the form of Hyyrö 2003): one column of the dynamic programme is one word of 64 bits, so that
-a string of up to 64 characters is compared in a few operations per character of the other. Longer strings take the textbook way.
+The distance is bit-parallel (Myers 1999, in the form of Hyyrö 2003): one column of the dynamic programme is one word of 64 bits, so a
+string of up to 64 characters needs a few operations per character of the other. Longer strings use the textbook algorithm.
 
-The nearest string is searched exactly, and most strings are ruled out without comparing them: the distance is at least the difference
-of the lengths, and at least the number of characters that only one of the two has (benchmarks/align.py).
+The search is exact, and skips most strings without comparing them: the distance is at least the difference of the lengths, and at least
+the number of characters that only one of the two has (benchmarks/align.py).
 
 Axes: N strings, C characters of all of them, one after another.
 """
@@ -20,8 +20,8 @@ from numpy.typing import NDArray
 
 from ..store.machine import usable_cores
 
-_WORD = 64  # characters of a string that one machine word compares
-_QUERIES = 512  # searched by a thread at a time
+_WORD = 64  # characters of a string in one machine word
+_QUERIES = 512  # per task of a thread
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,13 +30,13 @@ class PackedStrings:
 
     chars_C: NDArray[np.int32]  # characters, numbered from 0 by `alphabet`
     offsets_N1: NDArray[np.int64]  # string n is chars_C[offsets_N1[n] : offsets_N1[n + 1]]
-    marks_N: NDArray[np.uint64]  # one bit of 64 is set for each character that the string has
+    marks_N: NDArray[np.uint64]  # one of 64 bits is set for each character of the string
     n_chars: int  # size of the alphabet
 
     @classmethod
     def pack(cls, *lists: Sequence[str]) -> list[Self]:
-        """Pack lists of strings that are to be compared with one another: they share one alphabet."""
-        # Lone surrogates stand for bytes that are no character; `surrogatepass` keeps them.
+        """Pack lists of strings with one alphabet, so that they can be compared."""
+        # Lone surrogates represent bytes that are not a character; `surrogatepass` keeps them.
         codes = [np.frombuffer("".join(strings).encode("utf-32-le", "surrogatepass"), np.uint32) for strings in lists]
         alphabet = np.unique(np.concatenate(codes))
         packed = []
@@ -54,7 +54,7 @@ class PackedStrings:
 
 
 def nearest(queries: Sequence[str], *, candidates: Sequence[str]) -> tuple[NDArray[np.int64], NDArray[np.int32]]:
-    """The candidate at the smallest Levenshtein distance from each query; of several, the first.
+    """The candidate with the smallest Levenshtein distance to each query; on ties, the first.
 
     Returns:
         The index of the candidate [N], -1 if there are no candidates, and its distance in characters [N].
@@ -63,7 +63,7 @@ def nearest(queries: Sequence[str], *, candidates: Sequence[str]) -> tuple[NDArr
     order_N = np.argsort(np.diff(candidate.offsets_N1), kind="stable")  # by length
     sorted_candidate = _reordered(candidate, order_N)
     lengths_N = np.diff(sorted_candidate.offsets_N1)
-    starts_L = np.searchsorted(lengths_N, np.arange(int(lengths_N.max(initial=0)) + 2))  # where each length begins
+    starts_L = np.searchsorted(lengths_N, np.arange(int(lengths_N.max(initial=0)) + 2))  # the first string of each length
     index_N, distance_N = np.full(len(query), -1, np.int64), np.zeros(len(query), np.int32)
 
     def search(first: int) -> None:
@@ -72,7 +72,7 @@ def nearest(queries: Sequence[str], *, candidates: Sequence[str]) -> tuple[NDArr
             sorted_candidate.marks_N, order_N, starts_L, query.n_chars, first, min(first + _QUERIES, len(query)), index_N, distance_N,
         )  # fmt: skip
 
-    with ThreadPoolExecutor(usable_cores()) as threads:  # compiled code without the interpreter's lock
+    with ThreadPoolExecutor(usable_cores()) as threads:  # compiled code that releases the interpreter's lock
         list(threads.map(search, range(0, len(query), _QUERIES)))
     return index_N, distance_N
 
@@ -95,21 +95,21 @@ def _reordered(packed: PackedStrings, order_N: NDArray[np.int64]) -> PackedStrin
 
 @njit(cache=True, nogil=True)
 def note_pattern(masks_A: Any, pattern_C: Any) -> None:
-    """Write, for each character of the alphabet, at which places of the pattern it stands."""
+    """Write, for each character of the alphabet, a mask of its places in the pattern."""
     for place in range(min(len(pattern_C), _WORD)):
         masks_A[pattern_C[place]] |= np.uint64(1) << np.uint64(place)
 
 
 @njit(cache=True, nogil=True)
 def forget_pattern(masks_A: Any, pattern_C: Any) -> None:
-    """Take back what `note_pattern` wrote."""
+    """Clear what `note_pattern` wrote."""
     for char in pattern_C:
         masks_A[char] = 0
 
 
 @njit(cache=True, nogil=True)
 def distance_to(masks_A: Any, pattern_C: Any, other_C: Any) -> int:
-    """Levenshtein distance of a pattern, whose masks are noted, to another string."""
+    """Levenshtein distance of a pattern, whose masks are written, to another string."""
     if len(pattern_C) > _WORD:
         return _textbook(pattern_C, other_C)
     if len(pattern_C) == 0:
@@ -174,7 +174,7 @@ def _nearest(
         note_pattern(masks_A, pattern_C)
         best, best_index = 2**31, -1
         gap = 0
-        # By rising difference of the lengths, which bounds the distance from below; equal ones may still be earlier in the list.
+        # By rising difference of the lengths, a lower bound of the distance; a tie may still be earlier in the list.
         while gap <= best and (len(pattern_C) - gap >= 0 or len(pattern_C) + gap <= longest):
             for side in range(2 if gap else 1):
                 length = len(pattern_C) - gap if side == 0 else len(pattern_C) + gap

@@ -1,22 +1,22 @@
 """Fusion: the sources' aligned distributions become one target distribution per position, stored as `targets/<name>`.
 
-Fusion is a function of stored distributions, alignments and parameters; it is materialised so that the trainer reads one sequential stream.
+Fusion is a function of stored distributions, alignments and parameters. It is stored so that the trainer reads one sequential stream.
 
-Arrays of a part (T positions and S segments of the target's part, K entries, N sources; position j speaks of token j + 1 of its segment):
+Arrays of a part (T positions and S segments of the target's part, K entries, N sources; position j predicts token j + 1 of its segment):
 
     token_ids_T, segment_offsets, doc_id_S, segment_S     the target's tokens
-    label_mask_T                      of conversations: whether the token that follows is the assistant's, and trained on (bool)
-    topk_ids_TK, topk_logprobs_TK     the fused distribution, by falling probability; -inf where there are fewer than K entries
+    label_mask_T                      for conversations: whether the next token is the assistant's, and trained on (bool)
+    topk_ids_TK, topk_logprobs_TK     the fused distribution, by falling probability; -inf beyond the entries if there are fewer than K
     tail_logprob_T                    log of the mass outside these entries
-    source_T                          which source the distribution is from, by its place in the attribute `sources`; 255 for a mean,
+    source_T                          source of the distribution, as an index into the attribute `sources`; 255 for a mean,
                                       254 for all mass on one token (the attribute `one_hot` says which)
-    source_S                          the source that has all the weight in the segment; 255 where several have some
+    source_S                          the source with all the weight in the segment; 255 if several have weight
     lost_mass_S                       mean over the segment's positions of the mass that the vocabulary map lost
-    gold_nll_S, n_gold_S              nats of the text's tokens under the fused distributions, and how many have any probability; of
-                                      conversations of the assistant's tokens alone
-    …_SN                              what each source brings to each segment (`contributions`)
+    gold_nll_S, n_gold_S              nats of the text's tokens under the fused distributions, and how many have any probability; for
+                                      conversations only of the assistant's tokens
+    …_SN                              the contribution of each source to each segment (`contributions`)
 
-What each source counts, and of which unit of text, is in `weights`.
+The weights of the sources, and the units of text, are in `weights`.
 """
 
 from collections.abc import Mapping, Sequence
@@ -44,8 +44,8 @@ def fusion_choices(
 ) -> dict[str, Any]:
     """The part of the identity of fused targets that the recipe alone determines; `names` are those of the sources, in order.
 
-    A choice that makes no difference is None: the metric where each token is a unit, a pack's length where there are none, and weights
-    where the method makes them. Of weights only their ratio counts.
+    A setting without effect is None: the metric if each token is a unit, the pack length without packs, and weights if the method computes
+    them. Only the ratio of weights counts.
     """
     is_fixed = fusion.method == "fixed"
     return {
@@ -64,7 +64,7 @@ def fusion_choices(
 def fusion_identity(
     sources: list[FusionSource], *, alignment: AlignmentConfig, fusion: FusionConfig, top_k: int, codec: Encoding = "f16"
 ) -> dict[str, Any]:
-    """What determines fused targets. The order of the sources does, since it breaks ties; their names do not."""
+    """What determines fused targets. This includes the order of the sources, which breaks ties, but not their names."""
     names = [source.name for source in sources]
     return fusion_choices(names, alignment=alignment, fusion=fusion, top_k=top_k, codec=codec) | {
         "sources": [
@@ -75,13 +75,13 @@ def fusion_identity(
 
 
 def _scaled(weights: Mapping[str, float], *, names: Sequence[str]) -> list[float]:
-    """Weights in the order of the sources, with a sum of 1."""
+    """Weights in the order of the sources, which sum to 1."""
     total = sum(weights.get(name, 0.0) for name in names)
     return [weights.get(name, 0.0) / total for name in names]
 
 
 class FusionStage:
-    """Fuses the parts of several sources. Pickles as its arguments."""
+    """Fuses the parts of several sources. It pickles as its arguments."""
 
     def __init__(
         self,
@@ -94,9 +94,9 @@ class FusionStage:
         codec: Encoding = "f16",
         corpus: Dataset | None = None,
     ) -> None:
-        """`sources[0]` is the target's own start, whose tokens and positions the result has.
+        """`sources[0]` is the target's own start; the result has its tokens and positions.
 
-        `corpus` is needed for weights by domain, and `fusion.pack_length` must be given with unit `pack`.
+        Weights by domain need `corpus`, and unit `pack` needs `fusion.pack_length`.
         """
         assert sources[0].alignment is None
         assert fusion.unit != "pack" or fusion.pack_length
@@ -168,7 +168,7 @@ class FusionStage:
     def _costs(
         self, projections: Sequence[Projection], likelihoods: "Sequence[_Likelihood]", *, offsets: NDArray[np.int64], doc_id_S: NDArray[Any]
     ) -> NDArray[np.float64]:
-        """What each source costs at each position: there, or in the unit around it."""
+        """The cost of each source at each position: of the position, or of its unit."""
         if self.fusion.unit == "token":
             return np.array([position_costs(projection, method=self.fusion.method) for projection in projections])
         lengths_S = np.diff(offsets)
@@ -196,10 +196,10 @@ class FusionStage:
     def _fall_back(
         self, shares_NT: NDArray[np.float64], is_silent_T: NDArray[np.bool_], *, token_ids_T: NDArray[Any], gold_ids_T: NDArray[np.int64]
     ) -> Projection:
-        """Where no chosen source speaks, give the share to the target's own start, or make up all mass on one token.
+        """Where no chosen source has a distribution, use the target's own start, or put all mass on one token.
 
-        The reference puts it on the token at the position, though the distribution is about the next one (FuseAI `packing`); FuseChat
-        corrects that by shifting. Nothing follows the last position of a segment: there it is the target's own start.
+        The reference code puts it on the token at the position, although the distribution is for the next one (FuseAI `packing`); FuseChat
+        corrects that by shifting. The last position of a segment has no next token: there the target's own start is used.
         """
         ids_T = token_ids_T.astype(np.int32) if self.fusion.fallback == "one_hot_published" else gold_ids_T.astype(np.int32)
         is_one_hot_T = is_silent_T & (self.fusion.fallback != "target") & (ids_T != NO_GOLD)
@@ -208,7 +208,7 @@ class FusionStage:
 
 
 class _Likelihood:
-    """How well one source predicts each segment of the target's part, S, and how sure it is."""
+    """How well one source predicts each segment of the target's part, S, and how certain it is."""
 
     def __init__(self, distributions: Dataset, part: int, *, doc_id_S: NDArray[Any], segment_S: NDArray[Any]) -> None:
         self._distributions, self._part = distributions, part
@@ -221,11 +221,11 @@ class _Likelihood:
 
     @property
     def nll_S(self) -> NDArray[np.float64]:
-        """Nats of each segment; NaN where the source left it out."""
+        """Nats of each segment; NaN if the source left it out."""
         return self._at_segments(self._nll, missing=np.nan)
 
     def costs(self, fusion: FusionConfig, *, unit_S: NDArray[np.int64]) -> NDArray[np.float64]:
-        """What each unit costs the source by the fusion's method and metric."""
+        """The source's cost of each unit by the fusion's method and metric."""
         nats = self._surety(fusion.method) if fusion.method in ("entropy", "confidence") else self._nll
         return unit_costs(
             self._at_segments(nats, missing=0),
@@ -237,7 +237,7 @@ class _Likelihood:
         )
 
     def _at_segments(self, values: NDArray[Any], *, missing: float) -> NDArray[np.float64]:
-        return np.append(values.astype(np.float64), missing)[self._place_S]  # -1, where there is none, is the last place
+        return np.append(values.astype(np.float64), missing)[self._place_S]  # -1 (no segment) selects the last value
 
     def _surety(self, method: str) -> NDArray[np.float64]:
         """Entropy or min-entropy over the scored tokens of each of the source's segments."""
@@ -251,7 +251,7 @@ class _Likelihood:
         if is_label_U is not None:
             return sums(np.where(is_label_U, nats_U, 0), offsets=offsets)
         before = np.concatenate([[0.0], np.cumsum(nats_U, dtype=np.float64)])
-        last = np.maximum(offsets[1:] - 1, 0)  # nothing follows there, and the tokens that are scored are the last ones
+        last = np.maximum(offsets[1:] - 1, 0)  # no next token there; the scored tokens are the last ones
         return before[last] - before[np.maximum(last - n_scored.astype(np.int64), 0)]
 
 
@@ -266,13 +266,13 @@ def _probabilities_of(gold_ids_T: Any, ids_TK: Any, probs_TK: Any) -> Any:
 
 
 def _only_sources(weights_NT: NDArray[np.float64], *, offsets: NDArray[np.int64]) -> NDArray[np.uint8]:
-    """The source with all the weight in each segment, or SEVERAL."""
+    """The source with all the weight in each segment, or SEVERAL if there are several."""
     has_weight_NS = np.array([sums(weight_T > 0, offsets=offsets) > 0 for weight_T in weights_NT])
     return np.where(has_weight_NS.sum(axis=0) == 1, has_weight_NS.argmax(axis=0), SEVERAL).astype(np.uint8)
 
 
 def _one_hot(ids_T: NDArray[np.int32], *, where_T: NDArray[np.bool_]) -> Projection:
-    """A made-up source that gives one token everything, at some positions."""
+    """An artificial source with all mass on one token, at some positions."""
     mass_T, nothing_T = where_T.astype(np.float32), np.zeros(len(ids_T), np.float32)
     return Projection(
         ids_TC=np.maximum(ids_T, 0)[:, None],

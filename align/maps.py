@@ -13,7 +13,7 @@ from .vocabulary import vocabulary_map
 
 
 def end_of_turn(source: Dataset, *, target: Dataset) -> tuple[int, int] | None:
-    """The tokens with which source and target end the assistant's turn, by their distributions; None of plain text."""
+    """The tokens with which source and target end the assistant's turn, from their distributions; None for plain text."""
     source_id, target_id = (dataset.identity.get("chat", {}).get("end_of_turn") for dataset in (source, target))
     return None if source_id is None or target_id is None else (source_id, target_id)
 
@@ -44,12 +44,12 @@ class VocabularyMapStage:
         parts: Sequence[int] = (),
         end_of_turn: tuple[int, int] | None = None,
     ) -> None:
-        """`matches` holds, for `stat`, how often tokens are matched in each of the `parts`; for `end_of_turn` see `vocabulary_map`."""
+        """For `stat`, `matches` holds how often tokens are matched in each of the `parts`; for `end_of_turn` see `vocabulary_map`."""
         self.dataset, self.source, self.target, self.rule, self.matches, self.parts = dataset, source, target, rule, matches, parts
         self.end_of_turn = end_of_turn
 
     def compute(self, part: int) -> PartContent:
-        """The whole map; it has only part 0."""
+        """The whole map, as part 0."""
         assert part == 0
         if self.rule == "mined_published":
             table = published_map(self.source, target=self.target)

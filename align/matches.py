@@ -1,8 +1,8 @@
 """The stage that makes `token_matches/<source>--<target>--<positions>`: how often tokens are matched in each part of the corpus.
 
 The table of a part has a row per pair of tokens: source_id and target_id (uint32), and count (uint64), how often a position map matches
-the one with the other, before it is asked whether they agree. With `span` these are tokens that end at the same byte, with `dtw` those
-that the path matches. Tokens without text are left out. The vocabulary map `stat` adds the parts up.
+them, whether or not they agree. `span` matches tokens that end at the same byte, `dtw` those on its path. Tokens without text are left
+out. The vocabulary map `stat` sums over the parts.
 """
 
 from typing import Any
@@ -22,7 +22,7 @@ def matches_identity(source: Dataset, *, target: Dataset, positions: str) -> dic
 
 
 class TokenMatchesStage(PairStage):
-    """Counts the tokens of a source and a target that are matched, by `span` or `dtw`."""
+    """Counts the matched tokens of a source and a target, by `span` or `dtw`."""
 
     def compute(self, part: int) -> PartContent:
         """Count the matches of one part."""

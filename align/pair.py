@@ -1,4 +1,4 @@
-"""What every stage reads that brings two models' readings of a corpus together: both sides of a part, and their tokenizers.
+"""The input of every stage that compares two models' tokens of a corpus: both sides of a part, and their tokenizers.
 
 Axes: T tokens or positions of a part, S segments of the target's part.
 """
@@ -28,10 +28,10 @@ class Reading:
     segment_S: NDArray[Any]
     n_bytes_S: NDArray[Any]
     tokenizer: Tokenizer
-    stored_ends_T: NDArray[Any] | None  # byte ends, where the tokenizer rewrote text
+    stored_ends_T: NDArray[Any] | None  # byte ends, if the tokenizer rewrote text
 
     def byte_ends(self, *, dummy_prefix: bool) -> NDArray[np.int64]:
-        """Byte of its segment at which each token ends: as stored where the tokenizer rewrote text, else by the tokens' lengths."""
+        """Byte of its segment at which each token ends: as stored if the tokenizer rewrote text, else from the tokens' lengths."""
         if self.stored_ends_T is not None:
             return np.maximum(self.stored_ends_T.astype(np.int64), -1 if dummy_prefix else 0)
         return self.tokenizer.byte_ends(
@@ -52,10 +52,10 @@ class PairPart:
         return span_positions(self._ends(dummy_prefix=False))
 
     def cover(self) -> tuple[NDArray[np.int32], NDArray[np.uint16]]:
-        """The position map `cover`, and how many bytes each target position is ahead.
+        """The position map `cover`, and how many bytes each target position is ahead of its source position.
 
-        Inside of a source token whose text the tokenizer rewrote no byte of the token stands for a byte of the text: there is no position.
-        Nor is there beyond the last token of a source that read a conversation in another template, which may end sooner.
+        Inside a source token whose text the tokenizer rewrote, bytes of the token do not correspond to bytes of the text, so there is no
+        position. There is also none after the last token of a source that read a conversation in another template, which may end sooner.
         """
         position_T, ahead_T = cover_positions(self._ends(dummy_prefix=True))
         if self.source.stored_ends_T is not None:
@@ -63,13 +63,13 @@ class PairPart:
             in_text_U = np.diff(self.source.stored_ends_T, prepend=0)
             in_token_U = self.source.tokenizer.token_bytes.lengths_V[self.source.side.token_ids_T]
             is_as_read_U = in_text_U == in_token_U
-            is_as_read_U[self.source.side.offsets[:-1]] = False  # after the last token of a segment comes the first of the next
+            is_as_read_U[self.source.side.offsets[:-1]] = False  # the entry after a segment's last token is the next segment's first
             rewritten_T = inside_T[~np.append(is_as_read_U, False)[position_T[inside_T] + 1]]
             position_T[rewritten_T], ahead_T[rewritten_T] = UNALIGNED, 0
         return position_T, ahead_T
 
     def warp(self, spellings: Spellings) -> Matches:
-        """The path of `dtw`."""
+        """The matches on the path of `dtw`."""
         return warp(self.source.side, target=self.target.side, source_segment_of_S=self.source_segment_of_S, spellings=spellings)
 
     def _ends(self, *, dummy_prefix: bool) -> Ends:
@@ -84,7 +84,7 @@ class PairPart:
 
 
 class PairStage:
-    """A stage over the parts of a source and a target. Pickles as its arguments."""
+    """A stage over the parts of a source and a target. It pickles as its arguments."""
 
     def __init__(
         self,
@@ -115,7 +115,7 @@ class PairStage:
 
     @cached_property
     def spellings(self) -> Spellings:
-        """How both tokenizers spell their tokens."""
+        """The spellings of both tokenizers' tokens."""
         return Spellings.of_tokenizers(self.source_tokenizer, target=self.target_tokenizer)
 
     def read(self, part: int) -> PairPart:

@@ -1,10 +1,10 @@
-"""Position maps: which source position speaks about the same place in the text as each target position.
+"""Position maps: for each target position, the source position at the same place in the text.
 
 `span`: a source position j and a target position i condition on the same text exactly when their prefixes end at the same byte, e_j = f_i.
-Two sorted integer arrays are matched, in linear time and exactly, whatever the tokenizers.
+Two sorted integer arrays are matched, in linear time and exactly, for any tokenizers.
 
-`cover`: that, and where a target position lies inside a source token, the source position before that token: what it says of the text to
-come is then conditioned on the bytes that the target has read since.
+`cover`: the same; for a target position inside a source token, the source position before that token, whose prediction is then
+conditioned on the bytes that the target has read since.
 """
 
 from dataclasses import dataclass, replace
@@ -19,7 +19,7 @@ UNALIGNED = -1
 def match_segments(
     *, source_doc_id_S: NDArray[Any], source_segment_S: NDArray[Any], target_doc_id_S: NDArray[Any], target_segment_S: NDArray[Any]
 ) -> NDArray[np.int64]:
-    """For each target segment the index of the same segment in the source's part, or -1 where the source left it out.
+    """For each target segment the index of the same segment in the source's part, or -1 if the source left it out.
 
     Both parts hold segments of the same corpus part, ordered by document and segment.
     """
@@ -33,7 +33,7 @@ def match_segments(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ends:
-    """Where the tokens of a part end, on both sides."""
+    """The ends of the tokens of a part, on both sides."""
 
     source_ends_T: NDArray[np.int64]  # byte offset in its segment at which each source token ends, ascending within a segment
     source_offsets: NDArray[np.int64]  # where the source's segments start, and the end of the last
@@ -47,24 +47,24 @@ def span_positions(ends: Ends) -> NDArray[np.int32]:
     """Match the positions of a whole part by the byte at which their prefixes end.
 
     Returns:
-        For each target position the index of its source position in the source's part, int32; -1 where there is none. Where several
-        positions end at the same byte (bos, or tokens without text), the last one counts: it has read the most.
+        For each target position the index of its source position in the source's part, int32; -1 if there is none. If several positions
+        end at the same byte (bos, or tokens without text), the last one counts: it has read the most.
     """
     position_T, ahead_T = _last_positions(ends)
     return np.where(ahead_T == 0, position_T, UNALIGNED).astype(np.int32)
 
 
 def cover_positions(ends: Ends) -> tuple[NDArray[np.int32], NDArray[np.uint16]]:
-    """For each target position the source position that has read the most of the same text, and no more.
+    """For each target position the source position that has read the most of the same text, but no more text than the target.
 
     Args:
-        ends: with -1 for a bos with a dummy prefix to come, on both sides.
+        ends: with -1 for a bos before a dummy prefix, on both sides.
 
     Returns:
-        The index of the source position in the source's part, int32, -1 where there is none; and how many bytes the target has read beyond
-        it, uint16: the beginning of the source token that follows, 0 where both have read the same.
+        The index of the source position in the source's part, int32, -1 if there is none; and how many bytes the target has read beyond
+        it, uint16: the beginning of the next source token, 0 if both have read the same.
     """
-    # A dummy prefix is no text: only a source with one has a position before it.
+    # A dummy prefix is not text: only a source with one has a position before it.
     first_ends_S = np.append(ends.source_ends_T, 0)[ends.source_offsets[:-1]]
     has_dummy_S = np.append(first_ends_S, 0)[ends.source_segment_of_S] == -1
     least_T = -np.repeat(has_dummy_S, np.diff(ends.target_offsets)).astype(np.int64)
@@ -73,11 +73,11 @@ def cover_positions(ends: Ends) -> tuple[NDArray[np.int32], NDArray[np.uint16]]:
 
 
 def _last_positions(ends: Ends) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
-    """The last source position of the same segment that ends at or before each target position, -1 without one; how far before.
+    """The last source position of the same segment that ends at or before each target position, -1 if there is none; and the distance.
 
-    Of several target positions that end at the same byte only the last one has one.
+    Only the last of several target positions that end at the same byte has one.
     """
-    base_S = np.concatenate([[1], 1 + np.cumsum(ends.n_bytes_S.astype(np.int64) + 2)])[:-1]  # sets the segments' byte ranges apart
+    base_S = np.concatenate([[1], 1 + np.cumsum(ends.n_bytes_S.astype(np.int64) + 2)])[:-1]  # separates the segments' byte ranges
     base_T = np.repeat(base_S, np.diff(ends.target_offsets))
     target_key_T = ends.target_ends_T + base_T
     shared_S = ends.source_segment_of_S >= 0

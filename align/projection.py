@@ -1,12 +1,12 @@
-"""Projects a source's distributions into the target's vocabulary and positions, and mixes several of them.
+"""Projects a source's distributions into the target's vocabulary and positions, and mixes several sources.
 
-Compiled loops over positions: a position has a dozen entries, too few for array operations and too many positions for Python. The position
-map says which source position speaks at a target position, the vocabulary map with which target token the text of a source token goes on.
+The loops over positions are compiled: a position has a dozen entries, too few for array operations, and there are too many positions for
+Python. The position map gives the source position for a target position, the vocabulary map the target token for a source token.
 
-The text itself is known, and what the source gave it, token by token, is stored. So with the gold anchor the target token that follows in
-the text has exactly the probability that the source gave its text, wherever both its ends are source positions (Minixhofer et al. 2025,
-arXiv 2503.20083, on likelihoods between shared boundaries); what else had been mapped to it, or to its beginning, is lost. `cover` always
-has the anchor, loses less and speaks everywhere: `cover.py`.
+The text is known, and the source's probability of each of its tokens is stored. So with the gold anchor the next target token of the text
+has exactly the source's probability of its text, if both its ends are source positions (Minixhofer et al. 2025, arXiv 2503.20083, on
+likelihoods between shared boundaries). Other mass that was mapped to it, or to its beginning, is lost. `cover` always has the anchor, loses
+less and covers every position: `cover.py`.
 
 Axes: T positions of the target's part, U of the source's, V source vocabulary, B bytes of all its tokens one after another, K entries of a
 source position, C capacity of a projection, N sources.
@@ -30,10 +30,10 @@ Collisions = Literal["sum", "first"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class VocabularyMap:
-    """Where a source's tokens lie in the target's vocabulary."""
+    """The map from a source's tokens to the target's vocabulary."""
 
-    target_ids_V: NDArray[np.int32]  # target token of each source token, -1 where unmapped
-    # For `cover`: the same for what is left of each token after its first n bytes, at offsets_V1[v] + n; else empty.
+    target_ids_V: NDArray[np.int32]  # target token of each source token, -1 if unmapped
+    # For `cover`: the same for the rest of each token after its first n bytes, at offsets_V1[v] + n; else empty.
     rest_ids_B: NDArray[np.int32]
     buffer_B: NDArray[np.uint8]
     offsets_V1: NDArray[np.int64]
@@ -51,19 +51,19 @@ class VocabularyMap:
 
 @dataclass(frozen=True, kw_only=True)
 class SourcePart:
-    """One source's part and how it lies to the target's."""
+    """One source's part and its maps to the target's part."""
 
     topk_ids_UK: NDArray[Any]  # source ids, by falling probability
     topk_probs_UK: NDArray[np.float32]
-    gold_ids_U: NDArray[np.int64]  # the source token that follows; anything at a segment's last position
+    gold_ids_U: NDArray[np.int64]  # the next source token; undefined at a segment's last position
     gold_logprob_U: NDArray[np.float64]  # its log-probability; NaN at a segment's last position
     vocabulary: VocabularyMap | None  # None for the identity
-    position_T: NDArray[np.int32]  # position map, -1 where the source says nothing
+    position_T: NDArray[np.int32]  # position map, -1 where the source has no distribution
     ahead_T: NDArray[np.uint16] | None = None  # bytes that the target position has read beyond the source position; None for none
 
     @cached_property
     def read_logprob_U(self) -> NDArray[np.float64]:
-        """Log-probability that the source gave to all the part's text up to each position."""
+        """The source's log-probability of the part's whole text up to each position."""
         return np.concatenate([[0.0], np.cumsum(np.nan_to_num(self.gold_logprob_U, nan=0.0))[:-1]])
 
 
@@ -71,33 +71,33 @@ class SourcePart:
 class Projection:
     """A source's distributions at each target position, over the target's vocabulary.
 
-    Of a position's probability, mapped + merged + lost + tail is 1 where the source speaks, and each is 0 elsewhere.
+    mapped + merged + lost + tail is 1 at positions where the source has a distribution, and each is 0 elsewhere.
     """
 
-    ids_TC: NDArray[np.int32]  # the first n_T entries of each row, all different, in no order
+    ids_TC: NDArray[np.int32]  # the first n_T entries of each row, all different, in any order
     probs_TC: NDArray[np.float32]
     n_T: NDArray[np.int32]
-    is_aligned_T: NDArray[np.bool_]  # the source speaks here
-    mapped_T: NDArray[np.float32]  # mass that came first to its target token
-    merged_T: NDArray[np.float32]  # mass that joined a target token that had some
-    lost_T: NDArray[np.float32]  # mass of tokens that the map does not know, that end unforeseen, or that the anchor displaces
+    is_aligned_T: NDArray[np.bool_]  # the source has a distribution here
+    mapped_T: NDArray[np.float32]  # first mass on its target token
+    merged_T: NDArray[np.float32]  # mass added to a target token that already had some
+    lost_T: NDArray[np.float32]  # mass of tokens that are unmapped, that end unexpectedly, or that the anchor displaces
     tail_T: NDArray[np.float32]  # mass outside the stored entries
-    gold_logprob_T: NDArray[np.float32]  # of the target token that follows; -inf without mass, NaN where unaligned or nothing follows
+    gold_logprob_T: NDArray[np.float32]  # of the next target token; -inf without mass, NaN if unaligned or without a next token
 
 
 def project(source: SourcePart, *, gold_ids_T: NDArray[np.int64], gold_anchor: bool, collisions: Collisions = "sum") -> Projection:
-    """Bring a source's distributions to the target's positions and tokens.
+    """Project a source's distributions onto the target's positions and tokens.
 
     Args:
         source: the source.
-        gold_ids_T: the target token that follows each position, -1 at the last of a segment.
-        gold_anchor: give the target token that follows what the source gave its text; see the module.
-        collisions: what becomes of several source tokens on one target token: their `sum`, or only the `first`, most probable one (the
+        gold_ids_T: the target token after each position, -1 at the last of a segment.
+        gold_anchor: give the next target token the source's probability of its text; see the module.
+        collisions: how to combine several source tokens on one target token: their `sum`, or only the `first`, most probable one (the
             published code of FuseLLM).
     """
     n, k = len(source.position_T), source.topk_ids_UK.shape[1]
     vocabulary = source.vocabulary or VocabularyMap.of_tokens(np.arange(int(source.topk_ids_UK.max(initial=0)) + 1, dtype=np.int32))
-    capacity = k + (1 if source.ahead_T is None else ROOM)  # one more for the token that follows
+    capacity = k + (1 if source.ahead_T is None else ROOM)  # one more for the next token
     projection = Projection(
         ids_TC=np.zeros((n, capacity), np.int32),
         probs_TC=np.zeros((n, capacity), np.float32),
@@ -136,14 +136,14 @@ def mix(
     """The weighted sum of several sources' distributions at each position.
 
     Args:
-        projections: the sources', with the same positions.
-        weights_NT: weight of each source at each position; at most 1 in sum.
+        projections: one per source, with the same positions.
+        weights_NT: weight of each source at each position; they sum to at most 1.
         top_k: entries to keep.
-        gold_ids_T: the token that follows each position, -1 at the last of a segment. Where it has any mass it is always kept.
+        gold_ids_T: the token after each position, -1 at the last of a segment. It is always kept if it has any mass.
 
     Returns:
-        ids [T, top_k] and probabilities [T, top_k] of the most probable tokens by falling probability (ties by rising id; 0 where there are
-        fewer), and the mass outside of them [T].
+        ids [T, top_k] and probabilities [T, top_k] of the most probable tokens by falling probability (ties by rising id; 0 beyond the
+        last token), and the mass outside them [T].
     """
     ids_TK = np.zeros((weights_NT.shape[1], top_k), np.int32)
     probs_TK = np.zeros((weights_NT.shape[1], top_k))
@@ -183,7 +183,7 @@ def _project(
                 n, mapped = n + 1, mapped + mass
             else:
                 merged += mass
-        if is_anchored:  # nothing else is on that token
+        if is_anchored:  # no other mass is on that token
             ids_C[n], probs_C[n] = gold_id, along
             n, mapped = n + 1, mapped + along
         is_aligned_T[t], n_T[t], mapped_T[t], merged_T[t], lost_T[t] = True, n, mapped, merged, lost
@@ -221,7 +221,7 @@ def _mix(
             if weight <= 0:
                 continue
             ids_TC, probs_TC, n_before = ids_NTC[source], probs_NTC[source], n
-            if weight == 1 and n == 0:  # all others have none
+            if weight == 1 and n == 0:  # all others have no weight
                 _top(ids_TC[t], probs_TC[t], n_NT[source][t], gold_ids_T[t], ids_TK[t], probs_TK[t])
                 break
             for c in range(n_NT[source][t]):
@@ -245,7 +245,7 @@ def _top(ids_C: Any, probs_C: Any, n: int, gold_id: int, ids_K: Any, probs_K: An
             continue
         if token_id == gold_id:
             gold_prob = prob
-        # Insertion by falling probability, ties by rising id; what falls off the end is dropped.
+        # Insertion by falling probability, ties by rising id; entries beyond the end are dropped.
         place = filled
         while place > 0 and (probs_K[place - 1] < prob or (probs_K[place - 1] == prob and ids_K[place - 1] > token_id)):
             if place < k:

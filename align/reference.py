@@ -1,9 +1,9 @@
-"""The published vocabulary map (`mined_published`): as FuseLLM's code (arXiv 2401.10491) pairs tokens, by their spellings.
+"""The published vocabulary map (`mined_published`): FuseLLM's code (arXiv 2401.10491) pairs tokens by their spellings.
 
-Special tokens are compared too. The rest of what that code does a recipe reaches with `positions = "dtw"`, `gold_anchor = false`,
+Special tokens are compared too. To reproduce the rest of that code, a recipe sets `positions = "dtw"`, `gold_anchor = false`,
 `collisions = "first"`, and in `[fusion]` `fallback = "one_hot_published"`.
 
-Axes: V source vocabulary, N spellings that are searched.
+Axes: V source vocabulary, N searched spellings.
 """
 
 import numpy as np
@@ -18,8 +18,8 @@ from .vocabulary import UNMAPPED, TokenPairs
 def published_map(source: Tokenizer, *, target: Tokenizer) -> pl.DataFrame:
     """The published MinED map, in the form of `vocabulary_map`: rules `exact` (the same spelling), `mined` and `none`.
 
-    Raw spellings are compared, those of special tokens too, as the tokenizers give them for an id. A tokenizer with a dummy prefix may
-    put it before special tokens (`▁<s>`), under which spelling they are not in the vocabulary: a source token nearest to one is lost.
+    Raw spellings are compared, including special tokens, as the tokenizers return them for an id. A tokenizer with a dummy prefix may add
+    it to special tokens (`▁<s>`); this spelling is not in the vocabulary, so a source token nearest to one is lost.
     """
     source_pieces, target_pieces = (
         [tokenizer.backend.id_to_token(token_id) or "" for token_id in range(tokenizer.vocab_size)] for tokenizer in (source, target)
@@ -51,12 +51,12 @@ def nearest_pieces(
     Args:
         source_pieces: spellings of the source's tokens.
         target_pieces: spellings of the target's tokens; empty where an id has none.
-        target_ids: the target's vocabulary, in which the spelling that was found is looked up.
-        source_word_start: word-start mark of the source, which is read as the target's.
+        target_ids: the target's vocabulary, to look up the nearest spelling.
+        source_word_start: word-start mark of the source, which is replaced with the target's.
         target_word_start: word-start mark of the target.
 
     Returns:
-        For each source token the target token of the same spelling, else the lowest id at the smallest Levenshtein distance, -1 where its
+        For each source token the target token of the same spelling, else the lowest id at the smallest Levenshtein distance, -1 if its
         spelling is not in the vocabulary [V]; and the distance [V].
     """
     respelled = [piece.replace(source_word_start, target_word_start) for piece in source_pieces]

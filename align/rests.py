@@ -1,7 +1,7 @@
-"""What is left of a source token after its first bytes, in the target's vocabulary.
+"""The rests of source tokens after their first bytes, in the target's vocabulary.
 
-Where a target position lies inside a source token (`cover`), the entries of the source position before it go on, in the target's
-vocabulary, with the first piece of what is left of them.
+At a target position inside a source token (`cover`), each entry of the previous source position continues with the first piece of its
+rest in the target's vocabulary.
 """
 
 import numpy as np
@@ -13,7 +13,7 @@ from .vocabulary import UNMAPPED, first_pieces, target_ids
 
 
 def rest_target_ids(source: Tokenizer, *, target: Tokenizer) -> pl.Series:
-    """For each source id the target tokens with which its text goes on after its first 1, 2, … bytes: lists of uint32, null where unmapped.
+    """For each source id the target tokens with which its text continues after its first 1, 2, … bytes: lists of uint32, null if unmapped.
 
     The rule is `prefix`: the target token of the same bytes, else the first piece under the target's tokenizer in mid-text position.
     Special tokens, and tokens of one byte, have empty lists.

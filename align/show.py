@@ -1,4 +1,4 @@
-"""A document's tokens under a source's tokenizer and the target's, and what becomes of each distribution on its way: read from the store.
+"""A document's tokens under a source's and the target's tokenizer, and its distributions before and after the map, read from the store.
 
 Axes: T positions of the target's part, U of the source's, S segments, K entries of a stored position, C of a projection.
 """
@@ -20,12 +20,12 @@ from .projection import Projection
 from .sources import FusionSource, gold_ids
 
 Entries = list[tuple[int, float]]  # token ids and probabilities, by falling probability
-_ROW_BYTES = 160  # of text beside each other, about
+_ROW_BYTES = 160  # of text side by side, about
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SourcePosition:
-    """A position of the source: its token, and what the source says of the next one."""
+    """A position of the source: its token, and the source's prediction of the next one."""
 
     token: int
     next_token: int | None  # None at the end of a segment
@@ -39,21 +39,21 @@ class TargetPosition:
 
     token: int
     next_token: int | None
-    source: int | None  # place in `source_positions`; None where the source says nothing
+    source: int | None  # index into `source_positions`; None if the source has no distribution
     ahead: int  # bytes that the target has read beyond the source position
-    entries: Entries  # of the source, through the map: target tokens
+    entries: Entries  # of the source, after the map: target tokens
     own_entries: Entries  # of the target's own start
     mapped: float
     merged: float
     lost: float
     tail: float
-    next_prob: float | None  # of the next token, through the map
+    next_prob: float | None  # of the next token, after the map
     own_next_prob: float | None  # of the next token, under the target's own start
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Row:
-    """A stretch of text: the positions of both models whose tokens lie in it. Its last two are matched; but for `dtw`, at a byte."""
+    """A stretch of text: the positions of both models whose tokens are in it. The last two match; except for `dtw`, at the same byte."""
 
     segment: int
     source: range
@@ -62,20 +62,20 @@ class Row:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Summary:
-    """Figures of all that is shown.
+    """Figures over everything that is shown.
 
-    Bits per byte are of the text's tokens after the first, in each segment; of conversations, of the assistant's.
+    Bits per byte count the text's tokens after the first, in each segment; in conversations, the assistant's.
     """
 
     positions: int
-    same: int  # at which both have read the same; of `dtw`, that are matched
-    inside: int  # that lie inside a source token, of which the source still speaks
+    same: int  # positions at which both have read the same; for `dtw`, matched ones
+    inside: int  # positions inside a source token at which the source has a distribution
     text_bytes: int
     source_bpb: float | None  # in its own tokens
-    mapped_bpb: float | None  # of the source, through the map, over the bytes of the tokens to which it gives any probability
-    mapped_bytes: float  # these bytes, as a share of all that are scored
+    mapped_bpb: float | None  # of the source, after the map, over the bytes of the tokens to which it gives any probability
+    mapped_bytes: float  # these bytes, as a share of all scored bytes
     target_bpb: float | None
-    agreement: float | None  # share of aligned positions at which both favour the same target token
+    agreement: float | None  # share of aligned positions at which both have the same most probable target token
     mapped: float  # means over the aligned positions
     merged: float
     lost: float
@@ -84,7 +84,7 @@ class Summary:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ShownDocument:
-    """Everything there is to show of one document under one alignment."""
+    """Everything to show for one document under one alignment."""
 
     source_name: str
     target_name: str
@@ -95,7 +95,7 @@ class ShownDocument:
     doc_id: int
     domain: str | None
     segments: list[int]
-    source_texts: Mapping[int, str]  # of every token that occurs
+    source_texts: Mapping[int, str]  # of every token in it
     target_texts: Mapping[int, str]
     source_positions: list[SourcePosition]
     target_positions: list[TargetPosition]
@@ -106,18 +106,18 @@ class ShownDocument:
 def show_alignment(
     workspace: Workspace, *, doc_id: int, alignment: str | None = None, vocabulary_map: str | None = None, segment: int | None = None
 ) -> ShownDocument:
-    """Gather a document of the train split, or one segment of it.
+    """Collect a document of the train split, or one segment of it.
 
     Args:
-        workspace: where everything is stored.
+        workspace: the workspace.
         doc_id: the document.
         alignment: name of the alignment, such as `<source>--<target>`; by default the only one.
-        vocabulary_map: name of the vocabulary map; by default what fused targets were made with, else the only one for these tokenizers.
+        vocabulary_map: name of the vocabulary map; by default that of the fused targets, else the only one for these tokenizers.
         segment: only this segment of the document.
 
     Raises:
-        UsageError: one of these is not there, or has to be named.
-        DataError: what was aligned, or a part of it, is not in the workspace any more.
+        UsageError: one of these does not exist, or must be named.
+        DataError: the aligned distributions, or a part of them, are not in the workspace any more.
     """
     aligned = _chosen(workspace, "alignments", alignment)
     source, target = (_distributions(workspace, aligned, role=role) for role in ("source", "target"))
@@ -125,9 +125,7 @@ def show_alignment(
     part, domain = _place(workspace, aligned, doc_id=doc_id)
     for dataset in (source, target, aligned):
         if part not in dataset.parts():
-            raise DataError(
-                f"{dataset.kind}/{dataset.name} lacks part {part}, where document {doc_id} is. Make it with: fuseline run RECIPE."
-            )
+            raise DataError(f"{dataset.kind}/{dataset.name} lacks part {part} with document {doc_id}. Make it with: fuseline run RECIPE.")
     pair = _Pair(source, target=target, alignment=aligned, vocabulary_map=mapped, how=how, part=part)
     chosen = pair.segments_of(doc_id, segment=segment)
     rows: list[Row] = []
@@ -175,7 +173,7 @@ def _texts(workspace: Workspace, dataset: Dataset, tokens: Iterator[int | None])
 
 
 def _token_bytes(workspace: Workspace, dataset: Dataset, *, part: int) -> NDArray[np.int64]:
-    """How many bytes of the text each token after its segment's first stands for; control tokens stand for none."""
+    """Number of bytes of the text of each token after its segment's first; 0 for control tokens."""
     tokenizer = Tokenizer.load(workspace.folder("tokenizers", dataset.identity["tokenizer"]))
     read = reading(dataset, part=part, tokenizer=tokenizer)
     bytes_T = np.diff(read.byte_ends(dummy_prefix=False), prepend=0)
@@ -192,7 +190,7 @@ def _chosen(workspace: Workspace, kind: str, name: str | None) -> Dataset:
     if name is None and len(found) == 1:
         return next(iter(found.values()))
     if name not in found:
-        problem = "Say which with --alignment" if name is None else f"There is no alignment {name}"
+        problem = "Choose one with --alignment" if name is None else f"There is no alignment {name}"
         raise UsageError(f"{problem}; there are: {', '.join(found)}.")
     return found[name]
 
@@ -202,7 +200,7 @@ def _distributions(workspace: Workspace, alignment: Dataset, *, role: str) -> Da
     found = [
         dataset for dataset in workspace.datasets() if dataset.kind == "distributions" and dataset.fingerprint == alignment.identity[role]
     ]
-    if found:  # several where a model was stored under two names
+    if found:  # several if a model is stored under two names
         return next((dataset for dataset in found if dataset.name == named), found[0])
     raise DataError(f"alignments/{alignment.name} was made from distributions of its {role} that are not in {workspace.root} any more.")
 
@@ -210,9 +208,9 @@ def _distributions(workspace: Workspace, alignment: Dataset, *, role: str) -> Da
 def _vocabulary_map(
     workspace: Workspace, alignment: Dataset, *, source: Dataset, target: Dataset, name: str | None
 ) -> tuple[Dataset, dict[str, Any]]:
-    """The vocabulary map, and how the source is projected, as the targets have it that were fused with this map.
+    """The vocabulary map, and the projection's settings from the targets that were fused with this map.
 
-    The positions of `cover` are projected with what is left of tokens, which only some maps know.
+    The positions of `cover` need the rests of tokens, which only some maps have.
     """
     digests = {"source": source.identity["tokenizer"], "target": target.identity["tokenizer"]}
     maps = {
@@ -233,8 +231,8 @@ def _vocabulary_map(
     candidates = [key for key, dataset in maps.items() if (dataset.name == name if name is not None else not used or key in used)]
     if len(candidates) != 1:
         names = ", ".join(sorted(dataset.name for dataset in maps.values())) or "none: make one with fuseline align RECIPE"
-        which = "that tell what is left of a token, as cover needs, are" if covers else "there are"
-        problem = "Say with --map one of the" if name is None else f"There is no {name} among the"
+        which = "with rests of tokens, which cover needs, there are" if covers else "there are"
+        problem = "Choose with --map one of the" if name is None else f"There is no {name} among the"
         raise UsageError(f"{problem} vocabulary maps to show alignments/{alignment.name} with; {which}: {names}.")
     return maps[candidates[0]], used.get(candidates[0], {"gold_anchor": alignment.identity["positions"] != "dtw"})
 
@@ -244,19 +242,19 @@ def _knows_rests(vocabulary_map: Dataset) -> bool:
 
 
 def _place(workspace: Workspace, alignment: Dataset, *, doc_id: int) -> tuple[int, str | None]:
-    """The part of a document, and its domain."""
+    """The part and the domain of a document."""
     corpus = alignment.description["corpus"]
     folder = workspace.folder("corpus", corpus)
     summary = read_plan(folder)
     if summary is None:
-        raise DataError(f"{folder} is gone: where its documents are is not known. Make it again with: fuseline ingest corpus RECIPE.")
+        raise DataError(f"{folder} is missing, so its documents cannot be found. Make it again with: fuseline ingest corpus RECIPE.")
     documents = read_documents(folder, summary=summary)
     row = documents.filter(doc_id=doc_id)
     if not len(row):
         raise UsageError(f"There is no document {doc_id} in corpus/{corpus}: it has the documents 0 to {len(documents) - 1}.")
     if row["split"][0] != "train":
         raise UsageError(
-            f"Document {doc_id} is of the split {row['split'][0]}, and only documents of the train split are aligned. Find one with: "
+            f"Document {doc_id} is in the split {row['split'][0]}, but only documents of the train split are aligned. Find one with: "
             "fuseline sql \"SELECT doc_id, domain FROM documents WHERE split = 'train'\""
         )
     return row["part"][0], row["domain"][0]
@@ -286,11 +284,11 @@ class _Pair:
         self.ahead_T = self.stored.ahead_T if self.stored.ahead_T is not None else np.zeros(len(self.token_ids_T), np.uint16)
 
     def segments_of(self, doc_id: int, *, segment: int | None) -> list[int]:
-        """Places of a document's segments in the target's part."""
+        """Indices of a document's segments in the target's part."""
         of_document = np.flatnonzero(self.doc_id_S == doc_id).tolist()
         if not of_document:
             raise DataError(
-                f"distributions/{self.target.name} left document {doc_id} out. Why: "
+                f"distributions/{self.target.name} has left out document {doc_id}. See the reason with: "
                 f'fuseline sql "SELECT reason FROM quarantine WHERE doc_id = {doc_id}"'
             )
         chosen = [s for s in of_document if segment in (None, int(self.segment_S[s]))]
@@ -301,7 +299,7 @@ class _Pair:
         return chosen
 
     def source_span(self, s: int) -> range:
-        """The source's positions of a segment of the target; none where the source left it out."""
+        """The source's positions of a segment of the target; none if the source left it out."""
         place = self._source_place(s)
         return range(0) if place is None else range(int(self.source_offsets[place]), int(self.source_offsets[place + 1]))
 
@@ -339,7 +337,7 @@ class _Pair:
         )
 
     def rows(self, s: int, *, source: range, source_shift: int, target_shift: int) -> list[Row]:
-        """Cut a segment into rows, at positions at which both have read the same, or that are matched."""
+        """Cut a segment into rows, at positions where both have read the same, or that are matched."""
         rows, first_t, first_u, start = [], int(self.offsets[s]), source.start, 0.0
         lengths = np.diff(self.offsets)
         per_token = int(self.n_bytes_S[s]) / max(int(lengths[s]), 1)
@@ -360,7 +358,7 @@ class _Pair:
         return rows
 
     def summary(self, chosen: list[int], *, bytes_T: NDArray[np.int64]) -> Summary:
-        """Figures over some segments; `bytes_T` says how many bytes of the text each token of the target stands for."""
+        """Figures over some segments; `bytes_T` is the number of bytes of the text of each target token."""
         at_T = np.concatenate([np.arange(self.offsets[s], self.offsets[s + 1]) for s in chosen])
         projection = self.projection
         is_aligned = projection.is_aligned_T[at_T]
@@ -394,9 +392,9 @@ class _Pair:
         )
 
     def _scored(self, s: int) -> NDArray[np.int64]:
-        """The target's positions whose next token is scored: of a segment, all but what predicts the text's first token.
+        """The target's positions whose next token is scored: all except those that predict a text's first token.
 
-        Of a conversation, those that predict the assistant's tokens.
+        In a conversation, those that predict the assistant's tokens.
         """
         if self.label_mask_T is not None:
             return int(self.offsets[s]) + np.flatnonzero(self.label_mask_T[self.offsets[s] : self.offsets[s + 1]])

@@ -1,4 +1,4 @@
-"""The sources of a fusion: what is stored of each, read part by part and projected onto the target's positions and tokens.
+"""The sources of a fusion: their stored data, read part by part and projected onto the target's positions and tokens.
 
 Axes: T positions of the target's part, U of the source's, V source vocabulary, K entries of a position, S segments.
 """
@@ -19,7 +19,7 @@ from .vocabulary import target_ids
 
 @dataclass(frozen=True, kw_only=True)
 class FusionSource:
-    """One source of a fusion. The target's own start is one, without maps: its alignment is the identity."""
+    """One source of a fusion. The target's own start is a source without maps: its alignment is the identity."""
 
     name: str
     distributions: Dataset
@@ -37,7 +37,7 @@ class FusionSource:
         return with_rests(table) if "rest_target_ids" in table.columns else VocabularyMap.of_tokens(target_ids(table))
 
     def read(self, part: int) -> SourcePart:
-        """The distributions of a part, and how they lie to the target's."""
+        """The distributions of a part, with their maps to the target's part."""
         token_ids_U, topk_ids_UK, topk_logprobs_UK, gold_logprob_U = self.distributions.read(
             part, "token_ids_T", "topk_ids_TK", "topk_logprobs_TK", "gold_logprob_T"
         )
@@ -45,7 +45,7 @@ class FusionSource:
         if self.alignment is not None:
             arrays = self.alignment.arrays(part)
             position_T = arrays.read("source_position_T")
-            ahead_T = arrays.read_if_there("ahead_T")  # of `cover`
+            ahead_T = arrays.read_if_there("ahead_T")  # only of `cover`
         return SourcePart(
             topk_ids_UK=topk_ids_UK,
             topk_probs_UK=probabilities(topk_logprobs_UK),
@@ -57,12 +57,12 @@ class FusionSource:
         )
 
     def project(self, part: int, *, gold_ids_T: NDArray[np.int64], gold_anchor: bool, collisions: Collisions = "sum") -> Projection:
-        """A part at the target's positions, over its vocabulary; the arguments are those of `projection.project`."""
+        """A part at the target's positions, over its vocabulary; the arguments are as in `projection.project`."""
         return project(self.read(part), gold_ids_T=gold_ids_T, gold_anchor=gold_anchor, collisions=collisions)
 
 
 def probabilities(logprobs_UK: NDArray[Any]) -> NDArray[np.float32]:
-    """Probabilities of stored entries, scaled where the codec's rounding (`q8`: 1 % at most) brings them above 1 in sum."""
+    """Probabilities of stored entries, scaled if their sum exceeds 1 after the codec's rounding (`q8`: by at most 1 %)."""
     probs_UK = np.exp(logprobs_UK.astype(np.float32))
     _scale_to_one(probs_UK)
     return probs_UK
@@ -80,7 +80,7 @@ def _scale_to_one(probs_UK: Any) -> None:
 
 
 def gold_ids(token_ids_T: NDArray[Any], *, offsets: NDArray[np.int64]) -> NDArray[np.int64]:
-    """The token that follows each position, -1 at the last position of a segment."""
+    """The token after each position, -1 at the last position of a segment."""
     gold_ids_T = np.append(token_ids_T[1:], 0).astype(np.int64)
     gold_ids_T[offsets[1:][np.diff(offsets) > 0] - 1] = NO_GOLD
     return gold_ids_T

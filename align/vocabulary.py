@@ -1,14 +1,14 @@
-"""Vocabulary maps: which target token is meant by each source token.
+"""Vocabulary maps: the target token for each source token.
 
     exact     the target token with the same bytes
-    prefix    that, else the first piece of the source token's bytes under the target's tokenizer in mid-text position: if the source says
-              that the text goes on with these bytes, the target's next token is their first piece
-    mined     that of `exact`, else the token at the smallest edit distance (FuseLLM, arXiv 2401.10491, section 3.2)
-    stat      that of `exact`, else the token with which it is most often matched in the corpus, else that of `mined` (FuseChat, arXiv
-              2408.07990, section 3.1; its released code prefers the rarer partner, since it multiplies the distance by sigmoid(count))
+    prefix    as `exact`, else the first piece of the source token's bytes under the target's tokenizer in mid-text position: if the source
+              predicts these bytes, the target's next token is their first piece
+    mined     as `exact`, else the token at the smallest edit distance (FuseLLM, arXiv 2401.10491, section 3.2)
+    stat      as `exact`, else the token with which it is most often matched in the corpus, else as `mined` (FuseChat, arXiv
+              2408.07990, section 3.1; its released code prefers the rarer partner, because it multiplies the distance by sigmoid(count))
 
-Edit distances are between texts: word-start marks are spaces, and a byte that is no character by itself counts as one of its own. Special
-tokens are mapped by their role, never by their text, and nothing else is mapped to them.
+Edit distances are between texts: word-start marks count as spaces, and a byte that is not a whole character counts as one character.
+Special tokens are mapped by their role, never by their text, and no other token is mapped to them.
 """
 
 from itertools import accumulate
@@ -22,7 +22,7 @@ from ..store.tokenizer import Tokenizer
 from .edit_distance import distances, nearest
 
 UNMAPPED = -1
-_ANCHOR = "\n"  # put before a piece so that a dummy space is not put there
+_ANCHOR = "\n"  # placed before a piece to prevent a dummy space
 _SCHEMA = {
     "source_id": pl.UInt32, "target_id": pl.UInt32, "rule": pl.String, "distance": pl.UInt32, "count": pl.UInt64,
     "source_bytes": pl.Binary, "target_bytes": pl.Binary,
@@ -30,7 +30,7 @@ _SCHEMA = {
 
 
 class TokenPairs:
-    """A vocabulary map in the making: for each source token its target token, which rule said so, and the distance of their texts."""
+    """A vocabulary map under construction: for each source token its target token, the rule, and the distance of their texts."""
 
     def __init__(self, source_texts: list[bytes], *, target_texts: list[bytes]) -> None:
         self.source_texts, self.target_texts = source_texts, target_texts
@@ -39,11 +39,11 @@ class TokenPairs:
         self.distances: list[int | None] = [None] * len(source_texts)
 
     def put(self, source_id: int, target_id: int, *, rule: str, distance: int | None = None) -> None:
-        """Say what a source token is mapped to."""
+        """Map a source token."""
         self.target_ids[source_id], self.rules[source_id], self.distances[source_id] = target_id, rule, distance
 
     def missing(self) -> list[int]:
-        """Source tokens that have a text and are not mapped yet."""
+        """Source tokens with text that are not mapped yet."""
         return [v for v, text in enumerate(self.source_texts) if text and self.target_ids[v] == UNMAPPED]
 
     def table(self, *, matches: pl.DataFrame | None = None) -> pl.DataFrame:
@@ -72,15 +72,15 @@ def vocabulary_map(
 
     Args:
         source: tokenizer whose tokens are mapped.
-        target: tokenizer into whose vocabulary.
+        target: tokenizer of the target vocabulary.
         rule: `exact`, `prefix`, `mined` or `stat`.
         matches: for `stat`, how often tokens are matched in the corpus: source_id, target_id and count, a row per pair (`token_matches`).
-        end_of_turn: of conversations, the token with which each of the two ends the assistant's turn.
+        end_of_turn: for conversations, the tokens with which source and target end the assistant's turn.
 
     Returns:
-        One row per source id: source_id; target_id (null where unmapped); rule, which one said so (`exact`, `prefix`, `mined`, `stat`,
-        `role` or `none`); distance (Levenshtein, in characters; null where none was asked for); count (how often the two are matched in
-        the corpus; null without `matches`); source_bytes; target_bytes.
+        One row per source id: source_id; target_id (null if unmapped); rule, the one that applied (`exact`, `prefix`, `mined`, `stat`,
+        `role` or `none`); distance (Levenshtein, in characters; null if it was not needed); count (how often the two are matched in the
+        corpus; null without `matches`); source_bytes; target_bytes.
     """
     pairs = TokenPairs(source.token_bytes.to_list(), target_texts=target.token_bytes.to_list())
     by_bytes = _ids_by_bytes(target)
@@ -103,7 +103,7 @@ def vocabulary_map(
     for role in ROLES:
         source_id, target_id = source.roles[role], target.roles[role]
         if source_id is not None and target_id is not None:
-            of_role.setdefault(source_id, target_id)  # of a token with several roles the first counts: eos, of one that is also pad
+            of_role.setdefault(source_id, target_id)  # for a token with several roles the first counts: eos if it is also pad
     if end_of_turn is not None:
         of_role[end_of_turn[0]] = end_of_turn[1]
     for source_id, target_id in of_role.items():
@@ -112,9 +112,9 @@ def vocabulary_map(
 
 
 def _put_nearest(pairs: TokenPairs, *, target: Tokenizer, by_bytes: dict[bytes, int]) -> None:
-    """Map what is left to the token at the smallest edit distance; of several, to the lowest id.
+    """Map the remaining tokens to the token at the smallest edit distance; on ties, to the lowest id.
 
-    Tokens in which SentencePiece writes stray bytes mean parts of characters, which they are equal to or not: none is near to another text.
+    SentencePiece's byte tokens are parts of characters, which either equal a text or not: they are not near to any other text.
     """
     candidates = sorted((token_id, text) for text, token_id in by_bytes.items() if token_id not in target.byte_fallback_ids)
     rest = pairs.missing()
@@ -125,7 +125,7 @@ def _put_nearest(pairs: TokenPairs, *, target: Tokenizer, by_bytes: dict[bytes, 
 
 
 def _put_partners(pairs: TokenPairs, *, matches: pl.DataFrame) -> None:
-    """Map what is left to its most frequent partner; of several, to the one at the smallest edit distance, then the lowest id."""
+    """Map the remaining tokens to their most frequent partner; on ties, to the smallest edit distance, then the lowest id."""
     rest = pl.DataFrame({"source_id": pairs.missing()}, schema={"source_id": pl.UInt32})
     with_text = pl.DataFrame({"target_id": [w for w, text in enumerate(pairs.target_texts) if text]}, schema={"target_id": pl.UInt32})
     tied = (
@@ -144,12 +144,12 @@ def _text(data: bytes) -> str:
 
 
 def target_ids(table: pl.DataFrame) -> NDArray[np.int32]:
-    """A map's column target_id as an array over the source's ids; -1 where unmapped."""
+    """A map's column target_id as an array over the source's ids; -1 if unmapped."""
     return table["target_id"].cast(pl.Int32).fill_null(UNMAPPED).to_numpy()
 
 
 def _ids_by_bytes(tokenizer: Tokenizer) -> dict[bytes, int]:
-    """Lowest id of each byte string; `<0x61>` only if no other token is `a`, since then the tokenizer never writes it."""
+    """Lowest id of each byte string; `<0x61>` only if no other token is `a`, because otherwise the tokenizer never writes it."""
     found: dict[bytes, int] = {}
     for token_id, piece in sorted(enumerate(tokenizer.token_bytes.to_list()), key=lambda entry: entry[0] in tokenizer.byte_fallback_ids):
         if piece:
@@ -158,7 +158,7 @@ def _ids_by_bytes(tokenizer: Tokenizer) -> dict[bytes, int]:
 
 
 def first_pieces(pieces: list[bytes], *, target: Tokenizer) -> list[int]:
-    """For each byte string the target token of these bytes, else the one that comes first when it stands in mid-text, else -1."""
+    """For each byte string the target token with these bytes, else its first token in mid-text, else -1."""
     by_bytes = _ids_by_bytes(target)
     found = [by_bytes.get(piece, UNMAPPED) for piece in pieces]
     rest = [index for index, target_id in enumerate(found) if target_id == UNMAPPED]
@@ -173,14 +173,14 @@ def _first_of_several(pieces: list[bytes], *, target: Tokenizer, by_bytes: dict[
     table = target.token_bytes.to_list()
     firsts = []
     for piece, ids in zip(pieces, encoded, strict=True):
-        # What the tokenizer did not keep as it is (half a character, a rewriting normaliser) goes by the longest prefix instead.
+        # If the tokenizer changes the text (half a character, a rewriting normaliser), the longest prefix is used instead.
         skip = _tokens_of_anchor([table[token_id] for token_id in ids], piece=piece, anchor=anchor.encode())
         firsts.append(_longest_prefix(piece, by_bytes) if skip is None else ids[skip])
     return firsts
 
 
 def _tokens_of_anchor(tokens: list[bytes], *, piece: bytes, anchor: bytes) -> int | None:
-    """How many tokens come before the piece, if the tokens are those of anchor and piece with a boundary in between."""
+    """The number of tokens before the piece, if there is a token boundary between anchor and piece."""
     whole = b"".join(tokens)
     before = len(whole) - len(piece)
     if before < 0 or whole[before:] != piece or whole[:before].lstrip(b" ") != anchor:

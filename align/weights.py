@@ -1,15 +1,15 @@
-"""How much each source counts in a fusion: what the sources cost in each unit of text, and the weights that follow from it.
+"""How much each source counts in a fusion: the cost of each source in each unit of text, and the resulting weights.
 
 `mince`        all weight to the source with the lowest negative log-likelihood of the text (FuseLLM, arXiv 2401.10491, section 3.3)
-`avgce`        softmax over the sources of exp(-cost), of the same cost (the same section)
-`entropy`      softmax over the sources of -H, H the entropy of the source's distributions: who is surer counts more (multi-teacher
+`avgce`        softmax over the sources of exp(-cost), with the same cost (the same section)
+`entropy`      softmax over the sources of -H, H the entropy of the source's distributions: more certain sources count more (multi-teacher
                distillation weighted by entropy, Cheng et al., ISCAS 2024)
-`confidence`   the same with the min-entropy -log max p in place of H; of one token the weights are then proportional to the probabilities
-               that the sources give their favourites
-`fixed`        as the recipe says
+`confidence`   the same with the min-entropy -log max p instead of H; for one token the weights are then proportional to the probabilities
+               of the sources' most probable tokens
+`fixed`        the recipe's weights
 
-A cost is in bits per byte or nats per token of the whole unit; of a unit that is one token, in nats. A source that left some of a unit's
-text out is not compared over it: what it left out might have been the hard part.
+A cost is in bits per byte or nats per token of the whole unit; if the unit is one token, in nats. A source that left out some of a unit's
+text is not compared on that unit, because the missing text might be the difficult part.
 
 Axes: N sources, X units, S segments of a part, T its positions, C entries of a projection.
 """
@@ -25,13 +25,13 @@ from .projection import Projection
 
 
 def units(unit: str, *, doc_id_S: NDArray[Any], lengths_S: NDArray[np.int64], pack_length: int) -> NDArray[np.int64]:
-    """Which unit each segment belongs to, counted from 0.
+    """The unit of each segment, counted from 0.
 
     Args:
         unit: `segment`, `document` or `pack`.
         doc_id_S: document of each segment, ascending.
         lengths_S: target tokens of each segment.
-        pack_length: most tokens of a pack. A pack takes consecutive segments as long as they fit; one that is longer is a pack of its own.
+        pack_length: most tokens of a pack. A pack takes consecutive segments while they fit; a longer segment is a separate pack.
     """
     if unit == "segment":
         return np.arange(len(lengths_S))
@@ -61,14 +61,14 @@ def unit_costs(
     unit_S: NDArray[np.int64],
     metric: str,
 ) -> NDArray[np.float64]:
-    """What each unit of text costs a source, [X]: bits per byte (`bpb`) or nats per token (`ce`).
+    """The cost of each unit of text for a source, [X]: bits per byte (`bpb`) or nats per token (`ce`).
 
-    It is inf where the source has not read all of the unit, or predicts nothing of it.
+    It is inf if the source has not read the whole unit, or predicts nothing in it.
 
     Args:
-        nats_S: nats of each segment, in all.
-        has_read_S: whether the source has read the segment; where not, nats, tokens and bytes are 0.
-        n_scored_S: how many of the source's tokens these are of.
+        nats_S: total nats of each segment.
+        has_read_S: whether the source has read the segment; if not, nats, tokens and bytes are 0.
+        n_scored_S: number of the source's scored tokens.
         scored_bytes_S: the bytes of these tokens.
         unit_S: the unit of each segment (`units`).
         metric: `bpb` or `ce`.
@@ -82,11 +82,11 @@ def unit_costs(
 
 
 def position_costs(projection: Projection, *, method: str) -> NDArray[np.float64]:
-    """What each position costs a source, in nats, [T]; inf where it says nothing.
+    """The cost of each position for a source, in nats, [T]; inf where it has no distribution.
 
-    Of `mince` and `avgce` it is the negative log-probability of the target token that follows: of the same bytes for every source, so that
-    bits per byte and nats per token order them alike. Of `entropy` and `confidence` it is that of the projected distribution, in which all
-    that lies outside its entries counts as one event.
+    For `mince` and `avgce` it is the negative log-probability of the next target token: the same bytes for every source, so bits per byte
+    and nats per token give the same order. For `entropy` and `confidence` it is that of the projected distribution, in which everything
+    outside its entries counts as one event.
     """
     if method in ("mince", "avgce", "fixed"):
         return np.where(np.isfinite(projection.gold_logprob_T), -projection.gold_logprob_T.astype(np.float64), np.inf)
@@ -110,7 +110,7 @@ def _surprise(probs: NDArray[np.float64]) -> NDArray[np.float64]:
 def source_weights(costs_NX: NDArray[np.float64], *, method: str) -> NDArray[np.float64]:
     """Weight of each source in each unit, by its cost there.
 
-    Of equal costs `mince` takes the first. A source with infinite cost has weight 0; where all have, the first has weight 1.
+    On equal costs `mince` takes the first. A source with infinite cost has weight 0; if all have infinite cost, the first has weight 1.
     """
     known_NX = np.isfinite(costs_NX)
     best_NX = (np.arange(len(costs_NX))[:, None] == np.argmin(costs_NX, axis=0)).astype(np.float64)
@@ -119,7 +119,7 @@ def source_weights(costs_NX: NDArray[np.float64], *, method: str) -> NDArray[np.
     lowest_X = costs_NX.min(axis=0)
     lowest_X = np.where(np.isfinite(lowest_X), lowest_X, 0)
     costs_NX = np.where(known_NX, costs_NX, lowest_X)
-    scores_NX = np.exp(-costs_NX) if method == "avgce" else lowest_X - costs_NX  # shifted, so that not all of the softmax underflows
+    scores_NX = np.exp(-costs_NX) if method == "avgce" else lowest_X - costs_NX  # shifted, so that the softmax does not underflow
     weights_NX = np.where(known_NX, np.exp(scores_NX), 0)
     return np.where(known_NX.any(axis=0), weights_NX / np.maximum(weights_NX.sum(axis=0), 1e-300), best_NX)
 
@@ -134,10 +134,10 @@ def fixed_weights(
 
 
 def speaking_weights(weights_NT: NDArray[np.float64], *, is_aligned_NT: NDArray[np.bool_]) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
-    """The weights where only some sources have a distribution: those of the others go to them, in proportion.
+    """The weights where only some sources have a distribution: they get the weights of the others, in proportion.
 
     Returns:
-        weights [N, T], and where no source that has a weight speaks [T]; the weights there are 0.
+        weights [N, T], and the positions without a weighted source that has a distribution [T]; the weights there are 0.
     """
     weights_NT = np.where(is_aligned_NT, weights_NT, 0)
     total_T = weights_NT.sum(axis=0)

@@ -1,7 +1,7 @@
 """Whether one model is better than another on the same documents: a paired bootstrap over documents.
 
-Documents are drawn with replacement, the same for all models, so that what makes a text easy or hard for all of them cancels (Efron and
-Tibshirani 1993, chapter 13; Koehn 2004 for paired models). A difference whose interval contains 0 may be chance.
+Documents are drawn with replacement, the same for all models, so that the difficulty of the texts cancels (Efron and Tibshirani 1993,
+chapter 13; Koehn 2004 for paired models). A difference whose interval contains 0 may be chance.
 
 Axes: D documents, M models, R resamples.
 """
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-# With 10 documents an interval of 95 % holds the truth 9 times in 10 (Student's t), with fewer less often, and with one it is a point.
+# With 10 documents an interval of 95 % holds the truth 9 times in 10 (Student's t); with fewer less often; with one it is a point.
 LEAST_DOCUMENTS = 10
 _RESAMPLES = 10_000
 _DRAWN = 1 << 24  # documents drawn at a time
@@ -20,7 +20,7 @@ _DRAWN = 1 << 24  # documents drawn at a time
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Difference:
-    """Bits per byte of a model less those of a baseline; less than 0 is better."""
+    """Bits per byte of a model minus those of a baseline; a negative value is better."""
 
     model: str
     baseline: str
@@ -31,25 +31,25 @@ class Difference:
 
     @property
     def is_clear(self) -> bool:
-        """Whether the interval lies on one side of 0, and is of enough documents to go by."""
+        """Whether the interval is on one side of 0, and there are enough documents."""
         return self.has_enough and (self.low > 0 or self.high < 0)
 
     @property
     def has_enough(self) -> bool:
-        """Whether there are `LEAST_DOCUMENTS`."""
+        """Whether there are at least `LEAST_DOCUMENTS`."""
         return self.documents >= LEAST_DOCUMENTS
 
 
 def differences(
     names: list[str], *, baseline: str, nll_DM: NDArray[np.float64], bytes_DM: NDArray[np.float64], seed: int = 0
 ) -> list[Difference]:
-    """Of each model but the baseline, in their order.
+    """The difference of each model except the baseline, in order.
 
     Args:
-        names: of the M models; `baseline` is one of them.
-        baseline: what the others are compared with.
+        names: the names of the M models, including `baseline`.
+        baseline: the model that the others are compared with.
         nll_DM: negative log-likelihood of each document, in nats.
-        bytes_DM: bytes of it that are scored.
+        bytes_DM: its scored bytes.
         seed: of the resamples.
     """
     n_documents, base = len(nll_DM), names.index(baseline)
@@ -73,7 +73,7 @@ def differences(
 def resampled_bpb(nll_DM: NDArray[np.float64], bytes_DM: NDArray[np.float64], *, seed: int) -> NDArray[np.float64]:
     """Bits per byte of each model on each resample: as many documents as there are, drawn with replacement."""
     n_documents, random = len(nll_DM), np.random.default_rng(seed)
-    resamples = max(1_000, min(_RESAMPLES, 16 * _DRAWN // n_documents))  # over a million documents fewer are enough, and take seconds
+    resamples = max(1_000, min(_RESAMPLES, 16 * _DRAWN // n_documents))  # for a million documents fewer are enough, and take seconds
     blocks = []
     for first in range(0, resamples, rows := max(1, _DRAWN // n_documents)):
         size = min(rows, resamples - first)

@@ -10,7 +10,7 @@ import numpy as np
 
 from .comparison import Difference, differences
 
-# Only documents that every model could read: the others' difficulty would count for some models alone.
+# Only documents that every model could read: the difficulty of the others would count only for some models.
 _HELD_OUT = """
     WITH held_out AS (
         SELECT segments.kind, segments.model, corpus, doc_id, documents.split, domain, nll, n_scored, scored_bytes,
@@ -36,7 +36,7 @@ _LEFT_OUT = """
 
 
 class Sums(NamedTuple):
-    """What a model made of some text; adds up."""
+    """A model's likelihood of some text; it can be summed."""
 
     nll: float  # nats
     n_scored: int  # tokens
@@ -54,7 +54,7 @@ class Sums(NamedTuple):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Evaluation:
-    """What all models made of one split of one corpus."""
+    """The results of all models on one split of one corpus."""
 
     corpus: str
     split: str
@@ -64,7 +64,7 @@ class Evaluation:
     mixed: frozenset[str]  # names of ensembles: their tokens are chunks that all members share
 
     def table(self, metric: str) -> tuple[list[str], list[tuple[str, list[float]]]]:
-        """The columns after the model's name, and a row per model, worst first: the metric for each domain, and for all the text."""
+        """The columns after the model's name, and a row per model, worst first: the metric for each domain, and for the whole text."""
         domains = sorted({domain for by_domain in self.sums.values() for domain in by_domain})
         shown = domains if len(domains) > 1 else []
         none = Sums(math.nan, 0, 0)
@@ -78,7 +78,7 @@ class Evaluation:
 
 
 def evaluations(connection: duckdb.DuckDBPyConnection) -> list[Evaluation]:
-    """Every evaluation that the catalog knows of, by corpus and split."""
+    """Every evaluation in the catalog, by corpus and split."""
     left_out = {(corpus, split): number for corpus, split, number in connection.execute(_LEFT_OUT).fetchall()}
     found: dict[tuple[str, str], dict[str, dict[str, Sums]]] = {}
     documents: dict[tuple[str, str], dict[str, int]] = {}
@@ -102,7 +102,7 @@ def evaluations(connection: duckdb.DuckDBPyConnection) -> list[Evaluation]:
 
 
 def compared(connection: duckdb.DuckDBPyConnection, *, evaluation: Evaluation, baseline: str, models: Collection[str]) -> list[Difference]:
-    """Each of these models that was evaluated, compared with the baseline over the documents; nothing without the baseline."""
+    """Each evaluated model, compared with the baseline over the documents; empty without the baseline."""
     names = sorted(name for name in {baseline, *models} if name in evaluation.sums)
     if baseline not in names or len(names) == 1:
         return []

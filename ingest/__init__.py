@@ -1,1 +1,1 @@
-"""Text to documents, segments and parts; forward passes to stored next-token distributions."""
+"""From text to documents, segments and parts; from forward passes to stored next-token distributions."""

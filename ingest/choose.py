@@ -1,4 +1,4 @@
-"""Which documents a corpus keeps, in which order, in which part."""
+"""Chooses the documents that a corpus keeps, their order and their parts."""
 
 import hashlib
 from collections.abc import Iterator
@@ -24,7 +24,7 @@ class ChosenDocuments:
     documents: pl.DataFrame
     n_duplicates: int
     n_empty: int
-    refused: list[str]  # conversations that the chat template does not write: where they are, and why
+    refused: list[str]  # conversations that the chat template refuses: where they are, and why
 
 
 def choose_documents(
@@ -35,11 +35,11 @@ def choose_documents(
     Args:
         config: the recipe's.
         source: where the documents are.
-        chat: the template of conversations.
-        texts: where every document that is read is added, in order.
+        chat: the chat template of conversations.
+        texts: receives every document that is read, in order.
 
     Raises:
-        DataError: there is no text at all, a column is missing, a document is not valid Unicode, or a file changed meanwhile.
+        DataError: there is no text, a column is missing, a document is not valid Unicode, or a file changed in the meantime.
     """
     columns = ("source_split", "row", "split", "domain", "sha256", "n_bytes")
     types = (pl.String, pl.Int64, pl.String, pl.String, pl.String, pl.Int64)
@@ -53,11 +53,11 @@ def choose_documents(
     kept = rows.filter(pl.col("n_bytes") > 0)
     n_empty = len(rows) - len(kept) - len(refused)
     if not config.keep_duplicates:
-        # The held-out copy stays: text that is evaluated on must not be trained on.
+        # The held-out copy is kept: text for evaluation must not be trained on.
         kept = kept.sort(pl.col("split") == "train", maintain_order=True).unique("sha256", keep="first", maintain_order=True)
     n_duplicates = len(rows) - n_empty - len(refused) - len(kept)
     if not len(kept):
-        also = f", or refused, the first ({refused[0]})" if refused else ""
+        also = f", or refused (the first: {refused[0]})" if refused else ""
         raise DataError(f"The corpus {source.where} has no text: {len(rows)} documents, all empty or white space{also}.")
     in_order = sorted(kept["split"].unique().to_list(), key=lambda split: (split != "train", split))
     ordered = pl.concat(_ordered(kept.filter(pl.col("split") == split), config=config, split=split) for split in in_order)
@@ -66,7 +66,7 @@ def choose_documents(
 
 
 def _ordered(documents: pl.DataFrame, *, config: CorpusConfig, split: str) -> pl.DataFrame:
-    """The documents of one split in seeded random order, cut to what the recipe wants of them."""
+    """The documents of one split in seeded random order, cut to the number that the recipe asks for."""
     chosen = documents.sort("source_split", "row")
     chosen = chosen[np.random.default_rng([config.seed, len(chosen)]).permutation(len(chosen))]
     if split == "train" and config.max_train_bytes is not None:
@@ -77,9 +77,9 @@ def _ordered(documents: pl.DataFrame, *, config: CorpusConfig, split: str) -> pl
 def _source_documents(
     config: CorpusConfig, *, source: Source, chat: CorpusTemplate | None, refused: list[str], texts: TextsWriter | None
 ) -> Iterator[tuple[str, int, str, str, str, int]]:
-    """(source split, row, split, domain, sha256, bytes) of every document; 0 bytes where there is nothing but white space.
+    """(source split, row, split, domain, sha256, bytes) of every document; 0 bytes if it is only white space.
 
-    Of documents that are refused, too, which `refused` then lists.
+    Refused documents are included, and are listed in `refused`.
     """
     for source_split, tables in source.splits().items():
         row = 0
@@ -117,13 +117,13 @@ def _documents(config: CorpusConfig, *, chat: CorpusTemplate | None, table: Tabl
 
 
 def parts_of(documents: pl.DataFrame) -> list[dict[str, Any]]:
-    """Of each part its split, and its numbers of documents and of bytes of text."""
+    """For each part, its split and its numbers of documents and bytes of text."""
     per_part = documents.group_by("part").agg(pl.first("split"), documents=pl.len(), text_bytes=pl.sum("n_bytes"))
     return per_part.sort("part").drop("part").to_dicts()
 
 
 def _part_numbers(documents: pl.DataFrame, part_bytes: int) -> pl.Series:
-    """Consecutive documents of one split fill a part until it has `part_bytes` of text."""
+    """Fill each part with consecutive documents of one split until it has `part_bytes` of text."""
     numbers, part, filled, current = [], -1, 0, None
     for split, n_bytes in zip(documents["split"], documents["n_bytes"], strict=True):
         if split != current or filled >= part_bytes:

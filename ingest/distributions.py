@@ -1,18 +1,18 @@
-"""The stage that turns a corpus part into one model's stored next-token distributions, or likelihoods alone.
+"""The stage that computes one model's next-token distributions, or only likelihoods, for a corpus part.
 
-Arrays of a part (T tokens, S segments, K entries; position j speaks of token j + 1 of its segment):
+Arrays of a part (T tokens, S segments, K entries; position j predicts token j + 1 of its segment):
 
-    token_ids_T, segment_offsets          the segments as the model reads them, with bos where it was trained with one
-    doc_id_S, segment_S, n_bytes_S        which segments these are, and the length of their text in UTF-8
-    byte_ends_T                           byte of its segment at which each token ends: of conversations, and where the tokenizer rewrote
+    token_ids_T, segment_offsets          the segments as the model reads them, with bos if it was trained with one
+    doc_id_S, segment_S, n_bytes_S        document and number of each segment, and the length of its text in UTF-8
+    byte_ends_T                           byte of its segment at which each token ends: for conversations, and if the tokenizer rewrote
                                           some text (NFC)
-    label_mask_T                          of conversations: whether the token that follows is the assistant's (bool)
+    label_mask_T                          for conversations: whether the next token is the assistant's (bool)
     nll_S, n_scored_S, scored_bytes_S     negative log-likelihood (nats) of the tokens after the first, their number and their bytes
-    gold_logprob_T                        log-probability of the token that follows; NaN at a segment's last position
-    topk_ids_TK, topk_logprobs_TK, tail_logprob_T, entropy_T     where top_k > 0
+    gold_logprob_T                        log-probability of the next token; NaN at a segment's last position
+    topk_ids_TK, topk_logprobs_TK, tail_logprob_T, entropy_T     if top_k > 0
 
-A text's first token is not scored, even where bos predicts it: models without bos say nothing of it, and all are compared alike. Of
-conversations only the assistant's tokens are, each answer's end-of-turn token too, which counts no bytes.
+A text's first token is not scored, even if bos predicts it, because models without bos do not predict it and all models must be compared
+on the same tokens. In conversations only the assistant's tokens are scored, including end-of-turn tokens, which count no bytes.
 """
 
 import contextlib
@@ -36,7 +36,7 @@ from .chat.reader import ConversationsReader
 from .chat.readings import ChatReading
 from .models import ModelFolder
 
-if TYPE_CHECKING:  # torch is loaded where a model is run, not where a recipe is read
+if TYPE_CHECKING:  # torch is loaded to run a model, not to read a recipe
     from .forward import CausalModel, NextTokenDistributions
 
 
@@ -47,7 +47,7 @@ class DistributionsConfig(BaseModel):
 
     top_k: int = Field(10, ge=1, le=1024, description="entries of each next-token distribution that are stored")
     codec: Encoding = Field(
-        "f16", description="how log-probabilities are stored: `f16` (5e-8 nats off), or `q8` (5e-5 nats) in 14 % fewer bytes"
+        "f16", description="encoding of log-probabilities: `f16` (error 5e-8 nats), or `q8` (5e-5 nats) in 14 % fewer bytes"
     )
 
 
@@ -59,13 +59,13 @@ def forward_choices(*, split: str, dtype: str, top_k: int, codec: Encoding) -> d
 def distributions_identity(
     model: ModelFolder, *, corpus: Dataset, split: str, dtype: str, top_k: int, codec: Encoding = "f16", chat: ChatReading | None = None
 ) -> dict[str, Any]:
-    """What determines a model's distributions on a corpus. Its name, the batch size and the device do not."""
+    """What determines a model's distributions on a corpus; not its name, the batch size or the device."""
     identity = forward_choices(split=split, dtype=dtype, top_k=top_k, codec=codec) | {
         "corpus": corpus.fingerprint,
         "weights": model.weights_digest,
         "tokenizer": model.tokenizer.digest,
     }
-    if model.tokenizer.rewrites:  # which decides what documents there are
+    if model.tokenizer.rewrites:  # it decides which documents are left out
         identity["equivalence"] = 1
     if chat is not None:
         identity["chat"] = chat.reader(model.tokenizer).identity
@@ -73,7 +73,7 @@ def distributions_identity(
 
 
 def arithmetic_of_parts(dataset: Dataset, *, dtype: str) -> str | None:
-    """The number format that the parts were computed in, whose `dataset.json` is lost; None where no part can be read."""
+    """The number format of the parts of a dataset without its `dataset.json`; None if no part can be read."""
     for part in dataset.parts():
         with contextlib.suppress(FuselineError):
             return str(dataset.arrays(part).attributes.get("arithmetic", dtype))
@@ -81,7 +81,7 @@ def arithmetic_of_parts(dataset: Dataset, *, dtype: str) -> str | None:
 
 
 class DistributionsStage:
-    """Makes `distributions/<model>` (top_k > 0) or `evaluations/<model>` (top_k = 0). Pickles as its arguments."""
+    """Makes `distributions/<model>` (top_k > 0) or `evaluations/<model>` (top_k = 0). It pickles as its arguments."""
 
     def __init__(
         self,
@@ -97,9 +97,9 @@ class DistributionsStage:
         chat: ChatReading | None = None,
         context_length: int | None = None,
     ) -> None:
-        """`chat` says how conversations are read, where the corpus holds some.
+        """`chat` says how conversations are read, if the corpus holds conversations.
 
-        A segment of more than `context_length` tokens is left out; by default the corpus's, which only a model's own rendering exceeds.
+        A segment of more than `context_length` tokens is left out. The default is the corpus's; only a model's own rendering exceeds it.
         """
         self.dataset, self.corpus, self.model_folder, self.tokenizer_folder = dataset, corpus, model_folder, tokenizer_folder
         self.dtype, self.trust_remote_code, self.top_k, self.codec = dtype, trust_remote_code, top_k, codec
@@ -115,7 +115,7 @@ class DistributionsStage:
 
     @cached_property
     def model(self) -> "CausalModel":
-        """The model, loaded when the first part needs it."""
+        """The model, loaded for the first part."""
         from .forward import CausalModel
 
         folder, remote_code = self.model_folder, self.trust_remote_code
@@ -123,9 +123,9 @@ class DistributionsStage:
 
     @property
     def arithmetic(self) -> str:
-        """The number format of the forward passes, as it was chosen when the dataset was begun.
+        """The number format of the forward passes, chosen when the dataset was begun.
 
-        Datasets from before that choice, which have no record of it, were computed in `dtype`.
+        Datasets of earlier versions have no record of it; they were computed in `dtype`.
         """
         return str(self.dataset.description.get("arithmetic", self.dtype))
 
@@ -136,8 +136,8 @@ class DistributionsStage:
     def compute(self, part: int) -> PartContent:
         """Tokenize and run one part of the corpus.
 
-        A document that the tokenizer cannot represent, that does not fit the context, or whose logits are not finite is left out, with its
-        reason in the part's attributes under `quarantined`.
+        A document is left out if the tokenizer cannot represent it, it does not fit the context, or its logits are not finite. The reason
+        is stored in the part's attributes under `quarantined`.
         """
         table = self.corpus.table(part)
         read = self._read(table)
@@ -177,7 +177,7 @@ class DistributionsStage:
             "quarantined": len(quarantined),
         }
         attributes: dict[str, Any] = {"quarantined": quarantined}
-        if self.arithmetic != self.dtype:  # for the day when `dataset.json` is lost
+        if self.arithmetic != self.dtype:  # in case `dataset.json` is lost
             attributes["arithmetic"] = self.arithmetic
         return PartContent(data=arrays, counts=counts, attributes=attributes, encodings=self._encodings)
 
@@ -196,12 +196,12 @@ class DistributionsStage:
 
     @property
     def _encodings(self) -> dict[str, Encoding]:
-        # The gold log-probabilities stay exact: the gold anchor and the likelihoods are made of them.
+        # The gold log-probabilities stay exact: the gold anchor and the likelihoods use them.
         exact: dict[str, Encoding] = {"gold_logprob_T": "f16", "entropy_T": "f16"}
         return exact | {name: self.codec for name in ("topk_logprobs_TK", "tail_logprob_T") if self.top_k}
 
     def _unusable(self, read: "_Read", *, doc_id_S: NDArray[Any]) -> dict[int, str]:
-        """Document to reason, for those that cannot be run."""
+        """Documents that cannot be run, with the reasons."""
         reasons = {}
         lengths_S = np.diff(read.encoded.segment_offsets)
         for s in np.flatnonzero(lengths_S > self.context_length):
@@ -233,7 +233,7 @@ class _Read:
 
     @classmethod
     def of_text(cls, encoded: EncodedSegments, *, tokenizer: Tokenizer) -> "_Read":
-        """Of plain text all is scored but the first token, whether a bos comes before it or not."""
+        """In plain text, all tokens except the first are scored, with or without bos."""
         offsets = encoded.segment_offsets
         n_bos = int(tokenizer.prepends_bos)
         is_scored_T = ~_is_last(offsets)
@@ -241,7 +241,7 @@ class _Read:
         ends_T: NDArray[Any] | None = encoded.byte_ends_T
         if ends_T is None:
             ends_T = tokenizer.byte_ends(encoded.token_ids_T, segment_offsets=offsets, n_bytes_S=encoded.n_bytes_S)
-        first_bytes_S = encoded.n_bytes_S.copy()  # of the first token; of all, where there is no second
+        first_bytes_S = encoded.n_bytes_S.copy()  # of the first token; of the whole text if there is no second
         has_scored_S = np.diff(offsets) - 1 - n_bos > 0
         first_bytes_S[has_scored_S] = ends_T[offsets[:-1][has_scored_S] + n_bos]
         return cls(
@@ -252,7 +252,7 @@ class _Read:
         )
 
     def select(self, keep_S: NDArray[np.bool_]) -> "_Read":
-        """The segments for which `keep_S` is true."""
+        """Only the segments for which `keep_S` is true."""
         keep_T = np.repeat(keep_S, np.diff(self.encoded.segment_offsets))
         return _Read(
             encoded=self.encoded.select(keep_S),
@@ -263,12 +263,12 @@ class _Read:
 
 
 def _is_last(offsets: NDArray[np.int64]) -> NDArray[np.bool_]:
-    """Which positions are the last of their segment, where there is no gold token."""
+    """Which positions are the last of their segment, and have no gold token."""
     is_last_T = np.zeros(offsets[-1], np.bool_)
     is_last_T[offsets[1:][np.diff(offsets) > 0] - 1] = True
     return is_last_T
 
 
 def _segment_sums(values_T: NDArray[Any], offsets: NDArray[np.int64]) -> NDArray[Any]:
-    """Sum of each segment's values, taken segment by segment: what is not finite in one does not spoil the next."""
+    """Sum of each segment's values, computed per segment, so that a value that is not finite affects only its own segment."""
     return np.array([values_T[start:end].sum() for start, end in pairwise(offsets)])

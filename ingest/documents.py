@@ -1,4 +1,4 @@
-"""What the documents of a corpus are made of: a column of text, or conversations that a chat template writes down."""
+"""Reads the documents of a corpus: a column of text, or conversations that a chat template renders."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
@@ -22,14 +22,14 @@ class Documents(Protocol):
 
     @property
     def optional(self) -> Sequence[str]:
-        """Columns that are read where it has them."""
+        """Columns that are read if the file has them."""
         ...
 
     def read(self, rows: Rows) -> tuple[list[MarkedText], Mapping[int, str]]:
-        """The documents of some rows, and why some of them, by their index, are refused; those have no text.
+        """The documents of some rows, and the reasons for refused ones by index; refused documents have no text.
 
         Raises:
-            DataError: a row is not what it should be, with its place and what to do.
+            DataError: a row is invalid; the text says where, and what to do.
         """
         ...
 
@@ -43,26 +43,26 @@ class TextDocuments:
         self.required: Sequence[str] = (column,)
 
     def read(self, rows: Rows) -> tuple[list[MarkedText], Mapping[int, str]]:
-        """Null is no text; a lone surrogate, say, is an error."""
+        """Null is an empty text; invalid Unicode, such as a lone surrogate, is an error."""
         (column,) = self.required
         return [MarkedText(text=_text(value, place=rows.place, index=index)) for index, value in enumerate(rows.columns[column])], {}
 
 
 class ChatDocuments:
-    """Conversations, written down by a chat template."""
+    """Conversations, rendered by a chat template."""
 
     def __init__(self, config: ChatConfig, *, template: ChatTemplate, columns: Sequence[str], where: str) -> None:
-        """Find out which of the columns hold the conversations.
+        """Find the columns that hold the conversations.
 
         Raises:
-            DataError: none does.
+            DataError: there are none.
         """
         self._template = template
         self._reader = find_reader(columns, wanted=config.format, column=config.column, where=where)
         self.required, self.optional = self._reader.required, self._reader.optional
 
     def read(self, rows: Rows) -> tuple[list[MarkedText], Mapping[int, str]]:
-        """Refused are conversations without an answer, with an empty one, and those that the template does not write as they are."""
+        """Conversations without an answer, with an empty one, or that the template cannot render unchanged are refused."""
         found: dict[int, MarkedText | RefusedConversation] = {}
         conversations: dict[int, Conversation] = {}
         columns = (*self.required, *self.optional)
@@ -90,7 +90,7 @@ class ChatDocuments:
 
 
 def _require_answers(conversation: Conversation) -> None:
-    """Raise RefusedConversation where the assistant says nothing, or a message of its is empty; a conversation without messages is none."""
+    """Raise RefusedConversation if there is no message of the assistant, or one is empty; no messages at all is an empty document."""
     answers = [number for number, message in enumerate(conversation, start=1) if message.role == "assistant"]
     if conversation and not answers:
         raise RefusedConversation("it has no message of the assistant")
@@ -104,7 +104,7 @@ def _text(value: object, *, place: Callable[[int], str], index: int) -> str:
         return ""
     if not isinstance(value, str):
         raise DataError(
-            f"{place(index)}: the text column is of type {type(value).__name__}, not text. Name another with corpus.text_column."
+            f"{place(index)}: the text column has type {type(value).__name__}, not text. Name another column with corpus.text_column."
         )
     try:
         value.encode()

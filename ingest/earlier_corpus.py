@@ -1,7 +1,7 @@
-"""Corpora that were read before files had one explicit list: kept, with their fingerprints, where they were read right.
+"""Corpora of earlier versions, which had no explicit list of files. They keep their fingerprints if they were read correctly.
 
-Then `datasets` chose the files of a folder, their splits by their names, and what in them stood for null; a README.md beside them counted
-as content. Such a corpus is read once more and compared document by document, whatever else its identity says of how it was read.
+In these, `datasets` chose the files of a folder, their splits by their names, and which values meant null; a README.md beside them
+counted as content. Such a corpus is read again and compared document by document.
 """
 
 from collections.abc import Mapping
@@ -23,7 +23,7 @@ _PLACE = ("source_split", "row", "part", "doc_id")
 
 
 def kept_identity(stored: Dataset, *, asked: Mapping[str, Any]) -> dict[str, Any]:
-    """The identity to ask a stored corpus for: of one that was read before, without what then was no part of it."""
+    """The identity to compare with a stored corpus; for an earlier version, without the keys that it did not have."""
     kept = dict(asked)
     if not _is_earlier(stored):
         return kept
@@ -37,17 +37,17 @@ def kept_identity(stored: Dataset, *, asked: Mapping[str, Any]) -> dict[str, Any
 
 
 def require_read_right(stage: CorpusStage, *, asked: Mapping[str, Any]) -> None:
-    """Compare a corpus that was read before with its files, once.
+    """Compare a corpus of an earlier version with its files, once.
 
     Raises:
-        DataError: its documents are not those of the files.
+        DataError: its documents differ from those of the files.
     """
     dataset, verified_as = stage.dataset, fingerprint(asked)
     summary = read_plan(dataset.folder)
     if summary is None or not _is_earlier(dataset) or summary.get("verified_as") == verified_as:
         return
     stored, read = stage.plan.documents, choose_documents(stage.config, source=stage.source, chat=stage.chat).documents
-    if "None" not in read["domain"]:  # what a missing domain was called
+    if "None" not in read["domain"]:  # the name of a missing domain then
         read = read.with_columns(pl.col("domain").replace("", "None"))
     all_made = not dataset.missing(stage.parts())
     if not (_same(stored, read, *_CONTENT, *_PLACE) or (all_made and _same(stored, read, *_CONTENT))):
@@ -68,17 +68,17 @@ def _same(stored: pl.DataFrame, read: pl.DataFrame, *columns: str) -> bool:
 def _misread(dataset: Dataset, *, stored: pl.DataFrame, read: pl.DataFrame) -> DataError:
     missing, extra = _n_only_in(read, stored), _n_only_in(stored, read)
     if missing or extra:
-        what = f"{missing} documents of the files are missing from it, and {extra} of its documents are not in the files"
+        what = f"it lacks {missing} documents of the files, and has {extra} documents that are not in the files"
     else:
         what = "it had the files in another order, and parts of it are missing"
     return DataError(
-        f"corpus/{dataset.name} was read by an earlier version, and not as its files say: {what}. What was made of it has the wrong text. "
-        "Use another --workspace. If names of files or folders say the splits, name them in [corpus.splits] first."
+        f"An earlier version read corpus/{dataset.name} differently from its files: {what}. Everything made from it has the wrong text. "
+        "Use another --workspace. If the names of files or folders give the splits, list them in [corpus.splits] first."
     )
 
 
 def _n_only_in(left: pl.DataFrame, right: pl.DataFrame) -> int:
-    """Documents of one table that the other lacks; of equal ones their numbers count."""
+    """Number of documents of one table that the other lacks; duplicates count separately."""
     counts = (table.group_by(_CONTENT).len() for table in (left, right))
     both = next(counts).join(next(counts), on=_CONTENT, how="left", suffix="_right").fill_null(0)
     return int((both["len"].cast(pl.Int64) - both["len_right"].cast(pl.Int64)).clip(lower_bound=0).sum())

@@ -1,7 +1,7 @@
-"""The files of a local corpus: one explicit list, which is what is read, what is fingerprinted, and what messages name.
+"""The files of a local corpus: one explicit list, which is read, fingerprinted and shown in messages.
 
-A path is a path, whatever characters it has. Every data file under the corpus's folder is in the list, whatever it is called; hidden files
-and folders, and files of other kinds, are not, and the list says so.
+A path may have any characters and is never a pattern. The list has every data file under the corpus's folder, with any name. Hidden files
+and folders, and files of other kinds, are left out and reported.
 """
 
 import os
@@ -22,8 +22,8 @@ KINDS: dict[str, Kind] = {".parquet": "parquet", ".jsonl": "json", ".ndjson": "j
 COMPRESSIONS = {".gz": "gzip", ".bz2": "bzip2", ".xz": "xz", ".zst": "zstd"}
 _READ = f"{', '.join(KINDS)} are read; all but .parquet may be compressed ({', '.join(COMPRESSIONS)})"
 _ARCHIVES = {".zip", ".tar", ".tgz", ".7z", ".rar"}
-_NOTES = {"dataset_infos.json", "dataset_info.json", "dataset_dict.json", "state.json"}  # what `datasets` leaves beside the data
-_SYSTEM_FOLDERS = {"__MACOSX"}  # what macOS adds to archives
+_NOTES = {"dataset_infos.json", "dataset_info.json", "dataset_dict.json", "state.json"}  # files that `datasets` writes beside the data
+_SYSTEM_FOLDERS = {"__MACOSX"}  # added to archives by macOS
 _SHOWN = 5  # names in a message
 
 
@@ -32,19 +32,19 @@ class CorpusFile:
     """One file of a corpus."""
 
     path: Path
-    name: str  # below the corpus's folder, with "/" between folders; "." where the corpus is this one file
+    name: str  # below the corpus's folder, with "/" between folders; "." if the corpus is this one file
     kind: Kind
     compression: str | None  # one of COMPRESSIONS' values
     size: int  # bytes on disk
-    state: tuple[int, ...]  # changes when the file does, also where its time is set back
+    state: tuple[int, ...]  # changes when the file changes, even if its time is set back
 
     @property
     def where(self) -> str:
-        """The path, for messages."""
+        """Its path, for messages."""
         return as_text(self.path)
 
     def digest(self) -> str:
-        """SHA-256 (hex) of the file as it lies on disk.
+        """SHA-256 (hex) of the file on disk.
 
         Raises:
             DataError: it changed since it was listed.
@@ -60,12 +60,12 @@ class CorpusFile:
         except FileNotFoundError:
             unchanged = False
         if not unchanged:
-            raise DataError(f"{self.where} was changed while the corpus was read. Wait until nothing writes to it, and run again.")
+            raise DataError(f"{self.where} changed while the corpus was read. Wait until nothing writes to it, and run again.")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FileList:
-    """The data files under a path, in the order of their names, and what else lies there."""
+    """The data files under a path, ordered by name, and the entries that are left out."""
 
     root: Path
     files: tuple[CorpusFile, ...]
@@ -75,7 +75,7 @@ class FileList:
         """The files of each split: those that the recipe names, or all as `train`.
 
         Args:
-            splits: names of files or folders below the root for each split; in them `*` stands for any characters but "/".
+            splits: names of files or folders below the root for each split; `*` matches any characters except "/".
 
         Raises:
             DataError: an entry names no file, a file is in two splits, or the files are of several kinds.
@@ -87,7 +87,7 @@ class FileList:
         for split, files in chosen.items():
             for file in files:
                 if owner.setdefault(file.name, split) != split:
-                    raise DataError(f"corpus.splits: {file.where} is in {owner[file.name]} and in {split}. Name it in one of them.")
+                    raise DataError(f"corpus.splits: {file.where} is in {owner[file.name]} and in {split}. Keep it in only one split.")
         _of_one_kind([file for files in chosen.values() for file in files], root=self.root)
         return chosen
 
@@ -98,7 +98,7 @@ class FileList:
         for entry in entries:
             matches = [file for file in self.files if _is_named(file.name, entry)]
             if not matches:
-                raise DataError(f"corpus.splits.{split}: {entry!r} names no data file in {self.root}, which holds {_some(self.files)}.")
+                raise DataError(f"corpus.splits.{split}: {entry!r} matches no data file in {self.root}, which holds {_some(self.files)}.")
             found |= {file.name: file for file in matches}
         return tuple(file for file in self.files if file.name in found)
 
@@ -107,12 +107,12 @@ def list_files(root: Path) -> FileList:
     """List the data files of a corpus: a file, or all below a folder.
 
     Raises:
-        DataError: there is none, or a link leads nowhere.
+        DataError: there is none, or a link is broken.
     """
     if root.is_file():
         kind, compression, reason = _what(root)
         if kind is None:
-            raise DataError(f"{root} is no data file ({reason}): {_READ}.")
+            raise DataError(f"{root} is not a data file ({reason}): {_READ}.")
         return FileList(root=root, files=(_listed(root, name=".", kind=kind, compression=compression),), left_out=())
     files, left_out = [], []
     for path, unread in _walk(root, root=root, above=(root.resolve(),)):
@@ -124,22 +124,22 @@ def list_files(root: Path) -> FileList:
             files.append(_listed(path, name=name, kind=kind, compression=compression))
     if not files:
         also = f" It holds {listed(left_out, most=_SHOWN)}." if left_out else ""
-        raise DataError(f"{root} holds no data file: {_READ}.{also}")
+        raise DataError(f"{root} holds no data files: {_READ}.{also}")
     return FileList(root=root, files=tuple(sorted(files, key=lambda file: file.path)), left_out=tuple(left_out))
 
 
 def _walk(folder: Path, *, root: Path, above: tuple[Path, ...]) -> Iterator[tuple[Path, str | None]]:
-    """Every file below a folder, or what is left out as a whole, with the reason; links are followed inside the corpus, `root`.
+    """Every file below a folder; entries that are left out have a reason. Links are followed inside the corpus, `root`.
 
     Raises:
-        DataError: a link leads nowhere, or out of the corpus: a stranger's corpus must not read the user's other files.
+        DataError: a link is broken, or leads out of the corpus: a stranger's corpus must not read the user's other files.
     """
     for path in sorted(folder.iterdir()):
         if path.name.startswith(".") or path.name in _SYSTEM_FOLDERS:
             yield path, "hidden"
             continue
         if path.is_symlink() and not path.exists():
-            raise DataError(f"{path} is a link to {os.readlink(path)}, where nothing is. Restore that, or remove the link.")
+            raise DataError(f"{path} is a link to {os.readlink(path)}, which does not exist. Restore the target, or remove the link.")
         if path.is_dir() and path.resolve() in above:
             yield path, "a link to a folder above it"
             continue
@@ -155,7 +155,7 @@ def _walk(folder: Path, *, root: Path, above: tuple[Path, ...]) -> Iterator[tupl
 
 
 def _what(path: Path) -> tuple[Kind | None, str | None, str]:
-    """Kind and compression of a file by its name, or why it is none of a corpus."""
+    """Kind and compression of a file by its name, or why it is left out."""
     if path.name in _NOTES:
         return None, None, "a description of the data"
     suffixes = [suffix.lower() for suffix in path.suffixes]
@@ -193,8 +193,8 @@ def _of_one_kind(files: Sequence[CorpusFile], *, root: Path) -> tuple[CorpusFile
     if len(kinds) > 1:
         each = "; ".join(f"{kind}: {_some(kinds[kind])}" for kind in sorted(kinds))
         raise DataError(
-            f"{root} mixes files of several kinds ({', '.join(sorted(kinds))}). {each}. Move those of one kind into a folder of their own, "
-            "or name the files to read in [corpus.splits]."
+            f"{root} mixes files of several kinds ({', '.join(sorted(kinds))}). {each}. Move the files of one kind into a separate folder, "
+            "or list the files to read in [corpus.splits]."
         )
     return tuple(files)
 

@@ -1,6 +1,6 @@
-"""Reads a file of a corpus, whatever its kind: streaming, and only the columns that are needed.
+"""Reads a file of a corpus, of any kind: streaming, and only the needed columns.
 
-What is written is what is read. Each kind has a module of its own, `read_parquet`, `read_csv` and `read_json`; a text file is one document.
+Values are read as written. Each kind has its own module, `read_parquet`, `read_csv` and `read_json`; a text file is one document.
 """
 
 import io
@@ -18,7 +18,7 @@ _BATCHES = {"parquet": parquet_batches, "csv": csv_batches, "json": json_batches
 
 
 def column_names(file: CorpusFile) -> list[str]:
-    """The columns of a file; of JSON those of its first rows.
+    """The columns of a file; for JSON those of its first rows.
 
     Raises:
         DataError: the file cannot be read.
@@ -39,7 +39,7 @@ def read_rows(file: CorpusFile, columns: Columns) -> Iterator[Rows]:
     """The rows of a file, a batch at a time.
 
     Raises:
-        DataError: the file cannot be read, lacks a column, or a row is not what it should be; with the file and the line or row.
+        DataError: the file cannot be read, lacks a column, or has an invalid row; the text names the file and the line or row.
     """
     with opened_file(file) as data:
         yield from _BATCHES.get(file.kind, _txt_batches)(data, file, columns)
@@ -49,5 +49,7 @@ def _txt_batches(data: io.BufferedReader, file: CorpusFile, columns: Columns) ->
     require_columns(columns.required, names=["text"], where=f"{file.where}, a text file,")
     text = data.read(LARGEST_TEXT + 1)
     if len(text) > LARGEST_TEXT:
-        raise DataError(f"{file.where}: must have at most {LARGEST_TEXT >> 20:,} MiB, as one document. Split it into several files.")
+        raise DataError(
+            f"{file.where}: must have at most {LARGEST_TEXT >> 20:,} MiB, because it is one document. Split it into several files."
+        )
     yield Rows.of({"text": [decoded(text, file=file)]}, where=file.where, unit="", numbers=[0], columns=columns)

@@ -1,7 +1,7 @@
-"""Forward passes: what a model says about the next token, at every position of many segments.
+"""Forward passes: a model's distribution of the next token, at every position of many segments.
 
-Only k numbers per token leave the device. Logits are reduced in float32, in blocks small enough that a (tokens, vocabulary) block never
-exceeds a budget: vocabularies of 262,144 exist, and one batch's logits would be gigabytes.
+Only k numbers per token leave the device. Logits are reduced in float32, in (tokens, vocabulary) blocks within a budget: vocabularies of
+262,144 exist, and the logits of one batch would take gigabytes.
 
 Axes: N tokens of one batch, T tokens of all segments, V vocabulary, K entries, H hidden size, B segments of a batch, L padded length.
 """
@@ -24,44 +24,44 @@ from ..store.transformers_folder import for_transformers, quiet
 from ..store.weights import refuse_adapter
 
 _HEAD_BYTES = 256 << 20  # logits of one matrix product with the output embedding
-_REDUCE_BYTES = 8 << 20  # float32 logits reduced at a time: about a CPU's cache (on a GPU the head's block is taken whole)
+_REDUCE_BYTES = 8 << 20  # float32 logits reduced at a time: about a CPU's cache (on a GPU the head's whole block)
 _TOP_K_BLOCK = 128
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NextTokenDistributions:
-    """Of every position j, the model's distribution of token j + 1. Natural logarithms under the full softmax."""
+    """For every position j, the model's distribution of token j + 1. Natural logarithms under the full softmax."""
 
     topk_ids_TK: NDArray[np.int64]  # by falling probability
     topk_logprobs_TK: NDArray[np.float32]
-    gold_logprob_T: NDArray[np.float32]  # of the token that follows; NaN at a segment's last position
-    tail_logprob_T: NDArray[np.float32]  # log of the mass outside the top k; -inf where it rounds to nothing
+    gold_logprob_T: NDArray[np.float32]  # of the next token; NaN at a segment's last position
+    tail_logprob_T: NDArray[np.float32]  # log of the mass outside the top k; -inf if it rounds to 0
     entropy_T: NDArray[np.float32]  # nats
 
 
 class CausalModel:
-    """A causal language model on the device at hand: CUDA where there is one, else the CPU."""
+    """A causal language model on the available device: CUDA if there is one, else the CPU."""
 
     def __init__(self, folder: Path, *, dtype: str, arithmetic: str, trust_remote_code: bool) -> None:
         """Load the model.
 
         Args:
             folder: in the Hugging Face format.
-            dtype: number format that the weights are rounded to.
-            arithmetic: number format that holds them, and in which everything is computed: `dtype`, or float32.
+            dtype: number format to which the weights are rounded.
+            arithmetic: number format of the stored weights and of all computation: `dtype`, or float32.
             trust_remote_code: whether code in the folder may be run.
 
         Raises:
-            DataError: transformers cannot load it, or not all of its weights are there.
+            DataError: transformers cannot load it, or weights are missing.
         """
         import transformers
 
         use_threads()
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        refuse_adapter(folder)  # transformers loads it too where peft is installed
+        refuse_adapter(folder)  # transformers also loads it if peft is installed
         try:
             with for_transformers(folder) as readable, quiet():
-                if not trust_remote_code:  # the model's own code describes it
+                if not trust_remote_code:  # else the model's own code describes it
                     described_model(folder, readable=readable)
                 found: Any = transformers.AutoModelForCausalLM.from_pretrained(
                     readable,
@@ -73,10 +73,10 @@ class CausalModel:
                 )
         except DataError:
             raise
-        except Exception as error:  # transformers and the model's own code raise anything
+        except Exception as error:  # transformers and the model's own code raise any exception
             raise DataError(f"The model {folder} cannot be loaded: {type(error).__name__}: {in_short(error)}") from error
         model, loaded = found
-        if loaded["missing_keys"]:  # transformers warns, and fills them with random numbers
+        if loaded["missing_keys"]:  # transformers warns and fills them with random numbers
             raise DataError(f"The model {folder} lacks weights: {', '.join(sorted(loaded['missing_keys']))}. Download it again.")
         if arithmetic != dtype:
             _round(model, dtype=getattr(torch, dtype))
@@ -91,7 +91,7 @@ class CausalModel:
 
     @cached_property
     def _head(self) -> torch.nn.Module | None:
-        """The output embedding, if logits are just that of the last hidden states; some models scale or cap their logits."""
+        """The output embedding, if logits are only its product with the last hidden states; some models scale or cap their logits."""
         head = self.model.get_output_embeddings()
         if head is None:
             return None
@@ -102,11 +102,11 @@ class CausalModel:
             return head if torch.equal(head(hidden_BLH), logits_BLV) else None
 
     def distributions(self, segments: Sequence[NDArray[Any]], *, top_k: int) -> NextTokenDistributions:
-        """Distributions at every position of the segments, in their order.
+        """Distributions at every position of the segments, in order.
 
         Args:
             segments: token ids of each segment.
-            top_k: number of entries K; 0 for gold log-probabilities and entropies alone.
+            top_k: number of entries K; 0 for only gold log-probabilities and entropies.
         """
         lengths = np.fromiter(map(len, segments), np.int64, len(segments))
         starts = np.concatenate([[0], np.cumsum(lengths)])
@@ -129,7 +129,7 @@ class CausalModel:
     @torch.inference_mode()
     def _batch(self, segments: list[NDArray[Any]], *, top_k: int) -> dict[str, NDArray[Any]]:
         longest = max(map(len, segments))
-        # Padding is on the right, where no causal position sees it, so no attention mask is needed.
+        # Padding is on the right, where causal attention never sees it, so no attention mask is needed.
         ids_BL = np.zeros((len(segments), longest), np.int64)
         real_BL = np.zeros((len(segments), longest), np.bool_)
         for row, segment in enumerate(segments):
@@ -150,7 +150,7 @@ class CausalModel:
 
 @torch.no_grad()
 def _round(model: torch.nn.Module, *, dtype: torch.dtype) -> None:
-    """Round the weights in place; one of them at a time is in memory twice."""
+    """Round the weights in place; one tensor at a time is in memory twice."""
     for parameter in model.parameters():
         parameter.copy_(parameter.to(dtype))
 
@@ -158,7 +158,7 @@ def _round(model: torch.nn.Module, *, dtype: torch.dtype) -> None:
 def batches(lengths: NDArray[np.int64], *, batch_tokens: int) -> Iterator[list[int]]:
     """Group segments of similar length, longest first, so that a padded batch has at most `batch_tokens` tokens (or one segment).
 
-    The grouping depends on the lengths alone, so a part's batches, and their roundings, are the same whenever it is computed.
+    The grouping depends only on the lengths, so a part always has the same batches, with the same rounding.
     """
     batch: list[int] = []
     for s in np.argsort(-lengths, kind="stable").tolist():
@@ -188,7 +188,7 @@ def _reduce_block(logits_NV: torch.Tensor, *, gold_N: torch.Tensor, top_k: int) 
     sum_N = weights_NV.sum(-1)
     logsumexp_N = largest_N1[:, 0] + sum_N.log()
     expected_N = torch.linalg.vecdot(weights_NV, logits_NV) / sum_N
-    if not expected_N.isfinite().all():  # logits of -inf, as some models give to columns that stand for no token, have no share in it
+    if not expected_N.isfinite().all():  # logits of -inf, which some models give to columns without a token, contribute nothing
         expected_N = torch.linalg.vecdot(weights_NV, logits_NV.clamp(min=torch.finfo(torch.float32).min)) / sum_N
     top_logprobs_NK = (top_values_NK - logsumexp_N[:, None])[:, :top_k]
     return {
@@ -201,9 +201,9 @@ def _reduce_block(logits_NV: torch.Tensor, *, gold_N: torch.Tensor, top_k: int) 
 
 
 def exact_top_k(values_NV: torch.Tensor, *, k: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The k largest values of each row and their places, as `torch.topk`, several times as fast on a CPU for a large V.
+    """The k largest values of each row and their indices, like `torch.topk`, but several times as fast on a CPU for a large V.
 
-    The k largest values lie in the k blocks with the largest maxima, so only k blocks of each row are searched.
+    The k largest values are in the k blocks with the largest maxima, so only k blocks of each row are searched.
     """
     n_blocks = values_NV.shape[1] // _TOP_K_BLOCK
     if values_NV.is_cuda or n_blocks <= 4 * k:

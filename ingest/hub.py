@@ -1,4 +1,4 @@
-"""What models and datasets of the Hugging Face hub have in common: their ids, and the cache that they are downloaded into."""
+"""Common to models and datasets of the Hugging Face hub: their ids, and the cache for downloads."""
 
 import errno
 import os
@@ -13,7 +13,7 @@ HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")  # of a model or a dataset
 
 
 def is_cache_unwritable(error: BaseException) -> TypeGuard[OSError]:
-    """Whether an error of the hub's libraries is that their cache cannot be written."""
+    """Whether an error of the hub's libraries means that their cache cannot be written."""
     if not isinstance(error, OSError):
         return False
     return error.errno in {errno.EACCES, errno.EROFS} or Path(str(error.filename)).is_relative_to(_cache_folder())
@@ -24,8 +24,6 @@ def _cache_folder() -> Path:
 
 
 def cache_unwritable(error: OSError) -> DataError:
-    """What to say where the cache of the hub's libraries cannot be written."""
+    """The message for a cache of the hub's libraries that cannot be written."""
     where = error.filename or _cache_folder()
-    return DataError(
-        f"The cache of the Hugging Face hub cannot be written ({error.strerror}: {where}). Set HF_HOME to a folder that can be written."
-    )
+    return DataError(f"The cache of the Hugging Face hub cannot be written ({error.strerror}: {where}). Set HF_HOME to a writable folder.")

@@ -1,4 +1,4 @@
-"""The models of a recipe: what their folders hold, and what identifies them."""
+"""The models of a recipe: their folders and their identities."""
 
 import hashlib
 import json
@@ -23,7 +23,7 @@ from .model_config import ModelConfig
 from .places import find_place
 
 _DTYPES = ("float32", "bfloat16", "float16", "float64")
-_NOTES_IN_CONFIG = {"_name_or_path", "transformers_version"}  # they say where a model came from, not what it is
+_NOTES_IN_CONFIG = {"_name_or_path", "transformers_version"}  # they describe a model's origin, not its content
 
 
 @dataclass(frozen=True)
@@ -32,13 +32,13 @@ class ModelFolder:
 
     config: ModelConfig
     folder: Path
-    found_by_name: bool = False  # in the models folder, by the last part of its id: it may be another owner's
-    notes: tuple[str, ...] = ()  # what a user should know of how it was found
-    kept_tokenizer: Tokenizer | None = None  # as an earlier version read it, where stored datasets were made with that
+    found_by_name: bool = False  # in the models folder, by the last part of its id: it may belong to another owner
+    notes: tuple[str, ...] = ()  # for the user: how it was found
+    kept_tokenizer: Tokenizer | None = None  # as an earlier version read it, if stored datasets use that
 
     @cached_property
     def hf_config(self) -> dict[str, Any]:
-        """The model's `config.json`; of a multimodal model, the part about text."""
+        """The model's `config.json`; for a multimodal model, the part about text."""
         try:
             config = read_json(self.folder / "config.json")
             found = config.get("text_config") or config
@@ -48,7 +48,7 @@ class ModelFolder:
         except (OSError, ValueError, AttributeError) as error:
             what = f"config.json cannot be read ({getattr(error, 'strerror', None) or error})"
             if next(self.folder.glob("*.gguf"), None) is not None:
-                what = "it holds GGUF, which is not read"
+                what = "it holds GGUF, which is not supported"
             raise DataError(
                 f"{self.folder} is not a model folder: {what}. Name a folder with config.json and safetensors files."
             ) from error
@@ -65,7 +65,7 @@ class ModelFolder:
 
     @cached_property
     def weights_digest(self) -> str:
-        """SHA-256 (hex) of the weights and of the config that says how to use them; the folder's name and place do not matter."""
+        """SHA-256 (hex) of the weights and of the config that says how to use them, independent of the folder's path."""
         code = sorted(self.folder.glob("*.py")) if self.config.trust_remote_code else []
         digests = [file_digest(path) for path in (*self.weight_files, *code)]
         config = read_json(self.folder / "config.json")
@@ -82,12 +82,12 @@ class ModelFolder:
 
     @property
     def vocab_size(self) -> int:
-        """Number of logits, as `config.json` says."""
+        """Number of logits, from `config.json`."""
         return int(self.hf_config["vocab_size"])
 
     @property
     def origin(self) -> dict[str, Any]:
-        """What the model is, for the cards of others; not where it lies on this machine."""
+        """A description of the model for model cards, without paths on this machine."""
         said = Path(self.config.model)
         is_path = said.is_absolute() or said.parts == self.folder.parts[-len(said.parts) :] or self.config.model.startswith((".", "~"))
         return {
@@ -98,21 +98,21 @@ class ModelFolder:
 
     @property
     def _said(self) -> str:
-        """Name, id and revision as the recipe has them, for messages."""
+        """Name, id and revision from the recipe, for messages."""
         revision = f", revision {self.config.revision}" if self.config.revision else ""
         return f"{self.config.name} ({self.config.model}{revision})"
 
     @property
     def context_length(self) -> int | None:
-        """Most tokens that the model reads, as `config.json` says; None where it does not."""
+        """Most tokens that the model reads, from `config.json`; None if it is not there."""
         return self.hf_config.get("max_position_embeddings") or self.hf_config.get("max_seq_len")
 
     @property
     def stored_dtype(self) -> str:
-        """The number format of the weights, as `config.json` says.
+        """The number format of the weights, from `config.json`.
 
         Raises:
-            DataError: it is none of those in which models are run.
+            DataError: models cannot be run in it.
         """
         found = self.hf_config.get("dtype") or self.hf_config.get("torch_dtype") or "float32"
         if found not in _DTYPES:
@@ -128,8 +128,8 @@ class ModelFolder:
         """Check that the folder can be used.
 
         Raises:
-            DataError: config, weights and tokenizer disagree, the weights are not all there, or they are of a kind not read.
-            OutsideFolder: a file is a link that leads out of the folder.
+            DataError: config, weights and tokenizer disagree, weights are missing, or their format is not supported.
+            OutsideFolder: a file is a link out of the folder.
         """
         check_model_files(self.folder)
         refuse_adapter(self.folder)
@@ -150,10 +150,10 @@ class ModelFolder:
         return self
 
     def _check_config(self) -> None:
-        """The keys of config.json that are read here."""
+        """Check the keys of config.json that are read here."""
         size, length = self.hf_config.get("vocab_size"), self.context_length
         if type(size) is not int:
-            raise DataError(f"{self.folder}/config.json says no vocab_size.")
+            raise DataError(f"{self.folder}/config.json has no vocab_size.")
         if length is not None and (type(length) is not int or length < 1):
             raise DataError(
                 f"{self.folder}/config.json: max_position_embeddings ({shown(length)}) must be a whole number above 0. Correct config.json."
@@ -164,14 +164,14 @@ class ModelFolder:
         if settings:
             method = shown(settings.get("quant_method") if isinstance(settings, dict) else None)
             raise DataError(
-                f"{self.folder}/config.json says that the weights are quantized (quantization_config, quant_method = {method}), and such "
-                "weights are not read. Name the model in full precision, or save it so with transformers: model.dequantize(), then "
+                f"{self.folder}/config.json says that the weights are quantized (quantization_config, quant_method = {method}). Quantized "
+                "weights are not supported. Name the model in full precision, or convert it with transformers: model.dequantize(), then "
                 "model.save_pretrained(…). If its weights are not quantized, remove quantization_config from config.json."
             )
 
     @cached_property
     def overrides_tying(self) -> bool:
-        """Whether config.json says that the output layer is the embeddings, and another one is stored, which then counts (`store.tied`)."""
+        """Whether config.json ties the output layer to the embeddings, but a different one is stored, which then counts (`store.tied`)."""
         if self.hf_config.get("tie_word_embeddings") is False or not has_own_head(self.folder):
             return False
         config = completed_config(self.folder, trust_remote_code=self.config.trust_remote_code)
@@ -179,33 +179,33 @@ class ModelFolder:
 
     @property
     def start_digest(self) -> str:
-        """Digest of the weights that a training starts from; another for trainings that took the embeddings for the output layer."""
+        """Digest of the starting weights; different from that of earlier trainings that used the embeddings as the output layer."""
         return f"{self.weights_digest} with its own output layer" if self.overrides_tying else self.weights_digest
 
     @property
     def remarks(self) -> Iterator[str]:
-        """What a user should know of how the folder is read."""
+        """Notes for the user on how the folder is read."""
         yield from self.notes
         if unread_shards(self.folder):
-            yield "its folder holds model.safetensors and shards with an index; model.safetensors is used, as transformers does"
+            yield "its folder holds model.safetensors and shards with an index; fuseline uses model.safetensors, as transformers does"
         if self.overrides_tying:
             yield (
-                "config.json says tie_word_embeddings = true, but an output layer is stored that differs from the embeddings; the stored "
-                "one is used, as transformers does. If that is right, set tie_word_embeddings = false in config.json"
+                "config.json says tie_word_embeddings = true, but the stored output layer differs from the embeddings; fuseline uses the "
+                "stored one, as transformers does. If that is right, set tie_word_embeddings = false in config.json"
             )
 
 
 def find_model(config: ModelConfig, *, models_dir: Path, base: Path, download: bool = True) -> ModelFolder:
-    """The folder of a model, checked; `places` says where it is looked for.
+    """The checked folder of a model; `places` says where it is searched.
 
     Args:
         config: the recipe's entry.
         models_dir: folder with models (`--models`).
         base: the recipe's folder, to which paths in it are relative.
-        download: whether the hub may be asked for what its local cache lacks.
+        download: whether files that are missing from the local cache may be downloaded.
 
     Raises:
-        DataError: the model is neither here nor on a hub that can be reached, it cannot be used, or it is of another revision.
+        DataError: the model is neither on this machine nor on a reachable hub, it cannot be used, or it has a different revision.
         UsageError: `revision` is given for a folder whose revision is not known.
     """
     place = find_place(config, models_dir=models_dir, base=base, download=download)
@@ -213,13 +213,13 @@ def find_model(config: ModelConfig, *, models_dir: Path, base: Path, download: b
 
 
 def require_different_folders(models: Iterable[ModelFolder]) -> None:
-    """Raise DataError where models of different ids or revisions are one folder, which has the last part of their ids as its name."""
+    """Raise DataError if models with different ids or revisions have the same folder, found by the last part of their ids."""
     first: dict[Path, ModelFolder] = {}
     for model in models:
         other = first.setdefault(model.folder.resolve(), model)
         are_same = (other.config.model, other.config.revision) == (model.config.model, model.config.revision)
         if not are_same and other.found_by_name and model.found_by_name:
             raise DataError(
-                f"The models {other._said} and {model._said} are different ones, and both are found in the same folder, {model.folder}. "
-                f"Rename it to {model.folder.parent}/<owner>--{model.folder.name}, and give each model a folder of its own."
+                f"The models {other._said} and {model._said} are different, but both are found in the same folder, {model.folder}. "
+                f"Rename it to {model.folder.parent}/<owner>--{model.folder.name}, and give each model its own folder."
             )

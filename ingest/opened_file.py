@@ -1,4 +1,4 @@
-"""The bytes of a corpus's file: decompressed, in UTF-8, without a byte order mark."""
+"""The bytes of a corpus file: decompressed, in UTF-8, without a byte order mark."""
 
 import bz2
 import gzip
@@ -29,18 +29,18 @@ _DECOMPRESSORS: dict[str, Callable[[IO[bytes]], Any]] = {
 _BUFFER_BYTES = 1 << 20
 EXPANSION_VARIABLE = "FUSELINE_LARGEST_EXPANSION"
 LARGEST_EXPANSION = 300  # times as large as on disk
-LEAST_EXPANDED = 256 << 20  # bytes that every file may become
+LEAST_EXPANDED = 256 << 20  # bytes that every file may expand to
 LARGEST_TEXT = 1 << 30  # bytes of a line, and of a text file, which is one document
 _CONVERT = "Convert the file to UTF-8, for example with: iconv -f WINDOWS-1252 -t UTF-8."
 
 
 @contextmanager
 def opened_file(file: CorpusFile) -> Iterator[io.BufferedReader]:
-    """The bytes of a file, decompressed, after a byte order mark; whatever goes wrong in reading names the file."""
+    """The decompressed bytes of a file, without a byte order mark. Every read error names the file."""
     try:
         with file.path.open("rb") as stored:
             if stored.peek(len(_LFS_POINTER)).startswith(_LFS_POINTER):
-                raise DataError(f"{file.where} is a pointer of Git LFS, not the file itself. Fetch it with: git lfs pull.")
+                raise DataError(f"{file.where} is a Git LFS pointer, not the file itself. Fetch it with: git lfs pull.")
             with _decompressed(stored, file) as data:
                 start = data.peek(len(_UTF8_MARK))
                 if file.kind != "parquet" and start.startswith(_UTF16_MARKS):
@@ -51,10 +51,10 @@ def opened_file(file: CorpusFile) -> Iterator[io.BufferedReader]:
     except (DataError, UsageError):
         raise
     except PermissionError as error:
-        raise DataError(f"{file.where} cannot be read: {error.strerror}. Allow it to be read.") from error
+        raise DataError(f"{file.where} cannot be read: {error.strerror}. Make it readable.") from error
     except Exception as error:
         if file.kind != "parquet" and not isinstance(error, _UNREADABLE):
-            raise  # of damaged Parquet, pyarrow raises what it likes
+            raise  # pyarrow raises any exception for damaged Parquet
         raise DataError(f"{file.where} cannot be read: {type(error).__name__}: {in_short(error)}. Restore or remove it.") from error
 
 
@@ -65,7 +65,7 @@ def _decompressed(stored: io.BufferedReader, file: CorpusFile) -> io.BufferedRea
 
 
 class _Bounded(io.RawIOBase):
-    """Decompressed bytes, no more than `require_small_expansion` allows."""
+    """Decompressed bytes, limited by `require_small_expansion`."""
 
     def __init__(self, data: Any, *, file: CorpusFile) -> None:
         super().__init__()
@@ -86,22 +86,22 @@ class _Bounded(io.RawIOBase):
 
 
 def require_small_expansion(n_bytes: int, *, file: CorpusFile) -> None:
-    """Raise DataError where a file becomes more than so many times as large when it is decompressed: a small file may hold endless text.
+    """Raise DataError if a file expands by more than a factor when it is decompressed: a small file may hold endless text.
 
-    Text becomes 3 to 10 times as large, and some logs 100 times.
+    Text expands 3 to 10 times, and some logs 100 times.
     """
     if n_bytes <= LEAST_EXPANDED:
         return
     most = largest_expansion()
     if n_bytes > most * file.size:
         raise DataError(
-            f"{file.where} ({file.size:,} bytes) becomes more than {most} times as large when it is decompressed. If that is right, set "
+            f"{file.where} ({file.size:,} bytes) expands to more than {most} times its size when it is decompressed. If that is right, set "
             f"the environment variable {EXPANSION_VARIABLE} to a larger number; otherwise remove the file."
         )
 
 
 def largest_expansion() -> int:
-    """How many times as large as on disk a file may be when it is decompressed.
+    """How many times its size on disk a file may have when it is decompressed.
 
     Raises:
         UsageError: the environment variable is not a number.
@@ -116,7 +116,7 @@ def bounded_lines(data: io.BufferedReader, *, file: CorpusFile) -> Iterator[byte
     """The lines of a file.
 
     Raises:
-        DataError: one has more than `LARGEST_TEXT` bytes.
+        DataError: a line has more than `LARGEST_TEXT` bytes.
     """
     for number, line in enumerate(iter(partial(data.readline, LARGEST_TEXT + 1), b""), start=1):
         if len(line) > LARGEST_TEXT:
@@ -128,7 +128,7 @@ def decoded(data: bytes, *, file: CorpusFile, line: int = 1) -> str:
     """The text of some bytes.
 
     Args:
-        data: of the file.
+        data: bytes of the file.
         file: for the message.
         line: number of the first line of the bytes.
 

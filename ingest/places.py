@@ -1,4 +1,4 @@
-"""Where a recipe's models lie: in a folder that it names, in the models folder, or in the cache of the Hugging Face hub."""
+"""Finds a recipe's models: in a named folder, in the models folder, or in the cache of the Hugging Face hub."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -13,9 +13,9 @@ from .hub import HUB_ID, cache_unwritable, is_cache_unwritable
 from .model_config import ModelConfig
 
 _HUB_FILES = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "*.py"]
-# Files of a model that are read, beside its weights.
+# Files of a model that are read, besides its weights.
 _READ = ("config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja")
-_LONGEST_COMMIT = 100  # bytes of a line that names one
+_LONGEST_COMMIT = 100  # bytes of a line with a commit
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,17 +24,17 @@ class Place:
 
     folder: Path
     by_name: bool = False  # in the models folder, by the last part of its id: it may be another owner's
-    notes: tuple[str, ...] = ()  # what a user should know of it
+    notes: tuple[str, ...] = ()  # for the user
 
 
 def find_place(config: ModelConfig, *, models_dir: Path, base: Path, download: bool) -> Place:
-    """The folder of a model: a path, else one in the models folder, else a snapshot of the hub's.
+    """The folder of a model: a path, else one in the models folder, else a snapshot of the hub.
 
-    In the models folder `<owner>/<name>` and `<owner>--<name>` come before `<name>`, which may be of any owner.
+    In the models folder `<owner>/<name>` and `<owner>--<name>` come before `<name>`, which may belong to any owner.
 
     Raises:
-        DataError: the model is neither here nor on a hub that can be reached, or it is of another revision.
-        UsageError: `revision` is given for a folder that is named, and whose revision is not known.
+        DataError: the model is neither on this machine nor on a reachable hub, or it has a different revision.
+        UsageError: `revision` is given for a named folder whose revision is not known.
     """
     named = base / expanded(config.model)
     if named.is_dir():
@@ -65,12 +65,12 @@ def _snapshot(config: ModelConfig, *, models_dir: Path, download: bool) -> Path:
         snapshot = huggingface_hub.snapshot_download(
             config.model, revision=config.revision, allow_patterns=_HUB_FILES, local_files_only=not download
         )
-    except Exception as error:  # a dozen kinds, from bad ids to no network
+    except Exception as error:  # a dozen exception types, from bad ids to no network
         if is_cache_unwritable(error):
             raise cache_unwritable(error) from error
         raise DataError(
-            f"The model {config.name} ({config.model}) is not a folder here, not in the models folder {models_dir}, and the Hugging Face "
-            f"hub did not give it ({type(error).__name__}: {str(error).splitlines()[0]}). Download it and name its folder in the recipe, "
+            f"The model {config.name} ({config.model}) is not a local folder, not in the models folder {models_dir}, and not on the "
+            f"Hugging Face hub ({type(error).__name__}: {str(error).splitlines()[0]}). Download it and name its folder in the recipe, "
             f"or put it into a folder as {config.model.rsplit('/', 1)[-1]} and name that with --models."
         ) from error
     return Path(snapshot)
@@ -80,26 +80,26 @@ def _notes_of_revision(folder: Path, *, config: ModelConfig) -> tuple[str, ...]:
     if config.revision is None or _is_of_revision(folder, config=config):
         return ()
     return (
-        f"{folder} is used as it is, and whether it is revision {config.revision!r} is not known: {_what_is_known(folder)} "
+        f"fuseline uses {folder}, but does not know whether it is revision {config.revision!r}: {_what_is_known(folder)} "
         "`hf download --local-dir` writes the commit into the folder",
     )
 
 
 def _what_is_known(folder: Path) -> str:
-    """Of a folder's revision, and what to do, as the end of a sentence and another one."""
+    """What is known of a folder's revision, as the end of a sentence, and what to do, as another sentence."""
     commits = sorted(_commits(folder))
     if not commits:
         return "nothing in it says which revision it is. Remove revision from the recipe."
     if len(commits) == 1:
-        return f"its files are of the commit {commits[0]}. Set revision to it."
-    return f"its files are of the commits {' and '.join(commits)}. Download all of them again."
+        return f"its files are from the commit {commits[0]}. Set revision to it."
+    return f"its files are from the commits {' and '.join(commits)}. Download all of them again."
 
 
 def _is_of_revision(folder: Path, *, config: ModelConfig) -> bool:
-    """Whether a local folder is known to be of the revision that the recipe asks for; False if its revision is not known.
+    """Whether a local folder is known to have the recipe's revision; False if its revision is not known.
 
     Raises:
-        DataError: it is of another.
+        DataError: it has a different one.
     """
     commits, revision = _commits(folder), config.revision or ""
     wanted = _commit_of_branch(folder, revision=revision) or revision
@@ -109,14 +109,14 @@ def _is_of_revision(folder: Path, *, config: ModelConfig) -> bool:
     others = sorted(commit for commit in commits if not commit.startswith(wanted))
     if others:
         raise DataError(
-            f"revision ({revision!r}) of the model {config.name} must be that of its folder {folder} ({others[0]}). Set it to that, or "
-            "download the revision that you want."
+            f"revision ({revision!r}) of the model {config.name} must be that of its folder {folder} ({others[0]}). Set it to that commit, "
+            "or download the revision that you want."
         )
     return True
 
 
 def _commits(folder: Path) -> set[str]:
-    """The commits that the files of a model are of, as `hf download` notes them; files that are not read do not count."""
+    """The commits of a model's files, as recorded by `hf download`; files that are not read do not count."""
     commit = snapshot_commit(folder)
     if commit is not None:
         return {commit}
@@ -132,7 +132,7 @@ def _first_line(note: Path) -> str:
 
 
 def _commit_of_branch(folder: Path, *, revision: str) -> str | None:
-    """The commit of a branch or tag, where the folder lies in the cache of the hub."""
+    """The commit of a branch or tag, if the folder is in the cache of the hub."""
     if snapshot_commit(folder) is None:
         return None
     try:

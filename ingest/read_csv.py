@@ -1,6 +1,6 @@
-"""Rows of csv files, as Python's own `csv` reads them: a field is its characters, and an empty one alone is missing.
+"""Rows of csv files, read with Python's `csv`: a field is exactly its characters, and only an empty field is missing.
 
-The readers of pandas, polars and pyarrow guess types, and take "NA", "null" or "None" for no value.
+The readers of pandas, polars and pyarrow guess types, and read "NA", "null" or "None" as missing.
 """
 
 import csv
@@ -19,13 +19,13 @@ from .rows import BATCH_ROWS, Columns, Rows, require_columns
 @contextmanager
 def _csv_reader(data: io.BufferedReader) -> Iterator[Any]:
     csv.field_size_limit(LARGEST_TEXT)  # a document is a field
-    # What is not UTF-8 is noticed in the columns that are read.
+    # Invalid UTF-8 is only an error in the columns that are read.
     with io.TextIOWrapper(data, encoding="utf-8", errors="surrogateescape", newline="") as text:
         yield csv.reader(text, strict=True)
 
 
 def csv_names(data: io.BufferedReader, *, file: CorpusFile) -> list[str]:
-    """The columns of a file; none of an empty one."""
+    """The columns of a file; none for an empty file."""
     with _csv_reader(data) as reader:
         return _header(reader, file=file)
 
@@ -40,12 +40,12 @@ class _Record(NamedTuple):
 
 
 def _csv_records(reader: Any, *, file: CorpusFile, n_fields: int | None = None) -> Iterator[_Record]:
-    """The records of a file, all with so many fields; empty lines are none."""
+    """The records of a file, all with `n_fields` fields; empty lines are skipped."""
     line = reader.line_num + 1
     try:
         for fields in reader:
             if fields and n_fields is not None and len(fields) != n_fields:
-                problem = f"{file.where}, line {line}: has {len(fields)} field{'s' * (len(fields) != 1)}, and the header names {n_fields}."
+                problem = f"{file.where}, line {line}: has {len(fields)} field{'s' * (len(fields) != 1)}, but the header has {n_fields}."
                 raise DataError(f"{problem} Put texts with commas or line ends in quotes.")
             if fields:
                 yield _Record(line, fields)
@@ -58,7 +58,7 @@ def _csv_records(reader: Any, *, file: CorpusFile, n_fields: int | None = None) 
 
 
 def csv_batches(data: io.BufferedReader, file: CorpusFile, columns: Columns) -> Iterator[Rows]:
-    """The rows of a file; numbered by the line on which each begins, from 1."""
+    """The rows of a file, numbered by the line on which each begins, from 1."""
     with _csv_reader(data) as reader:
         header = _header(reader, file=file)
         if not header:

@@ -1,6 +1,6 @@
-"""Rows of JSON files: objects on lines of their own, in one array, or one after another.
+"""Rows of JSON files: objects on separate lines, in one array, or one after another.
 
-A number that is a label keeps its spelling, and a text that looks like a date stays one: readers that guess types do neither.
+A number that is a label keeps its spelling, and a string that looks like a date stays a string; readers that guess types change both.
 """
 
 import io
@@ -28,9 +28,9 @@ class _JsonRow(NamedTuple):
 
 
 def json_batches(data: io.BufferedReader, file: CorpusFile, columns: Columns) -> Iterator[Rows]:
-    """The rows of a file; numbered by the line on which each begins, from 1.
+    """The rows of a file, numbered by the line on which each begins, from 1.
 
-    A row may leave out what it has no value for, but not all of the first thousand.
+    A row may omit a column without a value, but not all of the first thousand rows may.
     """
     rows, is_first = _json_rows(data, file=file), True
     while batch := list(islice(rows, BATCH_ROWS)):
@@ -48,7 +48,7 @@ def _json_value(row: _JsonRow, name: str, *, is_label: bool) -> Any:
 
 
 def _json_rows(data: io.BufferedReader, *, file: CorpusFile) -> Iterator[_JsonRow]:
-    """Objects on lines of their own, in one array, or one after another."""
+    """Objects on separate lines, in one array, or one after another."""
     lines = bounded_lines(data, file=file)
     number, first = next(((number, line) for number, line in enumerate(lines, start=1) if line.strip()), (1, b""))
     if first.lstrip()[:1] == b"[" or (first and not _is_json(first)):
@@ -84,9 +84,7 @@ def _json_values(text: str, *, file: CorpusFile, line: int) -> Iterator[_JsonRow
         if in_array and text[place : place + 1] == ",":
             place = _after_space(text, place + 1)
         elif in_array and text[place : place + 1] != "]":
-            raise DataError(
-                f"{file.where}, line {line}: is not valid JSON (the array goes on without a comma, or does not end). Correct it."
-            )
+            raise DataError(f"{file.where}, line {line}: is not valid JSON (the array has no comma here, or does not end). Correct it.")
     if in_array and (place >= len(text) or _after_space(text, place + 1) < len(text)):
         raise DataError(f"{file.where} is not valid JSON (its array does not end, or something follows it). Restore or correct it.")
 
@@ -107,7 +105,7 @@ def _json_row(source: str, *, file: CorpusFile, line: int) -> _JsonRow:
 
 def _object(value: Any, *, source: str, file: CorpusFile, line: int) -> _JsonRow:
     if not isinstance(value, dict):
-        raise DataError(f"{file.where}, line {line}: must be an object with the columns as keys, and is of type {type(value).__name__}.")
+        raise DataError(f"{file.where}, line {line}: must be an object with the columns as keys, but has type {type(value).__name__}.")
     return _JsonRow(line, source, value)
 
 

@@ -12,7 +12,7 @@ from .files import CorpusFile
 from .opened_file import require_small_expansion
 from .rows import BATCH_ROWS, Columns, Rows, require_columns
 
-_READ_ROWS = 50  # at once: a text that is stored once may stand in each of them, and they are counted only when they are in memory
+_READ_ROWS = 50  # at once: a text that is stored once may occur in each row, and its size is only known in memory
 
 
 def parquet_names(data: io.BufferedReader) -> list[str]:
@@ -21,7 +21,7 @@ def parquet_names(data: io.BufferedReader) -> list[str]:
 
 
 def parquet_batches(data: io.BufferedReader, file: CorpusFile, columns: Columns) -> Iterator[Rows]:
-    """The rows of a file; numbered from 0."""
+    """The rows of a file, numbered from 0."""
     opened = pyarrow.parquet.ParquetFile(data)
     names = opened.schema_arrow.names
     require_columns(columns.required, names=names, where=file.where)
@@ -31,7 +31,7 @@ def parquet_batches(data: io.BufferedReader, file: CorpusFile, columns: Columns)
     require_small_expansion(sum(opened.metadata.row_group(index).total_byte_size for index in range(opened.num_row_groups)), file=file)
     for batch in opened.iter_batches(batch_size=_READ_ROWS, columns=wanted):
         read = {name: _plain(batch.column(name)) for name in wanted}
-        n_bytes += sum(column.nbytes for column in read.values())  # rows with one text, stored once, count as often
+        n_bytes += sum(column.nbytes for column in read.values())  # a text that is stored once counts for each of its rows
         require_small_expansion(n_bytes, file=file)
         for name in wanted:
             values[name] += _values(read[name], file=file, first_row=row)
@@ -48,7 +48,7 @@ def _plain(column: Any) -> Any:
 
 
 def _values(column: Any, *, file: CorpusFile, first_row: int) -> list[Any]:
-    """Python's values of a column; text is decoded row by row, so that a message can name the row."""
+    """The Python values of a column; text is decoded row by row, so that a message can name the row."""
     if not (pa.types.is_string(column.type) or pa.types.is_large_string(column.type) or pa.types.is_string_view(column.type)):
         return _nested_values(column, file=file, first_row=first_row)
     values: list[Any] = []
@@ -63,6 +63,6 @@ def _values(column: Any, *, file: CorpusFile, first_row: int) -> list[Any]:
 def _nested_values(column: Any, *, file: CorpusFile, first_row: int) -> list[Any]:
     try:
         return column.to_pylist()
-    except (ValueError, OverflowError) as error:  # bytes that are not UTF-8; dates that Python has no place for
+    except (ValueError, OverflowError) as error:  # bytes that are not UTF-8; dates that Python cannot represent
         rows = f"rows {first_row} to {first_row + len(column) - 1}"
         raise DataError(f"{file.where}, {rows}: a value cannot be read ({error}). Correct or remove this row.") from error

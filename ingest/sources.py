@@ -1,4 +1,4 @@
-"""Where a corpus comes from: a file or folder here, or a dataset of the Hugging Face hub."""
+"""The source of a corpus: a local file or folder, or a dataset of the Hugging Face hub."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ _HUB_FILES = [*(f"*{kind}{packed}" for kind in KINDS for packed in ("", *COMPRES
 
 
 class Table(Protocol):
-    """A file of a corpus, or a split of a hub's dataset."""
+    """A file of a corpus, or a split of a hub dataset."""
 
     @property
     def where(self) -> str:
@@ -27,24 +27,24 @@ class Table(Protocol):
 
     @property
     def names(self) -> Sequence[str]:
-        """The columns; of a JSON file those of its first rows."""
+        """The columns; for a JSON file those of its first rows."""
         ...
 
     def rows(self, columns: Columns) -> Iterator[Rows]:
         """All rows, a batch at a time.
 
         Raises:
-            DataError: it cannot be read, lacks a column, or a row is not what it should be.
+            DataError: it cannot be read, lacks a column, or has an invalid row.
         """
         ...
 
 
 class Source(Protocol):
-    """A corpus before it is read. Pickles, so that a worker reads what the coordinator has listed."""
+    """A corpus before it is read. It pickles, so that a worker reads the files that the coordinator listed."""
 
     @property
     def left_out(self) -> Sequence[str]:
-        """What lies there and is not read, with the reason."""
+        """Entries that are not read, with the reason."""
         ...
 
     @property
@@ -54,7 +54,7 @@ class Source(Protocol):
 
     @property
     def size(self) -> str:
-        """What is read, in a few words."""
+        """A short description of what is read."""
         ...
 
     def identity(self) -> dict[str, Any]:
@@ -62,7 +62,7 @@ class Source(Protocol):
         ...
 
     def splits(self) -> Mapping[str, Sequence[Table]]:
-        """What each split consists of, in order."""
+        """The tables of each split, in order."""
         ...
 
     def require_unchanged(self) -> None:
@@ -93,14 +93,14 @@ class FileTable:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LocalSource:
-    """Files of this machine."""
+    """Local files."""
 
     listed: FileList
     files: Mapping[str, tuple[CorpusFile, ...]]  # by split
 
     @property
     def left_out(self) -> Sequence[str]:
-        """Also data files that no split names."""
+        """Including data files that are in no split."""
         read = {file.name for files in self.files.values() for file in files}
         return [*self.listed.left_out, *(f"{file.name} (in no split)" for file in self.listed.files if file.name not in read)]
 
@@ -116,7 +116,7 @@ class LocalSource:
         return f"{len(read):,} file{'s' * (len(read) != 1)}, {sum(file.size for file in read):,} bytes on disk"
 
     def identity(self) -> dict[str, Any]:
-        """The digest of each file that is read, by its name below the corpus's folder."""
+        """The digest of each file, by its name below the corpus's folder."""
         return {"files": {file.name: file.digest() for files in self.files.values() for file in files}}
 
     def splits(self) -> Mapping[str, Sequence[Table]]:
@@ -131,7 +131,7 @@ class LocalSource:
 
 
 class HubTable:
-    """A split of a hub's dataset, as `datasets` gives it."""
+    """A split of a hub dataset, read by `datasets`."""
 
     def __init__(self, rows: Any, *, where: str) -> None:
         self._rows, self.where = rows, where
@@ -153,10 +153,10 @@ class HubTable:
 
 @dataclass(frozen=True, slots=True)
 class HubSource:
-    """A snapshot of a hub's dataset, whose splits and files are what `datasets` takes them for."""
+    """A snapshot of a hub dataset; `datasets` determines its splits and files."""
 
     folder: Path
-    name: str  # as the recipe has it
+    name: str  # as in the recipe
     configuration: str | None
     left_out: Sequence[str] = ()
 
@@ -171,7 +171,7 @@ class HubSource:
         return f"commit {self.folder.name}"
 
     def identity(self) -> dict[str, Any]:
-        """The commit, which names the folder."""
+        """The commit, which is the folder's name."""
         return {"hub": self.name, "commit": self.folder.name}
 
     def splits(self) -> Mapping[str, Sequence[Table]]:
@@ -179,7 +179,7 @@ class HubSource:
         return {split: [HubTable(rows, where=f"{self.folder}, split {split}")] for split, rows in self._load().items()}
 
     def require_unchanged(self) -> None:
-        """A commit does not change."""
+        """Nothing to check: a commit does not change."""
 
     def _load(self) -> dict[str, Any]:
         """The splits.
@@ -193,7 +193,7 @@ class HubSource:
         require_named_inside(self.folder)
         try:
             return dict(datasets.load_dataset(str(self.folder), name=self.configuration))
-        except Exception as error:  # `datasets` wraps whatever its readers raise
+        except Exception as error:  # `datasets` wraps the exceptions of its readers
             raise self._explained(error) from error
 
     def _explained(self, error: Exception) -> DataError:
@@ -217,29 +217,33 @@ def open_source(
     configuration: str | None = None,
     download: bool = True,
 ) -> Source:
-    """The files of a corpus here, or a snapshot of a hub's dataset.
+    """The files of a local corpus, or a snapshot of a hub dataset.
 
     Args:
         path: a path, or an id on the hub.
         base: the recipe's folder, to which a path is relative.
-        splits: the files of each split, of a corpus here.
+        splits: the files of each split, for a local corpus.
         revision: commit, tag or branch on the hub.
-        configuration: which of the hub dataset's configurations.
-        download: whether the hub may be asked for what its local cache lacks.
+        configuration: the hub dataset's configuration.
+        download: whether files that are missing from the local cache may be downloaded.
 
     Raises:
-        DataError: it is neither here nor on a hub that can be reached, or its files are not what they should be.
-        UsageError: a key is for a corpus of the other kind.
+        DataError: it is neither on this machine nor on a reachable hub, or its files are invalid.
+        UsageError: a key does not apply to this kind of corpus.
     """
     local = base / expanded(path)
     if local.exists() and not snapshot_commit(local):
         for key, value in (("revision", revision), ("configuration", configuration)):
             if value is not None:
-                raise UsageError(f"corpus.{key} ({value!r}) is for datasets of the hub, and corpus.path is {local}. Remove corpus.{key}.")
+                raise UsageError(
+                    f"corpus.{key} ({value!r}) is only for datasets of the hub, but corpus.path is {local}. Remove corpus.{key}."
+                )
         listed = list_files(local)
         return LocalSource(listed=listed, files=listed.by_split(splits))
     if splits is not None:
-        raise UsageError(f"corpus.splits is for files here, and corpus.path ({path}) is a dataset of the hub, which has splits. Remove it.")
+        raise UsageError(
+            f"corpus.splits is only for local files, but corpus.path ({path}) is a dataset of the hub, which has splits. Remove it."
+        )
     if local.exists() and revision is not None and not local.name.startswith(revision):
         raise UsageError(f"corpus.revision ({revision!r}) must be the commit of {local}. Correct one of them, or remove corpus.revision.")
     folder = local if local.exists() else _snapshot(path, local=local, revision=revision, download=download)
@@ -257,10 +261,10 @@ def _snapshot(path: str, *, local: Path, revision: str | None, download: bool) -
                 path, repo_type="dataset", revision=revision, allow_patterns=_HUB_FILES, local_files_only=not download
             )
         )
-    except Exception as error:  # a dozen kinds, from bad ids to no network
+    except Exception as error:  # a dozen exception types, from bad ids to no network
         if is_cache_unwritable(error):
             raise cache_unwritable(error) from error
         raise DataError(
-            f"corpus.path ({path}): there is no file or folder {local.absolute()}, and the Hugging Face hub did not give a dataset of this "
+            f"corpus.path ({path}): there is no file or folder {local.absolute()}, and the Hugging Face hub gave no dataset with this "
             f"id ({type(error).__name__}: {str(error).splitlines()[0]}). Correct the path, or download the dataset and name its folder."
         ) from error

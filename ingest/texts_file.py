@@ -1,9 +1,9 @@
-"""The documents of a corpus as they were read, while its parts are made: `corpus/<name>/texts.arrow`, a row per document of the source.
+"""The documents of a corpus as read, while its parts are made: `corpus/<name>/texts.arrow`, a row per document of the source.
 
-Files of a corpus are read from beginning to end, once; the documents of a part lie anywhere in them. The file is removed when all parts
-are there, and made again from the source where it is needed once more.
+Files of a corpus are read once, from beginning to end; the documents of a part may be anywhere in them. This file is removed when all
+parts exist, and made again from the source if it is needed later.
 
-Columns: source_split; text; of conversations also the ranges of `chat.marked_text`.
+Columns: source_split; text; for conversations also the ranges of `chat.marked_text`.
 """
 
 from collections.abc import Iterator, Sequence
@@ -22,14 +22,14 @@ NAME = "texts.arrow"
 
 
 class TextsWriter:
-    """Adds documents to a file of texts."""
+    """Appends documents to a file of texts."""
 
     def __init__(self, file: Any) -> None:
         self._file = file
         self._writer: Any = None
 
     def add(self, texts: Sequence[MarkedText], *, source_split: str, has_marks: bool) -> None:
-        """Add the next documents of a split; those of one split come after each other."""
+        """Append the next documents of a split. The documents of a split must be consecutive."""
         marks = columns_of(texts) if has_marks else {}
         table = pl.DataFrame(
             {"source_split": [source_split] * len(texts), "text": [each.text for each in texts], **marks},
@@ -40,14 +40,14 @@ class TextsWriter:
         self._writer.write_table(table)
 
     def close(self) -> None:
-        """Write the end of the file."""
+        """Finish the file."""
         if self._writer is not None:
             self._writer.close()
 
 
 @contextmanager
 def writing_texts(folder: Path) -> Iterator[TextsWriter]:
-    """Write the texts of a corpus in its folder; they appear when all of them are there."""
+    """Write the texts of a corpus into its folder; the file appears when it is complete."""
     path = folder / NAME
     with durable.temporary(path) as temporary:
         with temporary.open("wb") as file:
@@ -58,7 +58,7 @@ def writing_texts(folder: Path) -> Iterator[TextsWriter]:
 
 
 def remove_texts(folder: Path) -> None:
-    """Remove the texts of a corpus, if they are there."""
+    """Remove the texts of a corpus, if they exist."""
     if (folder / NAME).exists():
         durable.remove(folder / NAME)
 
@@ -69,14 +69,14 @@ class ReadTexts:
     def __init__(self, batches: Sequence[pa.RecordBatch]) -> None:
         self._batches = batches
         self._starts = np.cumsum([0, *map(len, batches)])
-        self._first: dict[str, int] = {}  # row of the file with which each split begins
+        self._first: dict[str, int] = {}  # first row of each split in the file
         for batch, start in zip(batches, self._starts.tolist(), strict=False):
             if len(batch):  # a batch holds documents of one split
                 self._first.setdefault(batch.column("source_split")[0].as_py(), start)
 
     @classmethod
     def open(cls, folder: Path) -> Self | None:
-        """The texts of a corpus, if they are there."""
+        """The texts of a corpus, if they exist."""
         path = folder / NAME
         if not path.exists():
             return None
@@ -84,17 +84,17 @@ class ReadTexts:
         return cls([file.get_batch(index) for index in range(file.num_record_batches)])
 
     def take(self, rows: Sequence[int], *, source_split: str) -> list[MarkedText]:
-        """Some documents of a split, by their row in it.
+        """Some documents of a split, by their rows in it.
 
         Raises:
-            IndexError: there is no such row.
+            IndexError: a row does not exist.
         """
         rows_N = self._first.get(source_split, self._starts[-1]) + np.array(rows, np.int64)
         if len(rows_N) and rows_N.max() >= self._starts[-1]:
             raise IndexError(f"{NAME} has no row {rows_N.max()}")
         batch_N = np.searchsorted(self._starts, rows_N, side="right") - 1
         order_N = np.argsort(batch_N, kind="stable")
-        # Batch by batch: to take from all at once, pyarrow copies all of them together first.
+        # Batch by batch, because pyarrow would first copy all batches to take from them together.
         pieces = [
             self._batches[index].take(pa.array(rows_N[order_N][batch_N[order_N] == index] - self._starts[index]))
             for index in np.unique(batch_N).tolist()

@@ -31,7 +31,7 @@ class Repair:
 
     made: list[PartName] = field(default_factory=list)
     different: dict[PartName, list[str]] = field(default_factory=dict)  # made again, but not as they were: files that differ
-    left: list[Finding] = field(default_factory=list)  # what it could not mend
+    left: list[Finding] = field(default_factory=list)  # what it could not repair
 
 
 def repair(pipeline: Pipeline, *, full: bool) -> Repair:
@@ -74,8 +74,8 @@ def repair(pipeline: Pipeline, *, full: bool) -> Repair:
     pipeline.fold()
     _remember(workspace, others)
     done.left.extend(verify(workspace, full=full).findings)
-    told = {finding.part for finding in done.left}
-    done.left.extend(_set_aside_by_another(workspace, part) for part in sorted(others.keys() - told))
+    reported = {finding.part for finding in done.left}
+    done.left.extend(_set_aside_by_another(workspace, part) for part in sorted(others.keys() - reported))
     return done
 
 
@@ -85,7 +85,7 @@ def _repair_what_is_no_part(pipeline: Pipeline, findings: list[Finding]) -> None
     models = [model for recipe in pipeline.graph.recipes.values() for model in site.models(recipe).values()]
     tokenizers = {workspace.folder("tokenizers", model.tokenizer.digest): model.tokenizer for model in models}
     plans = {corpus.folder(workspace) / "plan.json": corpus for corpus in pipeline.graph.of_kind(Corpus)}
-    for path in (finding.path for finding in findings if finding.mend == "remove"):
+    for path in (finding.path for finding in findings if finding.repair == "remove"):
         if path == workspace.catalog_path:
             durable.remove(path)
         elif path in plans:

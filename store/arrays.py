@@ -1,11 +1,11 @@
-"""How arrays are laid out and encoded in a part's Zarr v3 group.
+"""Layout and encoding of the arrays in a part's Zarr v3 group.
 
 Axes: T tokens (or positions) of a part, S its segments, K entries of a distribution, D documents. An array's name ends in its axes; ragged
 axes come with offsets, never with padding.
 
-Every array is one shard file of chunks of 16,384 rows, each with a CRC-32C: without a checksum 51 to 55 of 60 flipped bits pass silently.
-Compressors were chosen by measurement on real distributions (`benchmarks/store.py`). Rows lie as they are, not rank by rank: the entries of
-one position tell much of each other. Ids want whole ids matched (zstd); floats and growing positions want their bytes apart (shuffle).
+Every array is one shard file of chunks of 16,384 rows, each with a CRC-32C: without a checksum, 51 to 55 of 60 flipped bits go unnoticed.
+Compressors were chosen by measurement on real distributions (`benchmarks/store.py`). Rows are stored unchanged, not rank by rank, because
+the entries of one position are correlated. Ids compress best as whole ids (zstd); floats and growing positions with shuffled bytes.
 """
 
 import warnings
@@ -21,7 +21,7 @@ from zarr.errors import ZarrUserWarning
 
 CHUNK_ROWS = 16_384
 Arrays = Mapping[str, NDArray[Any]]
-Encoding = Literal["f16", "q8"]  # how log-probabilities are stored: as float16, or as eight bits that are coarser where it is less likely
+Encoding = Literal["f16", "q8"]  # of log-probabilities: float16, or eight bits that are coarser for less likely tokens
 
 _Q8_SCALE = 60.0
 _Q8_ZERO = 255  # the code of probability 0
@@ -36,7 +36,7 @@ def id_dtype(vocab_size: int) -> np.dtype[Any]:
 def encode_q8(logprobs: NDArray[Any]) -> NDArray[np.uint8]:
     """Log-probabilities (nats, any float type and shape) as `round(60 · sqrt(-logprob))`, from 0 to 254; -inf as 255.
 
-    The error is at most sqrt(-logprob) / 60 + 1 / 14400 nats, down to a log-probability of -17.9; what is less likely is taken for that.
+    The error is at most sqrt(-logprob) / 60 + 1 / 14400 nats, down to a log-probability of -17.9; lower values are stored as that.
     """
     assert not np.isnan(logprobs).any(), "a log-probability must be a number"
     magnitudes = np.maximum(-np.asarray(logprobs, np.float32), 0)
@@ -45,7 +45,7 @@ def encode_q8(logprobs: NDArray[Any]) -> NDArray[np.uint8]:
 
 
 def decode_q8(codes: NDArray[np.uint8]) -> NDArray[np.float32]:
-    """The log-probabilities (nats) that `encode_q8` made codes of, in the same shape."""
+    """The log-probabilities (nats) that `encode_q8` encoded, in the same shape."""
     return _Q8_TABLE[codes]
 
 
@@ -55,7 +55,7 @@ _ENCODERS: Mapping[Encoding, Callable[[NDArray[Any]], NDArray[Any]]] = {"f16": l
 def write_group(folder: Path, *, arrays: Arrays, attributes: Mapping[str, Any], encodings: Mapping[str, Encoding] | None = None) -> None:
     """Write arrays and attributes as one Zarr group with consolidated metadata (3.8 ms to open instead of one read per array).
 
-    `encodings` says of some arrays of log-probabilities how they are stored; an array in `q8` has this as its attribute `encoding`.
+    `encodings` gives the encoding of some arrays of log-probabilities; an array in `q8` has the attribute `encoding`.
     """
     with zarr.config.set({"json_indent": None}):  # 18 kB of metadata a part instead of 38
         group = zarr.create_group(folder, attributes=dict(attributes), overwrite=True)
@@ -69,14 +69,14 @@ def write_group(folder: Path, *, arrays: Arrays, attributes: Mapping[str, Any], 
 
 
 def decoded(array: NDArray[Any], *, attributes: Mapping[str, Any]) -> NDArray[Any]:
-    """What an array that was read from a group means: floats instead of codes."""
+    """An array read from a group, decoded: floats instead of codes."""
     return decode_q8(array) if attributes.get("encoding") == "q8" else array
 
 
 def require_decodable(dtype: np.dtype[Any], *, attributes: Mapping[str, Any]) -> None:
-    """Raise ValueError where `decoded` could not decode an array of this type."""
+    """Raise ValueError if `decoded` cannot decode an array of this type."""
     if attributes.get("encoding") == "q8" and dtype != np.uint8:
-        raise ValueError(f"its encoding is q8, which takes uint8, and its type is {dtype}")
+        raise ValueError(f"its encoding is q8, which needs uint8, but its type is {dtype}")
 
 
 def _write_array(group: zarr.Group, name: str, array: NDArray[Any], *, attributes: Mapping[str, Any]) -> None:

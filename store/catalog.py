@@ -1,7 +1,7 @@
-"""The catalog: `catalog.duckdb`, an index of the workspace that SQL can ask, rebuildable from what is on disk.
+"""The catalog: `catalog.duckdb`, an index of the workspace for SQL queries. It can be rebuilt from the files on disk.
 
-Only the coordinator writes it, and only for the moment of a fold: DuckDB lets one process at a time open a file. Everybody else opens it
-read-only, with patience.
+Only the coordinator writes it, and only during a fold: DuckDB lets one process at a time open a file for writing. All other processes
+open it read-only and wait if it is locked.
 """
 
 import json
@@ -32,23 +32,23 @@ def reading(layout: Layout, *, limits: Limits = DEFAULT_LIMITS, external_access:
     """The catalog, opened to be read (`catalog_file.open_to_read`).
 
     Raises:
-        DataError: there is no catalog yet, or it is not one that this fuseline can ask.
+        DataError: there is no catalog yet, or this fuseline cannot read it.
         WorkspaceBusy: it stays locked.
     """
     if not os.path.lexists(layout.catalog_path):
-        raise DataError(f"{layout.root} has no catalog yet. It appears when the first stage has run: fuseline run RECIPE.")
+        raise DataError(f"{layout.root} has no catalog yet. Run a stage first: fuseline run RECIPE.")
     with open_to_read(layout.catalog_path, limits=limits, external_access=external_access) as connection:
         yield connection
 
 
 def known_parts(layout: Layout) -> set[tuple[str, str, int]]:
-    """Kind and name of the dataset, and index, of every part that the catalog knows.
+    """Dataset kind, dataset name and index of every part in the catalog.
 
     Raises:
         DataError: there is no catalog, or it cannot be read.
         WorkspaceBusy: it stays locked.
     """
-    with reading(layout) as connection, _told(layout):
+    with reading(layout) as connection, _explained(layout):
         return set(connection.execute("SELECT kind, name, part FROM parts").fetchall())
 
 
@@ -59,13 +59,13 @@ def read_all(layout: Layout) -> None:
         DataError: there is no catalog, or it cannot be read.
         WorkspaceBusy: it stays locked.
     """
-    with reading(layout) as connection, _told(layout):
+    with reading(layout) as connection, _explained(layout):
         for (table,) in connection.execute("SELECT table_name FROM duckdb_tables()").fetchall():
             connection.execute(f"SELECT bit_xor(hash({table})) FROM {table}").fetchall()
 
 
 @contextmanager
-def _told(layout: Layout) -> Iterator[None]:
+def _explained(layout: Layout) -> Iterator[None]:
     try:
         yield
     except duckdb.Error as error:
@@ -73,21 +73,21 @@ def _told(layout: Layout) -> Iterator[None]:
 
 
 def forget(layout: Layout, *, kind: str, name: str) -> None:
-    """Forget a dataset, so that the next fold reads it anew. Only the coordinator may."""
+    """Remove a dataset from the catalog, so that the next fold reads it again. Only the coordinator may call it."""
     try:
         with open_to_write(layout.catalog_path) as connection:
             connection.begin()
             _forget(connection, kind, name)
             connection.commit()
-    except ForeignCatalog:  # which the next fold makes again, from what is on disk
+    except ForeignCatalog:  # the next fold makes it again from the files on disk
         return
 
 
 def fold(layout: Layout) -> None:
-    """Bring the catalog up to date with what is on disk. Only the coordinator may, between two runs of stages.
+    """Update the catalog from the files on disk. Only the coordinator may call it, between two stages.
 
-    Parts are immutable, so those that the catalog knows are not read again. A catalog that holds anything that is not fuseline's is made
-    again, without asking it.
+    Parts are immutable, so parts that are in the catalog are not read again. A catalog with foreign contents is made again and never
+    queried.
     """
     if os.path.lexists(layout.catalog_path):
         with suppress(ForeignCatalog):
@@ -97,10 +97,10 @@ def fold(layout: Layout) -> None:
 
 
 def rebuild(layout: Layout) -> None:
-    """Make the catalog anew, in place of the one that may be there, when all of it is read. Only the coordinator may."""
+    """Make a new catalog, which replaces an existing one when it is complete. Only the coordinator may call it."""
     with durable.temporary(layout.catalog_path) as path:
         _fold_into(path, layout)
-        durable.discard(log_of(layout.catalog_path))  # what a crash left of the one before
+        durable.discard(log_of(layout.catalog_path))  # left by a crash
         durable.publish(path, to=layout.catalog_path)
 
 
@@ -198,7 +198,7 @@ def _part_row(dataset: Dataset, manifest: Manifest) -> pl.DataFrame:
 
 
 def _part_frames(dataset: Dataset, manifest: Manifest) -> dict[str, pl.DataFrame]:
-    """The rows that one part adds to the tables of its kind."""
+    """The rows that a part adds to the tables of its kind."""
     fold_kind = _FOLDS.get(dataset.kind)
     try:
         return fold_kind(dataset, manifest.part) if fold_kind else {}
@@ -239,7 +239,7 @@ def _target_frames(dataset: Dataset, part: int) -> dict[str, pl.DataFrame]:
     segments = _frame(labels, keys | facts).with_columns(
         source=pl.Series([by_index.get(int(index)) for index in arrays.read("source_S")], dtype=pl.String)
     )
-    # Parts of an earlier version have no arrays by source: the columns stay unknown.
+    # Parts of an earlier version have no arrays by source: these columns stay NULL.
     by_source = {name: arrays.read(name) for name in arrays.names if name.endswith("_SN")}
     chosen_S = by_source["weight_SN"].argmax(axis=1) if by_source else None
     frames = []
@@ -283,7 +283,7 @@ def _fold_tokenizers(connection: duckdb.DuckDBPyConnection, layout: Layout, *, n
     connection.execute("DELETE FROM tokenizers")
     for folder in (layout.folder("tokenizers", digest) for digest in sorted(needed)):
         if not folder.exists():
-            continue  # `verify` tells
+            continue  # `verify` reports it
         try:
             settings = read_object(folder / "settings.json")
             vocab_size = len(durable.read_parquet(folder / "token_bytes.parquet", columns=["token_id"]))
@@ -299,7 +299,7 @@ def _fold_runs(connection: duckdb.DuckDBPyConnection, layout: Layout) -> None:
     for table in ("runs", "checkpoints", "metrics", "training_evaluations"):
         connection.execute(f"DELETE FROM {table}")
     for run in layout.runs():
-        status = "interrupted" if run["status"] == "running" else run["status"]  # the fold runs between stages: this one was killed
+        status = "interrupted" if run["status"] == "running" else run["status"]  # a fold runs between stages, so this run was killed
         row = [run["run"], run["stage"], run["dataset"], status, run["started_at"], run["ended_at"], run["host"], run["fuseline"]]
         documents = [json.dumps(run["parameters"]), json.dumps(run["metrics"])]
         moments = "make_timestamp((? * 1e6)::BIGINT), make_timestamp((? * 1e6)::BIGINT)"

@@ -1,7 +1,7 @@
-"""The file of the catalog: the one place that opens DuckDB.
+"""The catalog's file. Only this module opens DuckDB.
 
-Whoever sends a workspace may have put anything into its catalog: views over files, macros that stand for the functions of DuckDB. So no
-connection has access to other files, and a catalog that holds anything else than what the migrations make is never asked.
+A workspace from a stranger may have anything in its catalog: views over files, macros that replace DuckDB's functions. So no connection
+can access other files, and a catalog with anything that the migrations do not create is never queried.
 """
 
 import atexit
@@ -23,14 +23,14 @@ from .errors import DamagedPart, DataError, WorkspaceBusy
 from .migrations import MIGRATIONS, migrate
 from .remedy import rebuild
 
-MEMORY_LIMIT = 4 << 30  # bytes of a query; half of the machine's memory where that is less
+MEMORY_LIMIT = 4 << 30  # bytes of a query; at most half of the machine's memory
 SPILL_LIMIT = 32 << 30  # bytes that a query may write to the spill folder
 
 _Config = dict[str, str | bool | int | float | list[str]]
-_NO_VARIABLES: _Config = {"python_enable_replacements": False}  # a caller's variables are no tables
+_NO_VARIABLES: _Config = {"python_enable_replacements": False}  # a caller's variables are not tables
 _PATIENCE_SECONDS = 10.0
 _STORAGE = "v1.5.0"  # so that DuckDB 1.5 can open what a later version wrote
-# By their full names, which nothing in a catalog can take over.
+# By their full names, which nothing in a catalog can replace.
 _OBJECTS = """
     SELECT schema_name || '.' || table_name, sql FROM system.main.duckdb_tables() WHERE NOT internal
     UNION ALL SELECT schema_name || '.' || view_name, sql FROM system.main.duckdb_views() WHERE NOT internal
@@ -42,14 +42,14 @@ _OBJECTS = """
 _FUNCTIONS = "SELECT schema_name || '.' || function_name, 'function' FROM system.main.duckdb_functions() WHERE NOT internal"
 _TRIGGERS = "SELECT 'trigger ' || trigger_name, 'trigger' FROM system.main.duckdb_triggers()"
 _Objects = dict[str, str]
-_sound: dict[Path, tuple[int, ...]] = {}  # catalogs that this process has looked at, and their files' state then
+_sound: dict[Path, tuple[int, ...]] = {}  # catalogs that this process has checked, with the state of their files
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
-    """What a query may take."""
+    """Limits of a query."""
 
-    memory: int | None = None  # bytes; by default `MEMORY_LIMIT`, or half of the machine's where that is less
+    memory: int | None = None  # bytes; by default `MEMORY_LIMIT`, but at most half of the machine's memory
     spill: int = SPILL_LIMIT  # bytes of temporary files
 
     def config(self, *, spill_folder: Path | None) -> _Config:
@@ -65,16 +65,16 @@ DEFAULT_LIMITS = Limits()
 
 
 class ForeignCatalog(DamagedPart):
-    """A catalog that holds something else than what the migrations make."""
+    """A catalog with contents that no migration creates."""
 
 
 @contextmanager
 def open_to_read(path: Path, *, limits: Limits, external_access: bool = False) -> Iterator[duckdb.DuckDBPyConnection]:
-    """The catalog, read-only and without access to other files unless that is asked for; waits while the coordinator writes it.
+    """Open the catalog read-only, by default without access to other files. Waits while the coordinator writes it.
 
     Raises:
-        DataError: it cannot be opened, or is of another version.
-        ForeignCatalog: it holds what no migration makes.
+        DataError: it cannot be opened, or has a different version.
+        ForeignCatalog: it has contents that no migration creates.
         WorkspaceBusy: it stays locked.
     """
     require_file(path)
@@ -82,27 +82,25 @@ def open_to_read(path: Path, *, limits: Limits, external_access: bool = False) -
         _plain(path) as file,
         _opened(file, of=path, read_only=True, limits=limits, config=_NO_VARIABLES, external_access=external_access) as connection,
     ):
-        with suppress(duckdb.InvalidInputException):  # this process has it open already, and has locked it
+        with suppress(duckdb.InvalidInputException):  # this process already has it open, with locked settings
             connection.execute("SET enable_progress_bar = false")
             connection.execute("SET lock_configuration = true")
         state = _state(path)
         if _sound.get(path) != state:
             applied = _require_known(connection, path=path)
             if applied != len(MIGRATIONS):
-                raise DataError(
-                    f"{path} is of version {applied}, and this fuseline reads version {len(MIGRATIONS)}. {rebuild(path.parent)}"
-                )
+                raise DataError(f"{path} has version {applied}, but this fuseline reads version {len(MIGRATIONS)}. {rebuild(path.parent)}")
             _sound[path] = state
         yield connection
 
 
 @contextmanager
 def open_to_write(path: Path) -> Iterator[duckdb.DuckDBPyConnection]:
-    """The catalog, or one that is begun, brought to this version and opened to be written; only the coordinator may.
+    """Open the catalog for writing, create it if it is missing, and migrate it to this version. Only the coordinator may call it.
 
     Raises:
         DataError: it cannot be opened.
-        ForeignCatalog: it holds what no migration makes, or is of a newer version. Nothing was changed.
+        ForeignCatalog: it has contents that no migration creates, or a newer version. Nothing was changed.
         WorkspaceBusy: it stays locked.
     """
     if os.path.lexists(path):
@@ -120,25 +118,25 @@ def open_to_write(path: Path) -> Iterator[duckdb.DuckDBPyConnection]:
 
 
 def require_file(path: Path) -> None:
-    """Raise ForeignCatalog unless the catalog, and what DuckDB keeps beside it, are files, and not links."""
+    """Raise ForeignCatalog unless the catalog and DuckDB's files beside it are regular files, not links."""
     for each in (path, log_of(path)):
         if os.path.lexists(each) and (each.is_symlink() or not each.is_file()):
-            raise ForeignCatalog(f"{each} must be a file, and is a link, a folder or a pipe.", remedy=rebuild(path.parent))
+            raise ForeignCatalog(f"{each} must be a regular file, but is a link, a folder or a pipe.", remedy=rebuild(path.parent))
 
 
 def log_of(path: Path) -> Path:
-    """The file in which DuckDB keeps what a crash has left."""
+    """DuckDB's write-ahead log, which a crash leaves behind."""
     return path.with_name(f"{path.name}.wal")
 
 
 def _require_known(connection: duckdb.DuckDBPyConnection, *, path: Path) -> int:
-    """The number of migrations that the catalog has seen.
+    """The number of migrations that were applied to the catalog.
 
     Raises:
-        ForeignCatalog: it holds something else than these make.
+        ForeignCatalog: it has contents that these do not create.
     """
     found = dict(connection.execute(_OBJECTS).fetchall()) | dict(connection.execute(_FUNCTIONS).fetchall())
-    with suppress(duckdb.CatalogException):  # before DuckDB 2 there are none
+    with suppress(duckdb.CatalogException):  # DuckDB 1 has no triggers
         found |= dict(connection.execute(_TRIGGERS).fetchall())
     if not found:
         return 0
@@ -151,14 +149,14 @@ def _require_known(connection: duckdb.DuckDBPyConnection, *, path: Path) -> int:
     strange = sorted(name for name in found.keys() | expected.keys() if found.get(name) != expected.get(name))
     if strange:
         raise ForeignCatalog(
-            f"{path} holds other tables, views or functions than fuseline's, such as {strange[0]!r}.", remedy=rebuild(path.parent)
+            f"{path} has tables, views or functions that fuseline did not create, such as {strange[0]!r}.", remedy=rebuild(path.parent)
         )
     return int(applied)
 
 
 @cache
 def _made_by(n_migrations: int) -> _Objects:
-    """What a catalog holds after the first migrations: names, and how each was made, in the words of this DuckDB."""
+    """The contents of a catalog after the first migrations: each name with its definition, as this DuckDB writes it."""
     with duckdb.connect(":memory:", config={"threads": 1}) as connection:
         migrate(connection, n_migrations=n_migrations)
         return dict(connection.execute(_OBJECTS).fetchall())
@@ -175,9 +173,9 @@ def _state(path: Path) -> tuple[int, ...]:
 
 @contextmanager
 def _plain(path: Path, *, replace: bool = False) -> Iterator[Path]:
-    """The file itself, or a copy of it under a name that DuckDB takes for a path; with `replace`, the copy takes the file's place.
+    """The file itself, or a copy with a name that DuckDB reads as a path; with `replace`, the copy replaces the file afterwards.
 
-    DuckDB takes what follows a `?` for the options of an address, and a backslash for a slash; other characters stand for themselves.
+    DuckDB reads text after a `?` as the options of a URL, and a backslash as a slash; all other characters are literal.
     """
     if not set("?\\") & set(str(path.absolute())):
         yield path.absolute()
@@ -197,7 +195,7 @@ def _plain(path: Path, *, replace: bool = False) -> Iterator[Path]:
 def _opened(
     file: Path, *, of: Path, read_only: bool, limits: Limits, config: _Config, external_access: bool = False
 ) -> Iterator[duckdb.DuckDBPyConnection]:
-    """A connection with limits, and a spill folder that nobody else can look into; `of` is the catalog of which `file` may be a copy."""
+    """A connection with limits and a private spill folder; `of` is the catalog, and `file` may be a copy of it."""
     settings = config | limits.config(spill_folder=_spill_folder()) | {"enable_external_access": external_access}
     connection = _connect(file, of=of, read_only=read_only, config=settings)
     try:
@@ -208,9 +206,9 @@ def _opened(
 
 @cache
 def _spill_folder() -> Path | None:
-    """The folder for this process's temporary files, removed when the process ends; None where none can be made.
+    """The folder for this process's temporary files, removed when the process ends; None if it cannot be created.
 
-    All connections of a process to one file must have the same settings. What a killed process left is removed by the next.
+    All connections of a process to one file must have the same settings. The next process removes the folder of a killed one.
     """
     try:
         place = Path(tempfile.gettempdir(), "fuseline-sql")
@@ -232,12 +230,12 @@ def _connect(file: Path, *, of: Path, read_only: bool, config: _Config) -> duckd
         try:
             return duckdb.connect(str(file), read_only=read_only, config=config)
         except duckdb.ConnectionException as error:
-            raise WorkspaceBusy(f"{of} is open in this process already, for another purpose. Close that first.") from error
+            raise WorkspaceBusy(f"{of} is already open in this process with different settings. Close that connection first.") from error
         except duckdb.IOException as error:
             if "lock" not in str(error).lower():
                 raise DataError(f"{of} cannot be opened: {error}\n{rebuild(of.parent)}") from error
             if time.monotonic() > deadline:
-                raise WorkspaceBusy(f"{of} is open in another process, which holds it. Try again in a moment.") from error
+                raise WorkspaceBusy(f"{of} is locked by another process. Try again in a moment.") from error
             time.sleep(0.1)
         except duckdb.Error as error:
             raise DataError(f"{of} cannot be opened: {error}\n{rebuild(of.parent)}") from error

@@ -1,4 +1,4 @@
-"""Sizes and CRC-32 of files, as manifests hold them."""
+"""Sizes and CRC-32 of files, as stored in manifests."""
 
 import os
 import zlib
@@ -8,7 +8,7 @@ from .json_files import open_file
 
 
 def checksums(payload: Path) -> dict[str, tuple[int, int]]:
-    """Bytes and CRC-32 of each file of a folder by its path in it, sorted; of a file under the path `""`."""
+    """Bytes and CRC-32 of each file of a folder by its relative path, sorted; for a single file, under the path `""`."""
     if payload.is_file():
         return {"": size_and_crc(payload)}
     found = {}

@@ -1,4 +1,4 @@
-"""The plan of a corpus as it lies beside its parts: `plan.json`, and the table of documents whose checksum it holds."""
+"""The plan of a corpus, stored beside its parts: `plan.json`, and the table of documents, whose checksum is in `plan.json`."""
 
 import hashlib
 from collections.abc import Iterable
@@ -18,17 +18,17 @@ from .shown import shown
 
 
 def write_plan(folder: Path, *, documents: pl.DataFrame, summary: dict[str, Any]) -> None:
-    """Write the plan: the table first, then the small file that makes it exist."""
+    """Write the plan: first the table, then `plan.json`, which commits it."""
     path = folder / "documents.parquet"
     durable.write_parquet(path, documents)
     durable.write_json(folder / "plan.json", sealed(summary | {"sha256": _sha256(path)}))
 
 
 def read_plan(folder: Path) -> dict[str, Any] | None:
-    """What `write_plan` was given as summary; None where there is no plan yet.
+    """The summary that `write_plan` stored; None if there is no plan yet.
 
     Raises:
-        DamagedPart: it cannot be read, or is not what was written.
+        DamagedPart: it cannot be read, or has changed since it was written.
     """
     path = folder / "plan.json"
     try:
@@ -38,13 +38,13 @@ def read_plan(folder: Path) -> dict[str, Any] | None:
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        remedy = "Remove it and run the recipe again: the same plan is then made."
+        remedy = "Remove it and run the recipe again, which makes the same plan."
         raise DamagedPart(f"{path} cannot be read ({reason_of(error)}).", remedy=remedy) from error
     return summary
 
 
 def _check_plan(summary: dict[str, Any]) -> None:
-    """Raise ValueError or KeyError unless a plan has what its readers take from it."""
+    """Raise ValueError or KeyError unless a plan has everything that its readers use."""
     for part in summary["parts"]:
         if not isinstance(part["split"], str) or not is_count(part["documents"]) or not is_count(part.get("text_bytes", 0)):
             raise ValueError(f"parts ({shown(part)}) must each have a split, documents and text_bytes")
@@ -52,14 +52,14 @@ def _check_plan(summary: dict[str, Any]) -> None:
         if not is_count(summary.get(name, 0)):
             raise ValueError(f"{name} ({shown(summary[name])}) must be a whole number from 0")
     if not isinstance(summary["sha256"], str):
-        raise ValueError("sha256 must be a text")
+        raise ValueError("sha256 must be a string")
 
 
 def read_documents(folder: Path, *, summary: dict[str, Any]) -> pl.DataFrame:
-    """The table of documents of a plan.
+    """A plan's table of documents.
 
     Raises:
-        DamagedPart: it is missing or not what was written.
+        DamagedPart: it is missing, or has changed since it was written.
     """
     path = folder / "documents.parquet"
     try:
@@ -67,7 +67,7 @@ def read_documents(folder: Path, *, summary: dict[str, Any]) -> pl.DataFrame:
             return durable.read_parquet(path)
     except (OSError, pl.exceptions.PolarsError):
         pass
-    remedy = f"Remove {folder / 'plan.json'}: the same plan is then made again."
+    remedy = f"Remove {folder / 'plan.json'} and run the recipe again, which makes the same plan."
     raise DamagedPart(f"{path} is missing or damaged.", remedy=remedy)
 
 
@@ -76,7 +76,7 @@ class Domains:
     """The domains of a corpus and of each of its documents."""
 
     names: list[str]
-    code_D: NDArray[np.int32]  # of each document by its doc_id, an index into `names`
+    code_D: NDArray[np.int32]  # an index into `names` for each doc_id
 
     @classmethod
     def of(cls, corpus_folder: Path) -> Self:
@@ -88,22 +88,22 @@ class Domains:
         """
         summary = read_plan(corpus_folder)
         if summary is None:
-            raise DataError(f"{corpus_folder} has no plan.json, which says the documents' domains. Run `fuseline ingest corpus RECIPE`.")
+            raise DataError(f"{corpus_folder} has no plan.json with the documents' domains. Run `fuseline ingest corpus RECIPE` first.")
         domains = read_documents(corpus_folder, summary=summary).sort("doc_id")["domain"]
         names = domains.unique().sort()
         return cls(names.to_list(), domains.cast(pl.Enum(names)).to_physical().to_numpy().astype(np.int32))
 
     def codes(self, doc_ids: NDArray[Any]) -> NDArray[np.int32]:
-        """The domain of each of these documents, as an index into `names`."""
+        """The domain of each document, as an index into `names`."""
         return self.code_D[doc_ids]
 
 
 def require_domains(asked: Iterable[str], *, field: str, known: Iterable[str | None]) -> None:
-    """Raise UsageError if a field names a domain that the corpus has not."""
+    """Raise UsageError if a field names a domain that the corpus does not have."""
     domains = sorted(domain for domain in known if domain is not None)
     unknown = sorted(set(asked) - set(domains))
     if unknown:
-        raise UsageError(f"{field}: {', '.join(unknown)} must be among the corpus's domains: {', '.join(domains)}.")
+        raise UsageError(f"{field}: {', '.join(unknown)} must be domains of the corpus: {', '.join(domains)}.")
 
 
 def _sha256(path: Path) -> str:

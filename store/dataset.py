@@ -1,12 +1,11 @@
-"""A dataset is all parts of one product of a stage; a part exists when, and only when, its manifest does.
+"""A dataset is all parts of one product of a stage. A part exists if and only if its manifest exists.
 
     <dataset>/dataset.json             what the dataset is: its identity, hashed to its fingerprint
     <dataset>/part-00042.zarr          arrays (or part-00042.parquet, a table): immutable once the manifest is there
-                                       (part-00042.1.zarr where the first name was taken by what a dead worker left)
+                                       (part-00042.1.zarr if a dead worker left something under the first name)
     <dataset>/part-00042.json          the manifest: fingerprint, counts, checksums, producer; its appearance is the commit
 
-Readers look only at parts with a manifest. A Zarr chunk that is missing reads back as zeros without an error, so nothing that no manifest
-names is ever read.
+Only parts with a manifest are read. Zarr reads a missing chunk as zeros without an error, so files that no manifest names are never read.
 """
 
 import contextlib
@@ -37,39 +36,39 @@ from .paths import workspace_around
 from .remedy import remake_part
 from .shown import shown
 
-_REMEDY_OF_RECORD = "Remove it and run the recipe again: it is written anew, and the parts stay if they are of the same inputs."
+_REMEDY_OF_RECORD = "Remove it and run the recipe again: it is written again, and the parts are kept if their inputs are the same."
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PartContent:
-    """What a stage computed for one part, before it is committed."""
+    """The result of a stage for one part, before it is committed."""
 
     data: Arrays | pl.DataFrame
     counts: Mapping[str, int]  # documents, segments, tokens, …: summed by `status`
-    attributes: Mapping[str, Any] | None = None  # small facts stored beside the arrays
-    encodings: Mapping[str, Encoding] | None = None  # of arrays of log-probabilities; of others what is given is stored
+    attributes: Mapping[str, Any] | None = None  # small values stored beside the arrays
+    encodings: Mapping[str, Encoding] | None = None  # of arrays of log-probabilities; other arrays are stored as given
 
 
 @dataclass(frozen=True, slots=True)
 class Dataset:
-    """The parts of one product under one folder; all of them were made from the same identity."""
+    """The parts of one product in one folder, all made from the same identity."""
 
     folder: Path
     identity: Identity
-    description: Mapping[str, Any]  # facts that do not determine the content: where a model came from, its domains' names
+    description: Mapping[str, Any]  # facts that do not determine the content, such as where a model came from
 
     @classmethod
     def create(cls, folder: Path, *, identity: Identity, description: Mapping[str, Any] | None = None) -> Self:
-        """Open the dataset of this identity, making its folder if need be.
+        """Open the dataset with this identity; create its folder if it is missing.
 
         Raises:
-            FingerprintMismatch: the folder holds a dataset of another identity; the text shows both, key by key.
+            FingerprintMismatch: the folder holds a dataset with a different identity; the text shows both, key by key.
         """
         path = folder / "dataset.json"
         if not path.exists():
             folder.mkdir(parents=True, exist_ok=True)
             record = {"fingerprint": fingerprint(identity), "identity": identity, "description": dict(description or {})}
-            with contextlib.suppress(FileExistsError):  # another process was quicker
+            with contextlib.suppress(FileExistsError):  # another process was faster
                 durable.write_new_json(path, sealed(record))
         stored = cls.open(folder)
         stored.require(identity)
@@ -77,7 +76,7 @@ class Dataset:
 
     @classmethod
     def open(cls, folder: Path) -> Self:
-        """Open a dataset that exists, whatever its identity.
+        """Open an existing dataset with any identity.
 
         Raises:
             DamagedPart: there is no readable `dataset.json`.
@@ -99,12 +98,12 @@ class Dataset:
 
     @property
     def fingerprint(self) -> str:
-        """Hash of the identity (`fingerprint.fingerprint`)."""
+        """The hash of the identity (`fingerprint.fingerprint`)."""
         return fingerprint(self.identity)
 
     @property
     def name(self) -> str:
-        """Name inside its kind: `gemma-3-270m`, `gemma-3-270m--smollm2`."""
+        """Its name, unique within its kind: `gemma-3-270m`, `gemma-3-270m--smollm2`."""
         return self.folder.name
 
     @property
@@ -113,14 +112,14 @@ class Dataset:
         return self.folder.parent.name
 
     def require(self, identity: Identity) -> None:
-        """Raise FingerprintMismatch, naming each key that differs, unless this is the dataset of the given identity."""
+        """Raise FingerprintMismatch, with each key that differs, unless the dataset has this identity."""
         if fingerprint(identity) == self.fingerprint:
             return
         lines = "\n  ".join(differences(self.identity, identity))
-        if self.kind in ("vocab_maps", "token_matches", "alignments"):  # which have no names in recipes
-            remedy = f"It is made of what is stored, in minutes: remove {self.folder} and run again, or use another --workspace."
+        if self.kind in ("vocab_maps", "token_matches", "alignments"):  # recipes do not name these
+            remedy = f"Remove {self.folder} and run again (it is made from stored data in minutes), or use another --workspace."
         else:
-            remedy = f"Give the dataset another name in the recipe, use another --workspace, or remove {self.folder} to make it again."
+            remedy = f"Rename the dataset in the recipe, use another --workspace, or remove {self.folder} to make it again."
         raise FingerprintMismatch(f"{self.kind}/{self.name} was made from different inputs than the recipe asks for:\n  {lines}\n{remedy}")
 
     def parts(self) -> list[int]:
@@ -129,7 +128,7 @@ class Dataset:
         return sorted(part for part in found if part is not None)
 
     def missing(self, parts: Iterable[int]) -> list[int]:
-        """Which of these parts are not committed, ascending."""
+        """The parts of these that are not committed, ascending."""
         return sorted(set(parts) - set(self.parts()))
 
     def manifest(self, part: int) -> Manifest:
@@ -137,7 +136,7 @@ class Dataset:
 
         Raises:
             DamagedPart: it is missing or cannot be read.
-            FingerprintMismatch: it belongs to a dataset of another identity.
+            FingerprintMismatch: it belongs to a dataset with a different identity.
         """
         path = self._path(part, ".json")
         manifest = read_manifest(path, part=part)
@@ -147,10 +146,10 @@ class Dataset:
         return manifest
 
     def commit(self, part: int, *, content: PartContent, seconds: float) -> Manifest:
-        """Write a part durably: payload to a temporary sibling, fsync, rename, then the manifest in the same way.
+        """Write a part durably: write the payload to a temporary sibling, fsync, rename, then write the manifest in the same way.
 
-        A part that is already committed stays as it is: parts are functions of their inputs, so both are the same. Workers may commit the
-        same part at the same time: neither ever replaces or removes what the other has published, and the first manifest counts.
+        A part that is already committed is kept: parts are functions of their inputs, so both are the same. Two workers may commit the same
+        part at the same time: neither replaces or removes files that the other has published, and the first manifest counts.
         """
         path, is_table = self._path(part, ".json"), isinstance(content.data, pl.DataFrame)
         if path.exists():
@@ -186,9 +185,10 @@ class Dataset:
         return manifest
 
     def _publish(self, temporary: Path, *, part: int, suffix: str, files: dict[str, tuple[int, int]]) -> Path:
-        """Give a payload the first free name, or take one of the same content that is there already.
+        """Publish a payload under the first free name, or use an existing one with the same content.
 
-        That is the rule after a crash between payload and manifest. Another one may be what another worker's manifest is about to name.
+        An existing one is usual after a crash between payload and manifest. One with different content may belong to another worker that is
+        about to write its manifest.
         """
         for attempt in itertools.count():
             payload = self._path(part, f".{attempt}{suffix}" if attempt else suffix)
@@ -201,14 +201,14 @@ class Dataset:
         return payload
 
     def drop(self, part: int) -> None:
-        """Undo the commit of a part: its manifest goes first, then the payload that it names, if it can still be read.
+        """Undo the commit of a part: remove its manifest first, then the payload that it names, if the manifest can be read.
 
         Raises:
-            DamagedPart: a link leads to the folder, which is another workspace's.
+            DamagedPart: the folder is a link into another workspace.
         """
         if workspace_around(self.folder) not in (None, self.folder.parents[1].resolve()):
-            remedy = "Put the folder itself there, or remove the link."
-            raise DamagedPart(f"{self.folder} is a link into another workspace, where nothing is removed.", remedy=remedy)
+            remedy = "Replace the link with the folder itself, or remove the link."
+            raise DamagedPart(f"{self.folder} is a link into another workspace. fuseline removes nothing there.", remedy=remedy)
         path, payload = self.manifest_path(part), None
         with contextlib.suppress(OSError):
             payload = payload_named_by(path, part=part)
@@ -217,10 +217,10 @@ class Dataset:
             durable.remove(self.folder / payload)
 
     def arrays(self, part: int, *, reads: Reads | None = None) -> PartArrays:
-        """The arrays of a committed part, to be read as a whole or by rows; `reads` counts what is read.
+        """The arrays of a committed part, to be read whole or by rows; `reads` counts what is read.
 
         Raises:
-            DamagedPart: the manifest or the folder it names is missing, or the metadata in it are not what was committed.
+            DamagedPart: the manifest or its folder is missing, or the metadata in it has changed since the commit.
         """
         manifest = self.manifest(part)
         payload = self.folder / manifest.payload
@@ -240,51 +240,51 @@ class Dataset:
         """The table of a committed Parquet part.
 
         Raises:
-            DamagedPart: it is missing, unreadable, or not what was committed.
+            DamagedPart: it is missing, unreadable, or has changed since the commit.
         """
         path = self.table_path(part)
         try:
             return durable.read_parquet(path)
         except (OSError, pl.exceptions.PolarsError) as error:
-            raise DamagedPart(f"{path} is named by its manifest but cannot be read ({reason_of(error)}).", remedy=self._remedy()) from error
+            raise DamagedPart(f"{path} cannot be read ({reason_of(error)}).", remedy=self._remedy()) from error
 
     def table_path(self, part: int) -> Path:
         """The file of a committed Parquet part, verified.
 
         Raises:
-            DamagedPart: it is missing, or not what was committed.
+            DamagedPart: it is missing, or has changed since the commit.
         """
         manifest = self.manifest(part)
         self.require_file(manifest, "")  # of 300 flipped bits in a Parquet file without checksums, 174 changed its text silently
         return self.folder / manifest.payload
 
     def require_payload(self, part: int) -> None:
-        """Raise DamagedPart unless what the manifest of a committed part names is there; whether it is whole, `verify` says."""
+        """Raise DamagedPart if the payload of a committed part is missing. `verify` checks whether it is complete."""
         payload = self.folder / self.manifest(part).payload
         if not payload.exists():
-            raise DamagedPart(f"{payload} is named by its manifest and is gone.", remedy=self._remedy())
+            raise DamagedPart(f"{payload} is missing, but its manifest names it.", remedy=self._remedy())
         self._require_inside(payload, part=part)
 
     def manifest_path(self, part: int) -> Path:
-        """Where the manifest of a part is, or would be."""
+        """The path of a part's manifest, which may not exist."""
         return self._path(part, ".json")
 
     def _path(self, part: int, suffix: str) -> Path:
         return self.folder / f"part-{part:05d}{suffix}"
 
     def require_file(self, manifest: Manifest, name: str) -> None:
-        """Raise DamagedPart unless a file of a part's payload (by its path in it) has the size and checksum that the manifest says."""
+        """Raise DamagedPart unless a file of a part's payload (by its path in it) has the size and checksum of the manifest."""
         part, path = manifest.part, self.folder / manifest.payload / name
         self._require_inside(path, part=part)
         try:
             is_same = size_and_crc(path) == manifest.files[name]
         except (OSError, KeyError) as error:
-            raise DamagedPart(f"{path} is named by its manifest but cannot be read ({reason_of(error)}).", remedy=self._remedy()) from error
+            raise DamagedPart(f"{path} cannot be read ({reason_of(error)}).", remedy=self._remedy()) from error
         if not is_same:
-            raise DamagedPart(f"{path} is not what was committed: its checksum differs from the manifest's.", remedy=self._remedy())
+            raise DamagedPart(f"{path} has changed since the commit: its checksum differs from the manifest's.", remedy=self._remedy())
 
     def _require_inside(self, path: Path, *, part: int) -> None:
-        """Raise DamagedPart if a file of a part is a link that leads out of the dataset. The dataset's folder itself may be one."""
+        """Raise DamagedPart if a file of a part is a link out of the dataset. The dataset's folder itself may be a link."""
         try:
             require_inside(path, folder=self.folder)
         except OutsideFolder as error:
@@ -295,7 +295,7 @@ class Dataset:
 
 
 def as_ranges(parts: Iterable[int]) -> str:
-    """Numbers of parts as people write them: `3-7, 12`."""
+    """Part numbers in short form: `3-7, 12`."""
     found: list[list[int]] = []
     for part in sorted(parts):
         if found and part == found[-1][-1] + 1:
@@ -306,12 +306,12 @@ def as_ranges(parts: Iterable[int]) -> str:
 
 
 def _check_facts(identity: Facts, description: Facts) -> None:
-    """Raise ValueError where a fact that any kind of dataset has is of another type than its readers take it for."""
+    """Raise ValueError if a fact that any kind of dataset can have does not have the type that its readers expect."""
     for facts in (identity, description):
         for name, value in facts.items():
             is_right = _KINDS_OF_FACTS.get(name)
             if is_right is not None and not is_right(value):
-                raise ValueError(f"{name} ({shown(value)}) is of the wrong type")
+                raise ValueError(f"{name} ({shown(value)}) has the wrong type")
 
 
 def _is_text(value: object) -> bool:
@@ -330,7 +330,7 @@ def _are_lists_of_texts(value: object) -> bool:
     return isinstance(value, list) and all(value) and all(map(_are_texts, value))
 
 
-# Of facts of whichever kind of dataset; what is not here is shown or compared, and may be anything.
+# Types of facts, for all kinds of datasets. Other facts are only shown or compared, and may have any type.
 _KINDS_OF_FACTS: Mapping[str, Callable[[Any], bool]] = {
     **dict.fromkeys(("corpus", "tokenizer", "target", "source", "matches", "model", "split", "positions"), _is_text),
     **dict.fromkeys(("arithmetic", "dtype"), _is_text_or_none),
@@ -343,9 +343,9 @@ _KINDS_OF_FACTS: Mapping[str, Callable[[Any], bool]] = {
 
 
 def _adopt(payload: Path, *, files: dict[str, tuple[int, int]]) -> bool:
-    """Whether a payload that no manifest names yet holds exactly these files; it then stays safe from `store gc` for another hour."""
+    """Whether a payload without a manifest holds exactly these files; if so, `store gc` keeps it for another hour."""
     try:
         os.utime(payload)
         return checksums(payload) == files
-    except OSError:  # half of it is gone
+    except OSError:  # part of it is missing
         return False

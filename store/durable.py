@@ -1,8 +1,8 @@
-"""Files that survive a crash, and workers beside each other: written under a name of their own, fsynced, renamed into place, and the folder
+"""Files that survive crashes and concurrent workers: written under a unique name, fsynced and renamed into place; then the folder is
 fsynced too.
 
-`zarr-python` and `polars` write without fsync, so a power cut may leave a renamed file empty; these few functions are the only ones that
-put anything into a workspace for good. The file system must have hard links, and renames that are one step.
+`zarr-python` and `polars` write without fsync, so a power cut may leave a renamed file empty. Only these functions publish files in a
+workspace. The file system must have hard links and atomic renames.
 """
 
 import contextlib
@@ -23,13 +23,13 @@ from typing import TYPE_CHECKING, Any, TextIO
 if TYPE_CHECKING:
     import polars as pl
 
-TEMPORARY = ".tmp-"  # prefix of every name that a crash may leave behind; nothing with it is ever read
+TEMPORARY = ".tmp-"  # prefix of every name that a crash may leave behind; files with it are never read
 _WRITER = re.compile(re.escape(TEMPORARY) + r"(?P<pid>\d+)@(?P<host>[^@]+)@[0-9a-f]+@")
 _OTHERS = re.compile(
     re.escape(TEMPORARY) + r"(step-\d{8,}|\d+-.*)", re.DOTALL
 )  # of checkpoints, which all ranks write; of earlier versions
-_OTHER_HOSTS_SECONDS = 24 * 3600.0  # a writer on another host, which cannot be asked, is taken for dead after this
-_CLOCK_SECONDS = 600.0  # by which the clock of a file server may be ahead of this host's
+_OTHER_HOSTS_SECONDS = 24 * 3600.0  # a writer on another host, which cannot be checked, counts as dead after this
+_CLOCK_SECONDS = 600.0  # most that the clock of a file server may be ahead of this host's
 
 
 def fsync(path: Path) -> None:
@@ -42,23 +42,23 @@ def fsync(path: Path) -> None:
 
 
 def temporary_sibling(path: Path) -> Path:
-    """A name in the same folder (so that a rename is atomic) that no other writer uses and no reader reads; it says who writes it."""
+    """A unique name in the same folder (so that a rename is atomic) that no reader reads; it contains the writer's process and host."""
     return path.with_name(f"{TEMPORARY}{os.getpid()}@{_host()}@{secrets.token_hex(4)}@{path.name}")
 
 
 @contextlib.contextmanager
 def temporary(path: Path) -> Iterator[Path]:
-    """A `temporary_sibling` to write to and to publish; what still is under that name at the end is removed."""
+    """A `temporary_sibling` to write to and to publish; if it still exists at the end, it is removed."""
     name = temporary_sibling(path)
     try:
         yield name
     finally:
-        with contextlib.suppress(OSError):  # a thread of Zarr's may still write into it: `sweep` then does it, later
+        with contextlib.suppress(OSError):  # a Zarr thread may still write into it: `sweep` then removes it later
             discard(name)
 
 
 def publish(temporary: Path, *, to: Path) -> None:
-    """Make a finished temporary file or folder appear under its name, in one step and for good, in place of what is there."""
+    """Publish a finished temporary file or folder under its name, atomically and durably; it replaces an existing one."""
     _flush(temporary)
     _make_way(to, is_folder=temporary.is_dir())
     os.replace(temporary, to)
@@ -66,7 +66,7 @@ def publish(temporary: Path, *, to: Path) -> None:
 
 
 def publish_link(path: Path, *, to: str) -> None:
-    """Make a link to a sibling appear under its name in one step, in place of what is there."""
+    """Publish a link to a sibling atomically; it replaces an existing file or link."""
     with temporary(path) as name:
         name.symlink_to(to)
         _make_way(path, is_folder=False)
@@ -74,10 +74,10 @@ def publish_link(path: Path, *, to: str) -> None:
 
 
 def publish_new(temporary: Path, *, to: Path) -> None:
-    """Make a finished temporary file or folder appear under a name that is free, in one step and for good.
+    """Publish a finished temporary file or folder under a free name, atomically and durably.
 
     Raises:
-        FileExistsError: something has that name, perhaps since a moment ago; it and the temporary stay as they are.
+        FileExistsError: the name is taken, perhaps by another process just now; both files stay as they are.
     """
     _flush(temporary)
     if temporary.is_dir():
@@ -106,7 +106,7 @@ def write_parquet(path: Path, table: "pl.DataFrame") -> None:
 
 
 def read_parquet(path: Path, *, columns: list[str] | None = None) -> "pl.DataFrame":
-    """Read a table from a file. Polars by itself takes `[`, `*` and `?` in a path for a pattern, and reads another file."""
+    """Read a table from a file. Polars would read `[`, `*` and `?` in a path as a pattern, and open another file."""
     import polars as pl
 
     return pl.read_parquet(path, columns=columns, glob=False, hive_partitioning=False)
@@ -125,10 +125,10 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def write_new_json(path: Path, value: Any) -> None:
-    """Write a small JSON file atomically, unless there is one.
+    """Write a small JSON file atomically, unless it exists.
 
     Raises:
-        FileExistsError: there is, perhaps since a moment ago; it stays.
+        FileExistsError: it exists, perhaps written by another process just now; it stays.
     """
     with temporary(path) as name:
         name.write_bytes(_json_bytes(value))
@@ -136,7 +136,7 @@ def write_new_json(path: Path, value: Any) -> None:
 
 
 def open_lock(path: Path) -> TextIO:
-    """Open a file to be locked, making it if need be. What else lies under its name, a link for example, is removed.
+    """Open a file to lock it; create it if it is missing. Anything else with its name, such as a link, is removed.
 
     Raises:
         OSError: it cannot be written.
@@ -147,16 +147,16 @@ def open_lock(path: Path) -> TextIO:
         try:
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
         except OSError as error:
-            if error.errno in {errno.ELOOP, errno.EISDIR, errno.ENXIO}:  # since a moment ago
+            if error.errno in {errno.ELOOP, errno.EISDIR, errno.ENXIO}:  # it appeared just now
                 continue
             raise
         return os.fdopen(descriptor, "r+", encoding="utf-8", errors="replace")
 
 
 def remove(path: Path) -> None:
-    """Remove a file, a folder or a link; never what a link leads to.
+    """Remove a file, a folder or a link; never the target of a link.
 
-    A folder is renamed first, so that a crash cannot leave half of it under its name.
+    A folder is renamed first, so that a crash cannot leave part of it under its name.
     """
     if is_real_folder(path):
         doomed = temporary_sibling(path)
@@ -166,8 +166,8 @@ def remove(path: Path) -> None:
 
 
 def discard(path: Path) -> None:
-    """Remove a file, a folder or a link that nobody reads, if it is there; never what a link leads to."""
-    with contextlib.suppress(FileNotFoundError):  # somebody else is at it too
+    """Remove a file, a folder or a link that nobody reads, if it exists; never the target of a link."""
+    with contextlib.suppress(FileNotFoundError):  # another process removes it too
         if is_real_folder(path):
             shutil.rmtree(path)
         else:
@@ -175,20 +175,20 @@ def discard(path: Path) -> None:
 
 
 def is_real_folder(path: Path) -> bool:
-    """Whether a folder lies there, and not a link to one."""
+    """Whether the path is a folder, and not a link to one."""
     return path.is_dir() and not path.is_symlink()
 
 
 def sweep(folder: Path, *, alone: bool = False) -> None:
-    """Remove what dead writers left in a folder; also what a living one may be writing, if the caller knows that it is `alone`."""
+    """Remove temporary files of dead writers from a folder; with `alone` (no other process writes to it), all temporary files."""
     for path in list(written_temporaries(folder)) if alone else abandoned(folder):
         discard(path)
 
 
 def written_temporaries(folder: Path) -> Iterator[Path]:
-    """The temporary files and folders in a folder, by name: what fuseline calls so, and nothing else.
+    """The temporary files and folders in a folder, by name: only those with fuseline's naming scheme.
 
-    The folder may be a link of a stranger's to one where `.tmp-` means something else.
+    The folder may be a stranger's link to one where `.tmp-` means something else.
     """
     for path in sorted(folder.glob(TEMPORARY + "*")):
         if _WRITER.match(path.name) or _OTHERS.fullmatch(path.name):
@@ -198,18 +198,18 @@ def written_temporaries(folder: Path) -> Iterator[Path]:
 def abandoned(folder: Path) -> Iterator[Path]:
     """The temporary files and folders in a folder whose writer is dead."""
     for path in written_temporaries(folder):
-        with contextlib.suppress(FileNotFoundError):  # its writer published it just now
+        with contextlib.suppress(FileNotFoundError):  # its writer has just published it
             if is_abandoned(path):
                 yield path
 
 
 def is_abandoned(path: Path) -> bool:
-    """Whether the writer of a temporary file or folder is dead, as far as this host can know.
+    """Whether the writer of a temporary file or folder is dead, as far as this host can tell.
 
-    On this host its process is gone, or its number belongs to a process that started later. On another, nothing was touched for a day.
+    On this host: its process has ended, or its number belongs to a process that started later. On another host: unchanged for a day.
 
     Raises:
-        FileNotFoundError: it is gone.
+        FileNotFoundError: it does not exist any more.
     """
     import psutil
 
@@ -227,7 +227,7 @@ def last_touched(path: Path) -> float:
     """When a file or a link, or the newest file or folder in a folder, was last changed (seconds since 1970). Links are not followed.
 
     Raises:
-        FileNotFoundError: there is nothing of that name.
+        FileNotFoundError: the name does not exist.
     """
     newest = path.lstat().st_mtime
     for folder, _, names in os.walk(path) if is_real_folder(path) else ():
@@ -238,13 +238,13 @@ def last_touched(path: Path) -> float:
 
 
 def _make_way(path: Path, *, is_folder: bool) -> None:
-    """Remove what a rename of a file, a link or a folder onto this name would not replace."""
+    """Remove an existing file or folder that a rename onto this name would not replace."""
     if os.path.lexists(path) and (is_folder or is_real_folder(path)):
         remove(path)
 
 
 def _flush(path: Path) -> None:
-    for folder, _, names in os.walk(path, topdown=False):  # nothing for a file
+    for folder, _, names in os.walk(path, topdown=False):  # empty for a file
         for name in names:
             fsync(Path(folder, name))
         fsync(Path(folder))
@@ -253,7 +253,7 @@ def _flush(path: Path) -> None:
 
 
 def _host() -> str:
-    """This host; containers on one that count their processes apart are different ones."""
+    """This host; containers with their own process numbers count as different hosts."""
     namespace = Path("/proc/self/ns/pid")
     return platform.node() + (f"-{namespace.stat().st_ino}" if namespace.exists() else "")
 

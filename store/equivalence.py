@@ -1,7 +1,7 @@
-"""Text that a tokenizer rewrites without changing what is read: where in the text each byte of the rewritten one lies.
+"""Text that a tokenizer rewrites without loss: the position in the original text of each byte of the rewritten text.
 
-Two rewritings count as reading the text: composition (NFC; Qwen's and GPT-NeoX's tokenizers read é for e and an accent that combines), and
-`▁` for a space (SentencePiece writes spaces so). What else a normaliser changes, such as NFKC or runs of spaces, is a loss.
+Two rewritings count as lossless: composition (NFC; Qwen's and GPT-NeoX's tokenizers read é for e with a combining accent), and `▁` for a
+space (as SentencePiece writes spaces). Any other change by a normaliser, such as NFKC or merged runs of spaces, is a loss.
 """
 
 import unicodedata
@@ -14,15 +14,15 @@ WORD_START = "▁"  # how SentencePiece writes a space inside a token
 
 
 def places_in_text(text: str, *, rewritten: bytes) -> NDArray[np.int64] | None:
-    """Where in a text, in bytes of UTF-8, the prefixes of an equivalent one end.
+    """Where the prefixes of an equivalent text end in the original text, in bytes of UTF-8.
 
     Args:
         text: the text.
-        rewritten: its equivalent, in UTF-8.
+        rewritten: the equivalent text, in UTF-8.
 
     Returns:
-        For each number of bytes from 0 to the equivalent's length how many bytes of the text these stand for. Inside of a character that
-        was composed it is the end of that character. None if the two are not equivalent.
+        For each number of bytes from 0 to the equivalent's length, how many bytes of the text these represent. Inside a composed
+        character it is the end of that character. None if the two are not equivalent.
     """
     for as_space in (False, True):
         read = text.replace(WORD_START, " ") if as_space else text
@@ -35,7 +35,7 @@ def places_in_text(text: str, *, rewritten: bytes) -> NDArray[np.int64] | None:
 
 
 def _places(pieces: Iterable[tuple[str, str]]) -> NDArray[np.int64]:
-    """`pieces` are those of the text and what became of them."""
+    """`pieces` are pairs: a piece of the text, and its rewritten form."""
     places, at = [np.zeros(1, np.int64)], 0
     for original, found in pieces:
         size = len(found.encode())
@@ -45,16 +45,16 @@ def _places(pieces: Iterable[tuple[str, str]]) -> NDArray[np.int64]:
 
 
 def _clusters(text: str) -> Iterator[tuple[int, int]]:
-    """Pieces of a text that are composed each on its own."""
+    """Pieces of a text, each of which is composed independently."""
     start = 0
     for index in range(1, len(text) + 1):
-        if index == len(text) or _starts_anew(text[start:index], text[index]):
+        if index == len(text) or _starts_cluster(text[start:index], text[index]):
             yield start, index
             start = index
 
 
-def _starts_anew(cluster: str, char: str) -> bool:
-    """Whether a character does not combine with what comes before it."""
+def _starts_cluster(cluster: str, char: str) -> bool:
+    """Whether a character does not combine with the text before it."""
     if unicodedata.combining(char):
         return False
     return unicodedata.normalize("NFC", cluster + char) == unicodedata.normalize("NFC", cluster) + unicodedata.normalize("NFC", char)

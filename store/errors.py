@@ -1,8 +1,8 @@
-"""The errors a user can cause. The command line prints their text without a traceback and exits with `exit_code`."""
+"""The errors that a user can cause. The command line prints their text without a traceback and exits with `exit_code`."""
 
 
 class FuselineError(Exception):
-    """Something the user can mend. The text names the document, file or field and says what to do; `remedy` is the latter, where apart."""
+    """An error that the user can fix. The text names the document, file or field and what to do; `remedy` is the latter, if separate."""
 
     exit_code = 1
 
@@ -12,7 +12,7 @@ class FuselineError(Exception):
 
 
 class UsageError(FuselineError, ValueError):
-    """A wrong option, argument or recipe: nothing was started."""
+    """A wrong option, argument or recipe. Nothing was started."""
 
     exit_code = 2
 
@@ -22,7 +22,7 @@ class DataError(FuselineError, ValueError):
 
 
 class FingerprintMismatch(FuselineError, ValueError):
-    """What the workspace holds was made from other inputs than those asked for now."""
+    """The workspace holds data that was made from different inputs than requested now."""
 
 
 class DamagedPart(FuselineError, OSError):
@@ -30,7 +30,7 @@ class DamagedPart(FuselineError, OSError):
 
 
 class NewerPart(DamagedPart):
-    """A part that a newer fuseline has written: whole, but not for this one."""
+    """A part that a newer fuseline has written. It is intact, but this version cannot read it."""
 
 
 class WorkspaceBusy(FuselineError, RuntimeError):
@@ -38,9 +38,9 @@ class WorkspaceBusy(FuselineError, RuntimeError):
 
 
 def reason_of(error: Exception) -> str:
-    """What an error says; of one of the system without the path, which stands beside it; of a missing key that it is missing."""
-    if isinstance(error, FuselineError):  # what to do stands beside it too
+    """The text of an error: of a system error without the path, which the message already has; of a KeyError that the key is missing."""
+    if isinstance(error, FuselineError):  # the message already says what to do
         return error.problem.rstrip(".")
     if isinstance(error, KeyError):
-        return f"it lacks {error}"
+        return f"{error} is missing"
     return (error.strerror if isinstance(error, OSError) else None) or str(error)

@@ -1,4 +1,4 @@
-"""A dataset's identity is a hash over what determines its content; two identities are compared key by key."""
+"""A dataset's identity is everything that determines its content. It is hashed, and two identities are compared key by key."""
 
 import hashlib
 import json
@@ -17,23 +17,23 @@ def fingerprint(identity: Identity) -> str:
 
 
 def sealed(record: Mapping[str, Any]) -> dict[str, Any]:
-    """A record with its own checksum, under `checksum`: a flipped bit in a small JSON file is then told."""
+    """A record with its own checksum, under `checksum`, so that a flipped bit in a small JSON file is detected."""
     return {**record, "checksum": fingerprint(record)}
 
 
 def require_seal(record: dict[str, Any]) -> None:
-    """Take the checksum out of a record; one that was written before there were checksums has none.
+    """Remove the checksum from a record after checking it. Records of earlier versions have none.
 
     Raises:
-        ValueError: it is not that of the rest.
+        ValueError: it does not match the rest of the record.
     """
     checksum = record.pop("checksum", None)
     if checksum is not None and checksum != fingerprint(record):
-        raise ValueError("its checksum is not that of its content: it was damaged, or changed by hand")
+        raise ValueError("its checksum does not match its content: it was damaged, or changed by hand")
 
 
 def differences(stored: Identity, asked: Identity) -> list[str]:
-    """A line for each key in which two identities differ, nested keys joined by dots: `top_k: stored 10, asked for 32`."""
+    """A line for each key that differs between two identities, with dots in nested keys: `top_k: stored 10, asked for 32`."""
     left, right = _flat(stored), _flat(asked)
     missing = "nothing"
     lines = [

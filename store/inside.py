@@ -1,7 +1,7 @@
-"""Whether a name that came from a file stays inside the folder that it may name: one rule for everything that is opened, copied or deleted.
+"""Checks that a name from a file stays inside its folder: one rule for everything that is opened, copied or deleted.
 
-A name in a manifest, an index or a list is data, and may have been written by a stranger. It must be a plain relative path, and what lies
-there must be inside the folder after all links are followed.
+A name in a manifest, an index or a list is data, and may come from a stranger. It must be a plain relative path, and its target must be
+inside the folder after all links are followed.
 """
 
 import os
@@ -10,31 +10,31 @@ from pathlib import Path
 from .errors import DataError
 from .shown import shown
 
-FOLLOW_LINKS = "FUSELINE_FOLLOW_LINKS"  # in the environment, which no stranger's file sets
+FOLLOW_LINKS = "FUSELINE_FOLLOW_LINKS"  # an environment variable, because a stranger's file cannot set it
 LONGEST_NAME = 4096  # characters of a name; the limit of Linux for a path
 LONGEST_COMPONENT = 255  # bytes of each component; the limit of Linux and macOS
 _CACHED = ("models--", "datasets--")  # how folders in the cache of the Hugging Face hub begin
 
 
 class OutsideFolder(DataError):
-    """A name from a file leads out of the folder that it may name."""
+    """A name from a file leads out of its folder."""
 
 
 def plain_name(name: object, *, what: str = "The name") -> str:
-    """The name, if it is a relative path of plain components, with "/" between them.
+    """Return the name, if it is a relative path of plain components, with "/" between them.
 
     Args:
-        name: as it stands in a file.
+        name: as written in a file.
         what: names the field in the message, as in "weight_map of x/model.safetensors.index.json".
 
     Raises:
-        OutsideFolder: it is no text, empty, absolute or too long, or it has a component "", "." or "..", a backslash, a control
+        OutsideFolder: it is not text, empty, absolute or too long, or it has a component "", "." or "..", a backslash, a control
             character, or a character that is not valid Unicode.
     """
     if isinstance(name, str) and is_plain_name(name):
         return name
     raise OutsideFolder(
-        f"{what} ({shown(name)}) must be the plain name of a file in this folder.", remedy="Do not use this file: get it again."
+        f"{what} ({shown(name)}) must be the plain name of a file in this folder.", remedy="Do not use this file: download it again."
     )
 
 
@@ -49,7 +49,7 @@ def is_plain_name(name: str) -> bool:
 
 
 def inside(folder: Path, name: object, *, what: str = "The name") -> Path:
-    """The path of a name below a folder. Nothing need be there, but what is there must be inside, after links are followed.
+    """The path of a name below a folder. It may not exist; if it exists, it must be inside after links are followed.
 
     Raises:
         OutsideFolder: the name is not plain (`plain_name`), or it leads out of the folder through a link.
@@ -60,24 +60,24 @@ def inside(folder: Path, name: object, *, what: str = "The name") -> Path:
 
 
 def require_inside(path: Path, *, folder: Path) -> None:
-    """Raise OutsideFolder unless a path lies inside a folder, or is it, after links are followed.
+    """Raise OutsideFolder unless a path is inside a folder, or the folder itself, after links are followed.
 
-    A snapshot in the cache of the Hugging Face hub (`models--owner--name/snapshots/<commit>`) consists of links into `blobs` beside it:
-    they count as inside.
+    A snapshot in the Hugging Face cache (`models--owner--name/snapshots/<commit>`) consists of links into its sibling `blobs`, which count
+    as inside.
     """
     if not lies_inside(path, folder=folder):
         raise OutsideFolder(
             f"{path} is a link that leads out of {folder}, to {_target(path)}.",
-            remedy=f"Put what it leads to into the folder; or, if all links are your own, set {FOLLOW_LINKS}=1.",
+            remedy=f"Copy its target into the folder; or, if you trust all links, set {FOLLOW_LINKS}=1.",
         )
 
 
 def lies_inside(path: Path, *, folder: Path) -> bool:
-    """Whether a path lies inside a folder, or is it, after links are followed; see `require_inside`.
+    """Whether a path is inside a folder, or the folder itself, after links are followed; see `require_inside`.
 
-    Where the user says so (`FOLLOW_LINKS`), links may lead anywhere.
+    If the user allows it (`FOLLOW_LINKS`), links may lead anywhere.
     """
-    if os.environ.get(FOLLOW_LINKS) == "1" or _has_no_links(path, below=folder):  # 5 µs, where following them takes 50
+    if os.environ.get(FOLLOW_LINKS) == "1" or _has_no_links(path, below=folder):  # 5 µs; following links takes 50
         return True
     try:
         real, root = path.resolve(), folder.resolve()
@@ -87,7 +87,7 @@ def lies_inside(path: Path, *, folder: Path) -> bool:
 
 
 def _has_no_links(path: Path, *, below: Path) -> bool:
-    """Whether a path has only plain components below a folder, and none of them is a link."""
+    """Whether a path has only plain components below a folder, and no links."""
     place, whole = str(below), str(path)
     if not whole.startswith(f"{place}/"):
         return False

@@ -1,11 +1,11 @@
-"""The journal that each worker keeps in its run's folder: by it anyone who sees the workspace can follow, whoever started the worker.
+"""The journal that each worker keeps in its run's folder. With it, any process that sees the workspace can follow the worker.
 
-    runs/<run>/workers/<worker>.jsonl       a line when the worker starts, begins a part, has committed it, failed at it, or ends
+    runs/<run>/workers/<worker>.jsonl       a line when the worker starts, begins, commits or fails a part, or ends
     runs/<run>/failures/part-00042.log      of a part that failed: the traceback of each attempt
     runs/<run>/logs/                        what the workers print
 
-A journal has one writer, so that nothing is locked. The writer touches the file every few seconds: one that is neither ended nor touched
-for a minute belongs to a worker that died.
+A journal has one writer, so it needs no lock. The writer touches the file every few seconds: if a journal has not ended and was not
+touched for a minute, its worker has died.
 """
 
 import contextlib
@@ -27,7 +27,7 @@ from .json_files import decode_json, is_number, read_lines
 BEAT_SECONDS = 5.0
 DEAD_SECONDS = 60.0
 _FOLDERS = ("workers", "failures", "logs")
-_NEEDED: dict[str, dict[str, type]] = {  # of each event in a journal
+_NEEDED: dict[str, dict[str, type]] = {  # the fields of each event
     "started": {"host": str, "pid": int},
     "begun": {"part": int},
     "committed": {"part": int},
@@ -36,34 +36,34 @@ _NEEDED: dict[str, dict[str, type]] = {  # of each event in a journal
 
 
 def prepare(run_folder: Path) -> None:
-    """Make the folders that workers write to. They make none: a machine that does not see the workspace must not begin a second one."""
+    """Make the folders for workers. Workers make none, so that a machine that does not see the workspace cannot begin a second one."""
     for name in _FOLDERS:
         (run_folder / name).mkdir(exist_ok=True)
 
 
 def failure_log(run_folder: Path, part: int) -> Path:
-    """Where the tracebacks of a part's attempts are."""
+    """The file with the tracebacks of a part's attempts."""
     return run_folder / "failures" / f"part-{part:05d}.log"
 
 
 def reason_of(error: BaseException) -> str:
-    """One line that says what happened; a user's mistake in its own words, anything else with its type."""
+    """An error in one line: a user's mistake as its text, any other error with its type."""
     text = str(error) if isinstance(error, FuselineError) else f"{type(error).__name__}: {error}"
     return next(iter(text.splitlines()), "")
 
 
 class Journal:
-    """Writes one worker's journal, and shows that the worker lives for as long as it is open."""
+    """Writes one worker's journal. While it is open, it shows that the worker is alive."""
 
     def __init__(self, run_folder: Path, *, worker: str) -> None:
-        """Begin, or go on with, a journal; `prepare` must have made its folder.
+        """Begin or continue a journal; `prepare` must have made its folder.
 
         Raises:
             FileNotFoundError: this machine does not see the run's folder.
         """
         self.run_folder, self._path, self._closed = run_folder, _journal_path(run_folder, worker), threading.Event()
         if not self._path.parent.is_dir():
-            raise FileNotFoundError(f"{platform.node()} does not see {self._path.parent}: the workspace must be on storage that all share.")
+            raise FileNotFoundError(f"{platform.node()} does not see {self._path.parent}. Put the workspace on shared storage.")
         self._write("started", host=platform.node(), pid=os.getpid())
         threading.Thread(target=self._beat, name="heartbeat", daemon=True).start()
 
@@ -75,15 +75,15 @@ class Journal:
         self._write("ended")
 
     def begun(self, part: int) -> None:
-        """The worker computes a part."""
+        """Record that the worker computes a part."""
         self._write("begun", part=part)
 
     def committed(self, part: int) -> None:
-        """The part's manifest is there."""
+        """Record that the part's manifest exists."""
         self._write("committed", part=part)
 
     def failed(self, part: int, error: BaseException) -> None:
-        """An attempt at a part failed: its traceback goes into the part's log. A user's mistake has none, only its text."""
+        """Record a failed attempt: the traceback goes into the part's log; of a user's mistake only the text."""
         is_mistake = isinstance(error, FuselineError)
         text = f"{error}\n" if is_mistake else "".join(traceback.format_exception(error))
         heading = f"---- {time.strftime('%Y-%m-%d %H:%M:%S')} {platform.node()} {self._path.stem}\n"
@@ -92,7 +92,7 @@ class Journal:
         self._write("failed", part=part, reason=reason_of(error))
 
     def _write(self, event: str, **details: Any) -> None:
-        with contextlib.suppress(OSError):  # on a full disk the work fails where it commits, and says so there
+        with contextlib.suppress(OSError):  # on a full disk, the commit fails and reports it
             _append(self._path, event, **details)
 
     def _beat(self) -> None:
@@ -102,33 +102,33 @@ class Journal:
 
 
 def end_of(run_folder: Path, *, worker: str) -> None:
-    """End the journal of a worker that is known to be gone, for it."""
+    """End the journal of a worker that is known to be dead."""
     if _journal_path(run_folder, worker).exists():
         _append(_journal_path(run_folder, worker), "ended")
 
 
 @dataclass(slots=True, kw_only=True)
 class WorkerState:
-    """What a journal says of its worker."""
+    """The state of a worker, read from its journal."""
 
     worker: str
-    refreshed_at: float  # seconds since the epoch, as are all times
+    refreshed_at: float  # seconds since the epoch, like all times
     host: str = ""
     pid: int = 0
     started_at: float = 0.0
     ended: bool = False
     begun: Counter[int] = field(default_factory=Counter)  # part -> how often it was begun
-    at_hand: list[int] = field(default_factory=list)  # parts that are computed or written now, or were when the worker died
-    interrupted: Counter[int] = field(default_factory=Counter)  # part -> how often the worker died, or was requeued, with it at hand
+    unfinished: list[int] = field(default_factory=list)  # parts that are computed or written now, or were when the worker died
+    interrupted: Counter[int] = field(default_factory=Counter)  # part -> how often the worker died or was requeued during it
     failed: dict[int, str] = field(default_factory=dict)  # part -> why its last attempt failed
 
     @property
     def is_alive(self) -> bool:
-        """Whether the worker has shown a sign of life within a minute, and has not ended."""
+        """Whether the worker has not ended and its journal was touched within a minute."""
         return not self.ended and time.time() - self.refreshed_at < DEAD_SECONDS
 
     def add(self, record: dict[str, Any]) -> None:
-        """Take one line into account."""
+        """Update the state with one line."""
         part = record.get("part", -1)
         match record["event"]:
             case "started":
@@ -136,10 +136,10 @@ class WorkerState:
                 self._let_go()
             case "begun":
                 self.begun[part] += 1
-                self.at_hand.append(part)
+                self.unfinished.append(part)
                 self.failed.pop(part, None)
             case "committed" | "failed":
-                self.at_hand = [other for other in self.at_hand if other != part]
+                self.unfinished = [other for other in self.unfinished if other != part]
                 if record["event"] == "failed":
                     self.failed[part] = record["reason"]
             case "ended":
@@ -147,15 +147,15 @@ class WorkerState:
                 self._let_go()
 
     def _let_go(self) -> None:
-        self.interrupted.update(self.at_hand)
-        self.at_hand = []
+        self.interrupted.update(self.unfinished)
+        self.unfinished = []
 
 
 def read_journals(run_folder: Path) -> Iterator[WorkerState]:
-    """What every worker of a run wrote of itself, by name. A last line that a crash cut short is left out."""
+    """The state of every worker of a run, by name. A last line that a crash cut short is left out."""
     for path in sorted((run_folder / "workers").glob("*.jsonl")):
         state = WorkerState(worker=path.stem, refreshed_at=path.lstat().st_mtime)
-        with contextlib.suppress(OSError, ValueError):  # it is no journal: what follows is not known
+        with contextlib.suppress(OSError, ValueError):  # not a journal: the rest cannot be read
             for line in read_lines(path):
                 with contextlib.suppress(ValueError):  # the line after one that was cut short continues it
                     state.add(_checked(decode_json(line)))
@@ -163,7 +163,7 @@ def read_journals(run_folder: Path) -> Iterator[WorkerState]:
 
 
 def _checked(record: Any) -> dict[str, Any]:
-    """A line of a journal, if it is what `Journal` writes.
+    """A line of a journal, checked to be one that `Journal` writes.
 
     Raises:
         ValueError: it is not.
@@ -172,7 +172,7 @@ def _checked(record: Any) -> dict[str, Any]:
         raise ValueError("it must hold an object with event and at")
     needed = _NEEDED.get(record["event"], {})
     if any(type(record.get(name)) is not kind for name, kind in needed.items()):
-        raise ValueError(f"what it says of {record['event']} is not what a worker writes")
+        raise ValueError(f"the fields of the event {record['event']} are not those that a worker writes")
     return record
 
 

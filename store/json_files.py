@@ -1,6 +1,6 @@
-"""The small JSON files of a workspace, read with limits: whoever wrote them may have made mistakes, or may mean harm.
+"""Reads the small JSON files of a workspace with limits, because they may be damaged or malicious.
 
-What cannot be read is a ValueError or an OSError, whatever is wrong with it; the reader adds the file's name and what to do.
+Every problem is a ValueError or an OSError; the caller adds the file's name and what to do.
 """
 
 import os
@@ -13,17 +13,17 @@ from typing import Any
 from .errors import DamagedPart
 from .json_text import parse_writable_json
 
-MOST_JSON_BYTES = 64 << 20  # of a file; the plan of a corpus of a million parts has 60 MB
-MOST_LINE_BYTES = 1 << 20  # of a record that has a line to itself; a training step has less than 1 kB
+MOST_JSON_BYTES = 64 << 20  # of a file; the plan of a corpus with a million parts has 60 MB
+MOST_LINE_BYTES = 1 << 20  # of a record on one line; a training step has less than 1 kB
 
-END_OF_TIME = 253_402_300_800.0  # seconds from 1970 to the year 10000, in which dates end
+END_OF_TIME = 253_402_300_800.0  # seconds from 1970 to the year 10000, where dates end
 
 
 def open_file(path: Path) -> BufferedReader:
-    """Open a regular file to read its bytes. A pipe, which nobody may ever write to, does not make this wait.
+    """Open a regular file to read its bytes. This never waits for a pipe.
 
     Raises:
-        OSError: there is none, or it is something else than a regular file.
+        OSError: it does not exist, or is not a regular file.
     """
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
@@ -33,11 +33,11 @@ def open_file(path: Path) -> BufferedReader:
 
 
 def read_json(path: Path) -> Any:
-    """The value that a JSON file holds.
+    """The value in a JSON file.
 
     Raises:
-        OSError: there is no such file, or it cannot be read.
-        ValueError: it is no JSON in UTF-8, larger than `MOST_JSON_BYTES`, or nested too deep (`json_text`).
+        OSError: the file does not exist, or cannot be read.
+        ValueError: it is not JSON in UTF-8, is larger than `MOST_JSON_BYTES`, or is nested too deeply (`json_text`).
     """
     return decode_json(read_bytes(path))
 
@@ -46,7 +46,7 @@ def read_bytes(path: Path) -> bytes:
     """The content of a regular file.
 
     Raises:
-        OSError: there is no such file, or it cannot be read.
+        OSError: the file does not exist, or cannot be read.
         ValueError: it is larger than `MOST_JSON_BYTES`.
     """
     with open_file(path) as file:
@@ -56,15 +56,15 @@ def read_bytes(path: Path) -> bytes:
 
 
 def read_object(path: Path) -> dict[str, Any]:
-    """The object that a JSON file holds; see `read_json` for the errors."""
+    """The object in a JSON file; see `read_json` for the errors."""
     value = read_json(path)
     if not isinstance(value, dict):
-        raise ValueError(f"it must hold an object, and holds a {type(value).__name__}")
+        raise ValueError(f"it must hold an object, but holds a {type(value).__name__}")
     return value
 
 
 def read_lines(path: Path) -> Iterator[bytes]:
-    """The complete lines of a file of records, with their ends; nothing where there is no file. A last line that was cut short is left out.
+    """The complete lines of a file of records, with line ends; none if the file is missing. A last line that was cut short is left out.
 
     Raises:
         OSError: it cannot be read.
@@ -86,13 +86,13 @@ def decode_json(data: bytes) -> Any:
     """The value of a JSON document.
 
     Raises:
-        ValueError: it is no JSON in UTF-8, or nested too deep (`json_text`).
+        ValueError: it is not JSON in UTF-8, or is nested too deeply (`json_text`).
     """
     return parse_writable_json(data.decode("utf-8"))
 
 
 class Facts(dict[str, Any]):
-    """An object from a JSON file that says, where a key is missing, which file lacks it."""
+    """An object from a JSON file. If a key is missing, the error names the file."""
 
     def __init__(self, values: dict[str, Any], *, path: Path, what: str, remedy: str) -> None:
         super().__init__(values)

@@ -1,10 +1,10 @@
-"""JSON from files that a stranger may have written: whatever is in it, parsing ends with a value or a ValueError."""
+"""Parses JSON from untrusted files: parsing always ends with a value or a ValueError."""
 
 import json
 import re
 from typing import Any
 
-DEEPEST_JSON = 500  # arrays and objects inside each other; Python's calls end at a thousand
+DEEPEST_JSON = 500  # nested arrays and objects; Python's limit is a thousand calls
 _HALF = re.compile(r"\\u[dD][89a-fA-F]")  # two of them are a character
 _TOO_DEEP = f"its arrays and objects are nested more than {DEEPEST_JSON} deep"
 
@@ -13,11 +13,11 @@ def parse_json(text: str | bytes, **how: Any) -> Any:
     """The value of a JSON text.
 
     Args:
-        text: in UTF-8 where it is bytes.
+        text: if bytes, in UTF-8.
         how: more arguments of `json.loads`.
 
     Raises:
-        ValueError: it is not valid, a number has thousands of digits, or it is nested more than `DEEPEST_JSON` deep.
+        ValueError: it is not valid, a number has thousands of digits, or it is nested deeper than `DEEPEST_JSON`.
     """
     try:
         value = json.loads(text, **how)
@@ -32,29 +32,29 @@ def parse_json(text: str | bytes, **how: Any) -> Any:
 
 
 def parse_writable_json(text: str) -> Any:
-    """The value of a JSON text whose texts can be written again.
+    """The value of a JSON text whose strings can be written again.
 
     Raises:
-        ValueError: as of `parse_json`, or a text in it has half a character.
+        ValueError: as in `parse_json`, or a string in it has half a surrogate pair.
     """
     value = parse_json(text)
     if "\\u" in text and _HALF.search(text):
         try:
             json.dumps(value, ensure_ascii=False).encode()
         except UnicodeEncodeError as error:
-            raise ValueError("a text in it is not valid Unicode: it has half a character") from error
+            raise ValueError("a string in it is not valid Unicode: it has half a surrogate pair") from error
     return value
 
 
 def reason_of(error: Exception) -> str:
-    """Why a text cannot be parsed; of depths and of numbers with thousands of digits, parsers speak of Python's settings."""
+    """Why a text cannot be parsed. For deep nesting and numbers with thousands of digits, Python's own message names its settings."""
     if isinstance(error, RecursionError):
         return _TOO_DEEP
     return "a number has thousands of digits" if "set_int_max_str_digits" in str(error) else str(error)
 
 
 def require_shallow(value: Any) -> None:
-    """Raise ValueError where lists and dicts are inside each other more than `DEEPEST_JSON` deep: what reads them calls itself as often."""
+    """Raise ValueError if lists and dicts are nested deeper than `DEEPEST_JSON`: their readers are recursive."""
     level = [value]
     for _ in range(DEEPEST_JSON + 1):
         level = [each for each in level if isinstance(each, list | dict)]

@@ -1,13 +1,13 @@
-"""Where things lie in a workspace, the one folder that holds everything of a project, and what lies there.
+"""The layout of a workspace, the one folder that holds everything of a project.
 
 <workspace>/
-  catalog.duckdb                                      index of all of it; can be rebuilt
+  catalog.duckdb                                      index of everything; can be rebuilt
   tokenizers/<digest>/                                tokenizer.json, token_bytes.parquet
   corpus/<name>/  distributions/<model>/  alignments/<source>--<target>/  targets/<name>/  evaluations/<model>/
-  token_matches/<source>--<target>--<positions>/  vocab_maps/<source>--<target>--<rule>/     tables, in the same form as the others
+  token_matches/<source>--<target>--<positions>/  vocab_maps/<source>--<target>--<rule>/     tables, in the same form
   runs/<run>/                                         one execution of a stage: run.json; of training also checkpoints, metrics, logs
   exports/<name>/                                     models in the Hugging Face format
-  models/<digest>.json                                what transformers reads differently in a model's folder; found again if removed
+  models/<digest>.json                                differences from how transformers reads a model's folder; found again if removed
 """
 
 import os
@@ -27,7 +27,7 @@ _RUN_KEYS = ("run", "stage", "dataset", "parameters", "fuseline", "host", "start
 
 
 class Layout:
-    """The folder of a project, the paths in it, and what is there."""
+    """The folder of a project, its paths and its contents."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
@@ -38,11 +38,11 @@ class Layout:
         return self.root / "catalog.duckdb"
 
     def folder(self, kind: str, name: str) -> Path:
-        """Where something of this kind and name is, or would be."""
+        """The folder for this kind and name, which may not exist."""
         return self.root / kind / name
 
     def kinds(self) -> list[str]:
-        """The kinds of datasets: those that every workspace may have, in the order of the pipeline, and others that are there."""
+        """The kinds of datasets: the known ones, in the order of the pipeline, then other kinds in this workspace."""
         there = {path.parent.parent.name for path in self.root.glob("[!.]*/*/dataset.json")}
         return [*DATASET_KINDS, *sorted(there - set(DATASET_KINDS) - {"runs", "exports", "tokenizers", "models"})]
 
@@ -58,9 +58,9 @@ class Layout:
         return folders_in(self.root / "tokenizers")
 
     def swept_folders(self) -> Iterator[Path]:
-        """The folders into which stages publish, and in which a dead one leaves temporaries. Trainers sweep theirs themselves.
+        """The folders into which stages publish, where a killed stage leaves temporary files. Trainers sweep their own folders.
 
-        The folder of a kind may be a link, to another disk; one of a dataset that is a link is not swept.
+        The folder of a kind may be a link to another disk; a dataset's folder that is a link is not swept.
         """
         yield self.root
         for folder in ("tokenizers", "models", *self.kinds()):
@@ -72,7 +72,7 @@ class Layout:
         """The record of every run, oldest first.
 
         Raises:
-            DamagedPart: one cannot be read.
+            DamagedPart: a record cannot be read.
         """
         yield from map(read_run, self.run_files())
 
@@ -82,28 +82,26 @@ class Layout:
 
 
 def folders_in(folder: Path) -> list[Path]:
-    """The folders in a folder, by name, also where they are links; nothing where there is no folder."""
+    """The folders in a folder, by name, including links to folders; none if the folder is missing."""
     return sorted(path for path in folder.glob("[!.]*") if path.is_dir())
 
 
 def read_run(path: Path) -> dict[str, Any]:
-    """The record of a run, by its `run.json`; its name is that of its folder.
+    """The record of a run, from its `run.json`; the run's name is that of its folder.
 
     Raises:
-        DamagedPart: it cannot be read, or lacks something.
+        DamagedPart: it cannot be read, or is incomplete.
     """
     try:
         record = read_object(path)
         _check_run(record)
     except (OSError, ValueError) as error:
-        raise DamagedPart(
-            f"{path} cannot be read ({reason_of(error)}).", remedy="Remove it: it is only a record of what was done."
-        ) from error
+        raise DamagedPart(f"{path} cannot be read ({reason_of(error)}).", remedy="Remove it: it is only a record of the run.") from error
     return record | {"run": path.parent.name}
 
 
 def _check_run(record: dict[str, Any]) -> None:
-    """Raise ValueError unless a record has what a run's has."""
+    """Raise ValueError unless a record has the form of a run's record."""
     missing = [key for key in _RUN_KEYS if key not in record]
     if missing:
         raise ValueError(f"it lacks {', '.join(missing)}")
@@ -111,4 +109,4 @@ def _check_run(record: dict[str, Any]) -> None:
         if not isinstance(record[key], str):
             raise ValueError(f"{key} ({shown(record[key])}) must be a text")
     if not is_number(record["started_at"], below=END_OF_TIME) or not is_number(record["ended_at"] or 0, below=END_OF_TIME):
-        raise ValueError("started_at and ended_at must be numbers of seconds from 0")
+        raise ValueError("started_at and ended_at must be seconds since 1970, at least 0")

@@ -1,4 +1,4 @@
-"""Whether the datasets of a workspace fit together: each was made from others, whose fingerprints its identity holds."""
+"""Checks that the datasets of a workspace fit together: a dataset's identity holds the fingerprints of its inputs."""
 
 from collections.abc import Iterator, Sequence
 
@@ -8,7 +8,7 @@ from .errors import DamagedPart
 
 
 def check_inputs(datasets: Sequence[Dataset], *, tokenizers: set[str]) -> Iterator[tuple[Dataset, str, str]]:
-    """Datasets whose inputs are not in the workspace, each with the problem and what to do.
+    """Datasets whose inputs are missing from the workspace, each with the problem and what to do.
 
     Args:
         datasets: all datasets of the workspace that can be opened.
@@ -17,19 +17,19 @@ def check_inputs(datasets: Sequence[Dataset], *, tokenizers: set[str]) -> Iterat
     by_fingerprint = {dataset.fingerprint: dataset for dataset in datasets}
     corpora = {dataset.name: dataset for dataset in datasets if dataset.kind == "corpus"}
     for dataset in datasets:
-        remedy = f"Run its recipe again, or remove {dataset.folder} if it is of no more use."
+        remedy = f"Run its recipe again, or remove {dataset.folder} if you do not need it."
         for fingerprint in input_fingerprints(dataset):
             if fingerprint not in by_fingerprint:
-                yield dataset, f"was made from a dataset that is not here any more (fingerprint {fingerprint[:12]}…)", remedy
+                yield dataset, f"was made from a dataset that no longer exists here (fingerprint {fingerprint[:12]}…)", remedy
         corpus = corpora.get(dataset.description.get("corpus", ""))
         if "corpus" in dataset.identity and corpus is not None and corpus.fingerprint != dataset.identity["corpus"]:
-            yield dataset, f"was made from another corpus than corpus/{corpus.name} is now", remedy
+            yield dataset, f"was made from a different corpus than the current corpus/{corpus.name}", remedy
         for digest in sorted(tokenizer_digests(dataset) - tokenizers):
             yield dataset, f"needs the tokenizer {digest[:12]}…, which is not in tokenizers/", remedy
 
 
 def check_counts(datasets: Sequence[Dataset]) -> Iterator[tuple[Dataset, int, str]]:
-    """Parts of what is made over a target model's positions that have other numbers of tokens or segments than its part, with the problem.
+    """Parts whose numbers of tokens or segments differ from those of the target model's part, with the problem.
 
     All parts must have readable manifests.
     """
@@ -44,14 +44,14 @@ def check_counts(datasets: Sequence[Dataset]) -> Iterator[tuple[Dataset, int, st
                 expected = own.manifest(part).counts
                 for what in ("tokens", "segments"):
                     if what in counts and what in expected and counts[what] != expected[what]:
-                        yield dataset, part, f"has {counts[what]} {what}, and {own.kind}/{own.name} has {expected[what]} in this part"
+                        yield dataset, part, f"has {counts[what]} {what}, but {own.kind}/{own.name} has {expected[what]} in this part"
             planned = plans.get(dataset.fingerprint, {}).get(part)
             if planned is not None and counts.get("documents", planned) != planned:
-                yield dataset, part, f"has {counts['documents']} documents, and plan.json says {planned}"
+                yield dataset, part, f"has {counts['documents']} documents, but plan.json says {planned}"
 
 
 def input_fingerprints(dataset: Dataset) -> list[str]:
-    """Fingerprints of the datasets that one was made from."""
+    """Fingerprints of the datasets that a dataset was made from."""
     identity = dataset.identity
     match dataset.kind:
         case "distributions" | "evaluations":
@@ -71,7 +71,7 @@ def input_fingerprints(dataset: Dataset) -> list[str]:
 
 
 def tokenizer_digests(dataset: Dataset) -> set[str]:
-    """Digests of the tokenizers that a dataset was made with."""
+    """Digests of the tokenizers of a dataset."""
     identity = dataset.identity
     match dataset.kind:
         case "corpus":
@@ -85,7 +85,7 @@ def tokenizer_digests(dataset: Dataset) -> set[str]:
 
 
 def _positions_of(dataset: Dataset) -> str | None:
-    """Fingerprint of the distributions whose positions a dataset has."""
+    """Fingerprint of the distributions whose positions a dataset uses."""
     match dataset.kind:
         case "alignments" | "token_matches":
             return dataset.identity["target"]
@@ -98,6 +98,6 @@ def _positions_of(dataset: Dataset) -> str | None:
 def _planned_documents(corpus: Dataset) -> dict[int, int]:
     try:
         summary = read_plan(corpus.folder)
-    except DamagedPart:  # found when the plan itself is checked
+    except DamagedPart:  # reported when the plan itself is checked
         return {}
     return {part: facts["documents"] for part, facts in enumerate(summary["parts"])} if summary else {}

@@ -1,8 +1,8 @@
-"""The machine at hand: how many cores are really ours, and in which number format it multiplies fastest.
+"""This machine: how many cores this process may use, and which number format it multiplies fastest.
 
 Processors without instructions for bfloat16 or float16 multiply them many times slower than float32 (an AVX2-only EPYC: 1.1 against 40
-GFLOP/s). There, weights rounded to the 16-bit format are multiplied in float32. Which processors these are is measured, because flags
-differ by maker. Imports torch only to measure.
+GFLOP/s). On these, weights rounded to the 16-bit format are multiplied in float32. The speed is measured, because processor flags differ
+by maker. Imports torch only to measure.
 """
 
 import contextlib
@@ -19,15 +19,15 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import torch
 
-# Rows, inputs, outputs: of a small model's layers. At 1 GFLOP/s all rounds of the race take a quarter of a second, else a few milliseconds.
+# Rows, inputs, outputs of a small model's layers. At 1 GFLOP/s all rounds take a quarter of a second, else a few milliseconds.
 _SIZES = (64, 512, 576)
 _ROUNDS = 6
 _SHORT = ("bfloat16", "float16")
-_CLEARLY = 1.5  # float32 must be faster by this factor: what is near is noise, and the 16-bit format needs half the memory
+_CLEARLY = 1.5  # float32 must be faster by this factor: smaller differences are noise, and the 16-bit format needs half the memory
 
 
 def usable_cores(*, cgroups: Path = Path("/proc/self/cgroup"), mount: Path = Path("/sys/fs/cgroup")) -> int:
-    """Cores that this process may keep busy: by its affinity, the quotas of its control groups, and what Slurm gave its task."""
+    """Cores that this process may use: by its affinity, the quotas of its control groups, and Slurm's allocation for its task."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     quotas = [max(1, math.floor(quota)) for quota in _quotas(cgroups, mount=mount)]
     slurm = [int(value) for value in [os.environ.get("SLURM_CPUS_PER_TASK", "")] if value.isdigit() and int(value)]
@@ -35,13 +35,13 @@ def usable_cores(*, cgroups: Path = Path("/proc/self/cgroup"), mount: Path = Pat
 
 
 def threads() -> int:
-    """Threads that this process computes with: OMP_NUM_THREADS where the user or an executor set it, else all usable cores."""
+    """Threads that this process computes with: OMP_NUM_THREADS if the user or an executor set it, else all usable cores."""
     said = os.environ.get("OMP_NUM_THREADS", "").split(",")[0]  # a list gives nested levels
     return int(said) if said.isdigit() and int(said) else usable_cores()
 
 
 def use_threads() -> None:
-    """Let torch compute with `threads` threads: by itself it knows neither quotas nor Slurm."""
+    """Let torch compute with `threads` threads: its default ignores quotas and Slurm."""
     import torch
 
     if torch.get_num_threads() != threads():
@@ -49,18 +49,19 @@ def use_threads() -> None:
 
 
 def wait_asleep() -> None:
-    """Let OpenMP's threads sleep while they wait for each other, here and in child processes; before torch is imported.
+    """Let OpenMP's threads sleep while they wait, here and in child processes. Call it before torch is imported.
 
-    Those that spin, the default, take the cores from other work and from each other (`benchmarks/threads.py`). The user's setting wins.
+    By default they spin, and take cores from other work and from each other (`benchmarks/threads.py`). The user's setting is kept.
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
 def keep_compiled_code(package: Path) -> None:
-    """Let numba keep what it compiles in a temporary folder, here and in child processes, if it has no other place; before its import.
+    """Let numba cache compiled code in a temporary folder, here and in child processes, if no other place is writable. Call it before
+    numba is imported.
 
-    Its own choices are `__pycache__` beside the modules in `package`, then the user's folder for caches. Without either the modules cannot
-    be imported, as by a user who owns neither the installation nor a home, in a container say.
+    Numba tries `__pycache__` beside the modules in `package`, then the user's cache folder. If it can write to neither, the modules cannot
+    be imported, for example in a container without a home folder.
     """
     user = Path(os.environ.get("XDG_CACHE_HOME", os.path.expanduser("~/.cache"))) / "numba"
     beside = [package / folder / "__pycache__" for folder in ("align", "train")]
@@ -69,13 +70,13 @@ def keep_compiled_code(package: Path) -> None:
 
 
 def _can_write(folder: Path) -> bool:
-    """Whether files can be made in a folder, or it can be made."""
-    there = next(place for place in (folder, *folder.parents) if os.path.exists(place))  # Path.exists raises where it may not look
+    """Whether files can be created in a folder, or the folder can be created."""
+    there = next(place for place in (folder, *folder.parents) if os.path.exists(place))  # Path.exists raises without permission
     return there.is_dir() and os.access(there, os.W_OK | os.X_OK)
 
 
 def _own_temporary_folder(name: str) -> Path:
-    """The same one each time if only this user can write into it, because compiled code is run; else a new one."""
+    """Always the same folder if only this user can write into it, because compiled code is run from it; else a new one."""
     folder = Path(tempfile.gettempdir()) / f"{name}-{os.getuid()}"
     with contextlib.suppress(FileExistsError):
         folder.mkdir(mode=0o700)
@@ -108,12 +109,12 @@ def _quota_of(folder: Path) -> Iterator[float]:
             return
         if quota not in {"max", "-1"}:
             yield int(quota) / int(period)
-    except (OSError, ValueError):  # a group may vanish, and a container may hide its files: then nothing is known of it
+    except (OSError, ValueError):  # a group may disappear, and a container may hide its files: then the quota is unknown
         return
 
 
 def arithmetic_for(dtype: str) -> str:
-    """The number format in which products with weights of `dtype` are computed on this machine: `dtype`, or `float32` if clearly faster.
+    """The number format for products with weights of `dtype` on this machine: `dtype`, or `float32` if clearly faster.
 
     On CUDA it is `dtype`.
     """
@@ -121,27 +122,27 @@ def arithmetic_for(dtype: str) -> str:
 
 
 def processor_arithmetic_for(dtype: str) -> str:
-    """Likewise on a processor like this machine's, whatever GPU is beside it."""
+    """The same on this machine's processor, even if there is a GPU."""
     if dtype not in _SHORT:
         return dtype
     return "float32" if flops("float32") >= _CLEARLY * flops(dtype) else dtype
 
 
 def has_gpu() -> bool:
-    """Whether models run on a GPU here."""
+    """Whether models run on a GPU on this machine."""
     import torch
 
     return torch.cuda.is_available()
 
 
 def flops(dtype: str) -> float:
-    """Floating-point operations per second of matrix products on one core of this machine's processor; measured once in a process."""
+    """Floating-point operations per second of matrix products on one core of this machine's processor; measured once per process."""
     return _race()[dtype]
 
 
 @functools.cache
 def _race() -> dict[str, float]:
-    """Each format's best round. Rounds take turns and have one thread, which other work on the machine lets through now and then."""
+    """The best round of each format. The formats take turns, with one thread, so that other work on the machine affects both."""
     import torch
 
     rows, inputs, outputs = _SIZES
@@ -152,7 +153,7 @@ def _race() -> dict[str, float]:
     seconds, before = dict.fromkeys(operands, math.inf), torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        for _ in range(_ROUNDS):  # the first prepares kernels, and is never the best
+        for _ in range(_ROUNDS):  # the first round prepares kernels, and is never the best
             for name, (inputs_RI, weights_OI) in operands.items():
                 seconds[name] = min(seconds[name], _seconds(inputs_RI, weights_OI))
     finally:

@@ -1,4 +1,4 @@
-"""The catalog's tables, as ordered migrations: each is applied in one transaction together with its record."""
+"""The catalog's tables, as ordered migrations. Each is applied in one transaction together with its record."""
 
 import duckdb
 
@@ -45,8 +45,8 @@ CREATE VIEW evaluations AS
 # `targets` is now the lazy table of positions.
 _TARGET_SEGMENTS = "ALTER TABLE targets RENAME TO target_segments"
 
-# What each source brings to each segment. It may speak at more positions than n_aligned of `alignment_coverage` counts, where both have
-# read the same. Targets that were folded before are forgotten here, so that the next fold reads them anew.
+# What each source contributes to each segment. It may have a distribution at more positions than n_aligned of `alignment_coverage`, which
+# counts those where both have read the same. Targets in the catalog are removed here, so that the next fold reads them again.
 _TARGET_SOURCES = """
 CREATE TABLE target_sources (
     name VARCHAR, corpus VARCHAR, part INTEGER, doc_id BIGINT, segment BIGINT, source VARCHAR, place INTEGER, cost DOUBLE, weight DOUBLE,
@@ -81,7 +81,7 @@ MIGRATIONS = (_TABLES, _TARGET_SEGMENTS, _TARGET_SOURCES, _TRAINING_EVALUATIONS,
 
 
 def migrate(connection: duckdb.DuckDBPyConnection, *, n_migrations: int = len(MIGRATIONS)) -> None:
-    """Apply those of the first `n_migrations` migrations that this catalog has not seen."""
+    """Apply the first `n_migrations` migrations, except those that this catalog already has."""
     connection.execute("CREATE TABLE IF NOT EXISTS migrations (version INTEGER PRIMARY KEY, applied_at TIMESTAMP)")
     (done,) = connection.execute("SELECT count(*) FROM migrations").fetchone() or (0,)
     for version, statements in enumerate(MIGRATIONS[done:n_migrations], start=done + 1):

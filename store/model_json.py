@@ -1,4 +1,4 @@
-"""The JSON files of a model folder. Some editors write a byte order mark before the text, which `json` and transformers refuse."""
+"""The JSON files of a model folder. Some editors write a byte order mark first, which `json` and transformers refuse."""
 
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ def read_json(path: Path) -> Any:
     Raises:
         OSError, ValueError: it cannot be read.
     """
-    if not path.is_file() and path.exists():  # reading a pipe would wait for ever
+    if not path.is_file() and path.exists():  # reading a pipe would wait forever
         raise ValueError("it is not a regular file")
     if path.stat().st_size > LARGEST_MODEL_JSON:
         raise ValueError(f"it is larger than {LARGEST_MODEL_JSON >> 20} MiB")

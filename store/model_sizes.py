@@ -1,7 +1,7 @@
-"""Whether config.json describes a model as large as the weights beside it, before anything is built from it.
+"""Checks config.json against the size of the weights, before a model is built from it.
 
-A model is built layer by layer, as config.json says; a number with some zeros too many would take hours and all memory before its weights
-are missed. The weights of a model are on disk, and bound what it can have.
+A model is built layer by layer from config.json. A number with extra zeros would take hours and all memory before the missing weights
+are noticed. The weights on disk limit what the model can have.
 """
 
 from collections.abc import Iterator, Mapping
@@ -13,7 +13,7 @@ from .model_json import read_json
 from .shown import shown
 from .weights import tensors_of, weight_files
 
-# What is built one by one, and what is the side of a tensor.
+# Numbers of modules that are built one by one, and side lengths of tensors.
 _COUNTS = {
     *("num_hidden_layers", "num_layers", "n_layer", "n_layers", "num_decoder_layers", "decoder_layers", "num_encoder_layers"),
     *("num_experts", "num_local_experts", "n_routed_experts"),
@@ -23,20 +23,20 @@ _SIZES = {
     *("ffn_hidden_size", "num_attention_heads", "n_head", "n_heads", "num_heads", "num_key_value_heads", "head_dim", "vocab_size"),
 }
 _POSITIONS = {"n_positions", "max_position_embeddings", "n_ctx", "max_seq_len", "max_sequence_length", "seq_length"}
-HARMLESS_COUNT = 1000  # layers that may be described without as many tensors: another check names the real mistake
+HARMLESS_COUNT = 1000  # layers that config.json may describe without as many tensors: another check names the real mistake
 HARMLESS_SIZE = 1 << 16
-HARMLESS_POSITIONS = 1 << 24  # some models keep a table of them that is not among the weights; the longest published have 10 million
+HARMLESS_POSITIONS = 1 << 24  # some models keep a table of positions that is not among the weights; the longest published have 10 million
 
 
 def check_sizes(folder: Path) -> None:
-    """Compare the numbers of config.json, at any depth, with the tensors in the headers of the weights.
+    """Compare the numbers in config.json, at any depth, with the tensors in the headers of the weights.
 
     Raises:
-        DataError: it has more layers than there are tensors, or a size that is larger than all their sides; or a header cannot be read.
+        DataError: there are more layers than tensors, a size is larger than every side of a tensor, or a header cannot be read.
     """
     try:
         config = read_json(folder / "config.json")
-    except (OSError, ValueError):  # who reads it says so
+    except (OSError, ValueError):  # its reader reports it
         return
     found = [(key, value) for key, value in _numbers(config) if _is_large(key, value)]
     if not found:
@@ -62,7 +62,7 @@ def _too_large(folder: Path, *, key: str, value: float, of: str) -> DataError:
 
 
 def _numbers(config: Any) -> Iterator[tuple[str, float]]:
-    """The numbers of a config and of those inside it, with their keys."""
+    """The numbers of a config and of its nested configs, with their keys."""
     for key, value in config.items() if isinstance(config, Mapping) else ():
         if isinstance(value, Mapping):
             yield from _numbers(value)

@@ -1,4 +1,4 @@
-"""Writes the files that a user asks for by name: results of queries, pages. Not into a workspace, and as private as they were."""
+"""Writes files that the user names: results of queries, pages. They must not lie in a workspace, and keep their file mode."""
 
 import os
 import stat
@@ -13,27 +13,27 @@ from .paths import workspace_around
 
 
 def require_outside_workspaces(path: Path, *, what: str) -> None:
-    """Raise UsageError if a path, after links are followed, lies in a workspace, whose files nothing but the stages may change.
+    """Raise UsageError if a path, after links are followed, lies in a workspace. Only the stages may change its files.
 
     Args:
-        path: of a file that may be there or not.
+        path: of a file, which may not exist.
         what: names the option in the message, as in "--output".
     """
     workspace = workspace_around(path)
     if workspace is not None:
-        raise UsageError(f"{what} ({path}) lies in the workspace {workspace}. Choose a place outside of it.")
+        raise UsageError(f"{what} ({path}) lies in the workspace {workspace}. Choose a path outside the workspace.")
 
 
 @contextmanager
 def open_output(path: Path, *, what: str) -> Iterator[BinaryIO]:
-    """A file to write to, that appears under its name when it is complete. One that is there keeps its mode; a link is followed.
+    """A file to write to. It appears under its name when it is complete. An existing file keeps its mode; a link is followed.
 
     Raises:
         UsageError: it lies in a workspace, or cannot be written.
     """
     require_outside_workspaces(path, what=what)
     try:
-        if path.exists() and not path.is_file():  # a pipe or a device: to be written to, not replaced
+        if path.exists() and not path.is_file():  # a pipe or a device is written to, not replaced
             with path.open("wb") as file:
                 yield file
             return

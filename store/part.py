@@ -1,4 +1,4 @@
-"""Reading the arrays of a committed part: whole or by rows, checked against the manifest, with what was read counted."""
+"""Reads the arrays of a committed part, whole or by rows, checks them against the manifest, and counts what was read."""
 
 import zlib
 from collections.abc import Mapping
@@ -20,27 +20,27 @@ _COUNTED = {"T": "tokens", "TK": "tokens", "S": "segments", "SN": "segments"}  #
 
 
 class Reads:
-    """How much was read of parts' arrays, by any thread."""
+    """How much was read of arrays, by all threads."""
 
     def __init__(self) -> None:
-        self.chunks = self.stored_bytes = 0  # bytes as they lie on the disk
+        self.chunks = self.stored_bytes = 0  # bytes on the disk
         self._lock = Lock()
 
     def add(self, *, chunks: int = 0, stored_bytes: int = 0) -> None:
-        """Count what was read."""
+        """Add what was read."""
         with self._lock:
             self.chunks += chunks
             self.stored_bytes += stored_bytes
 
 
 class PartArrays:
-    """The arrays of one part, opened once. Parts are immutable, so it stays valid as long as the part is there."""
+    """The arrays of one part, opened once. Parts are immutable, so this stays valid while the part exists."""
 
     def __init__(self, folder: Path, *, manifest: Manifest, remedy: str, reads: Reads | None = None) -> None:
         """`folder` is the payload that `manifest` names; `remedy` is what to do about damage; `reads` counts what is read.
 
         Raises:
-            DamagedPart: the folder is missing, holds no Zarr group, or the metadata in it are not what was committed.
+            DamagedPart: the folder is missing, is not a Zarr group, or its metadata have changed since the commit.
         """
         self.folder, self._manifest, self._remedy, self._reads = folder, manifest, remedy, reads or Reads()
         self._shards: dict[str, Shard] = {}
@@ -49,7 +49,7 @@ class PartArrays:
             require_inside(path, folder=folder)
             data = read_bytes(path)
             if (len(data), zlib.crc32(data)) != manifest.files["zarr.json"]:
-                raise DamagedPart(f"{path} is not what was committed: its checksum differs from the manifest's.", remedy=remedy)
+                raise DamagedPart(f"{path} has changed since the commit: its checksum differs from the manifest's.", remedy=remedy)
             group = decode_json(data)
             facts, self._metadata = group["attributes"], group["consolidated_metadata"]["metadata"]
             for name, entry in {"attributes": facts, "metadata": self._metadata, **self._metadata}.items():
@@ -58,8 +58,8 @@ class PartArrays:
         except (OSError, ValueError, KeyError, TypeError) as error:
             if isinstance(error, DamagedPart):
                 raise
-            raise DamagedPart(f"{path} is named by its manifest but cannot be read ({reason_of(error)}).", remedy=remedy) from error
-        # The small facts that are stored beside the arrays.
+            raise DamagedPart(f"{path} cannot be read ({reason_of(error)}).", remedy=remedy) from error
+        # The small values that are stored beside the arrays.
         self.attributes: Mapping[str, Any] = Facts(facts, path=path, what="attributes", remedy=remedy)
 
     @property
@@ -68,13 +68,13 @@ class PartArrays:
         return sorted(self._metadata)
 
     def read_if_there(self, name: str) -> NDArray[Any] | None:
-        """All of an array that not every dataset of the kind has; None where this one has not."""
+        """A whole array that only some datasets of the kind have; None if this one does not have it."""
         return self.read(name) if name in self.names else None
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> NDArray[Any]:
-        """Rows `start` to `stop` of an array (by default all), decoded; only the chunks that hold them are read, and checked.
+        """Rows `start` to `stop` of an array (by default all), decoded; only their chunks are read and checked.
 
-        Log-probabilities come as float16 or, where they are stored in eight bits (`arrays.encode_q8`), as float32: never as codes.
+        Log-probabilities are float16, or float32 if they are stored in eight bits (`arrays.encode_q8`); never codes.
 
         Raises:
             DamagedPart: the array is missing, cut short, or does not match its checksum.
@@ -101,7 +101,7 @@ class PartArrays:
         shard = Shard(next(iter(files), None), metadata)
         counted = self._manifest.counts.get(_COUNTED.get(name.rpartition("_")[2], ""))
         if counted is not None and shard.shape[0] != counted:
-            raise ValueError(f"it has {shard.shape[0]:,} rows, and the manifest says {counted:,}")
+            raise ValueError(f"it has {shard.shape[0]:,} rows, but the manifest says {counted:,}")
         require_decodable(shard.dtype, attributes=metadata["attributes"])
         self._shards[name] = shard
         return shard

@@ -1,10 +1,10 @@
-"""Which tokens of a tokenizer have a role, and whether texts start with bos: as `AutoTokenizer` of transformers 5 reads a model folder.
+"""The tokens with a role, and whether texts start with bos, read from a model folder as `AutoTokenizer` of transformers 5 does.
 
-    roles   tokenizer_config.json, special_tokens_map.json too where that has no added_tokens_decoder; defaults of the tokenizer's class
-    bos     what the post-processor of tokenizer.json puts before a text, or what the class does; add_bos_token plays no part
+    roles   tokenizer_config.json, also special_tokens_map.json if it has no added_tokens_decoder; defaults of the tokenizer's class
+    bos     what the post-processor of tokenizer.json, or the class, puts before a text; add_bos_token is ignored
 
-One thing is read as in transformers 4, with which these files were written: a LlamaTokenizer with `add_bos_token: true` over a byte-level
-tokenizer.json (DeepSeek's) puts bos before texts. transformers 5 drops that class, and bos with it; the models were trained with bos.
+One case is read as in transformers 4, which wrote these files: a LlamaTokenizer with `add_bos_token: true` and a byte-level tokenizer.json
+(DeepSeek's) puts bos before texts. transformers 5 dropped that class, and with it bos; the models were trained with bos.
 """
 
 from pathlib import Path
@@ -16,7 +16,7 @@ from .model_json import read_json
 
 ROLES = ("bos", "eos", "pad", "unk")
 _GPT = {"bos": "<|endoftext|>", "eos": "<|endoftext|>", "unk": "<|endoftext|>"}
-CLASS_DEFAULTS: dict[str, dict[str, str]] = {  # where the files name no token for a role
+CLASS_DEFAULTS: dict[str, dict[str, str]] = {  # if the files name no token for a role
     "LlamaTokenizer": {"bos": "<s>", "eos": "</s>", "unk": "<unk>"},
     "CodeLlamaTokenizer": {"bos": "<s>", "eos": "</s>", "unk": "<unk>"},
     "GemmaTokenizer": {"bos": "<bos>", "eos": "<eos>", "pad": "<pad>", "unk": "<unk>"},
@@ -25,8 +25,8 @@ CLASS_DEFAULTS: dict[str, dict[str, str]] = {  # where the files name no token f
     "Qwen2Tokenizer": {"eos": "<|endoftext|>", "pad": "<|endoftext|>", "unk": "<|endoftext|>"},
     "CohereTokenizer": {"bos": "<BOS_TOKEN>", "eos": "<|END_OF_TURN_TOKEN|>", "pad": "<PAD>", "unk": "<UNK>"},
 }
-CLASS_PREPENDS = {"CodeLlamaTokenizer": True, "GPTNeoXTokenizer": False}  # whatever the post-processor does
-CLASS_OF_MODEL_TYPE = {  # where the files name no class
+CLASS_PREPENDS = {"CodeLlamaTokenizer": True, "GPTNeoXTokenizer": False}  # overrides the post-processor
+CLASS_OF_MODEL_TYPE = {  # if the files name no class
     **dict.fromkeys(("gemma", "gemma2", "gemma3", "gemma3_text", "gemma3n", "gemma3n_text", "recurrent_gemma", "zaya"), "GemmaTokenizer"),
     **dict.fromkeys(("gpt2", "gpt_neo", "gptj", "opt", "phi", "starcoder2", "codegen", "dbrx", "emu3", "jais2"), "GPT2Tokenizer"),
     **dict.fromkeys(("gpt_neox", "mpt", "olmo", "olmoe", "mamba", "mamba2", "falcon_mamba", "rwkv", "xlstm"), "GPTNeoXTokenizer"),
@@ -38,13 +38,13 @@ CLASS_OF_MODEL_TYPE = {  # where the files name no class
 def read_roles(
     folder: Path, *, backend: tokenizers.Tokenizer, is_byte_level: bool, prepends_bos: bool | None
 ) -> tuple[dict[str, int | None], bool]:
-    """The id of each role's token, None where it has none, and whether texts start with bos.
+    """The id of each role's token (None if there is none), and whether texts start with bos.
 
     Args:
-        folder: of the model.
+        folder: the model's folder.
         backend: its tokenizer.json.
-        is_byte_level: whether that is.
-        prepends_bos: what the recipe says of bos.
+        is_byte_level: whether it is byte-level.
+        prepends_bos: the recipe's setting.
 
     Raises:
         ValueError: a file is not a JSON object.
@@ -69,7 +69,7 @@ def read_roles(
 
 
 def _leading_ids(backend: tokenizers.Tokenizer) -> list[int]:
-    """What the post-processor of tokenizer.json puts before a text."""
+    """The token that the post-processor of tokenizer.json puts before a text."""
     alone, whole = (backend.encode("a", add_special_tokens=added).ids for added in (False, True))
     starts = range(len(whole) - len(alone) + 1)
     return next((whole[:start] for start in starts if whole[start : start + len(alone)] == alone), [])
@@ -93,7 +93,7 @@ def _settings(path: Path) -> dict[str, Any]:
     except ValueError as error:
         raise ValueError(f"{path.name} cannot be read: {error}") from error
     if not isinstance(settings, dict):
-        raise ValueError(f"{path.name} is not an object.")
+        raise ValueError(f"{path.name} is not a JSON object.")
     return settings
 
 

@@ -1,4 +1,4 @@
-"""What a workspace holds and lacks, read from the files themselves: true also while a stage runs and the catalog lags behind."""
+"""What a workspace holds and lacks, read from the files: also correct while a stage runs and the catalog is out of date."""
 
 import fcntl
 import time
@@ -21,27 +21,27 @@ _RECENT_SECONDS = 1800.0  # over which the rate of workers is measured
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DatasetStatus:
-    """How far one dataset is."""
+    """The progress of one dataset."""
 
     kind: str
     name: str
     parts: int
-    expected_parts: int | None  # None where nobody has planned it yet
-    workers: int  # that are at work on it, on whichever machine
-    running_parts: list[int]  # that are computed or written now
+    expected_parts: int | None  # None if it is not planned yet
+    workers: int  # that work on it, on all machines
+    running_parts: list[int]  # that are being computed or written
     failed_parts: list[int]  # whose last attempt failed
     tokens: int
     stored_bytes: int
-    tokens_per_second: float | None  # of all workers together, lately; where none is at work, of computing in one process
+    tokens_per_second: float | None  # of all workers together, recently; without workers, of one process
     seconds_left: float | None  # at that rate
     left_out: int  # documents in quarantine
-    arithmetic: str | None  # number format that forward passes are computed in; None of what has none
-    threads: int | None  # of the process that made the latest part; None of parts from before it was written down
+    arithmetic: str | None  # number format of the forward passes; None if there are none
+    threads: int | None  # of the process that made the latest part; None if an earlier version made it
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainingStatus:
-    """How far one training is."""
+    """The progress of one training."""
 
     name: str
     step: int
@@ -51,7 +51,7 @@ class TrainingStatus:
     last_checkpoint: int | None  # step
     running: bool
     done: bool
-    arithmetic: str | None  # number format that it computes in; None before the first step, and of runs from before it was written down
+    arithmetic: str | None  # number format of the computation; None before the first step, and for runs of earlier versions
     threads: int | None  # of a rank, at its latest start
 
 
@@ -75,7 +75,7 @@ def dataset_statuses(layout: Layout) -> list[DatasetStatus]:
         there = {manifest.part for manifest in manifests}
         states = states_of.get((dataset.kind, dataset.name), [])
         alive = [state for state in states if state.is_alive]
-        running = {part for state in alive for part in state.at_hand} - there
+        running = {part for state in alive for part in state.unfinished} - there
         rates = _rates(manifests, alive=alive)
         statuses.append(
             DatasetStatus(
@@ -99,7 +99,7 @@ def dataset_statuses(layout: Layout) -> list[DatasetStatus]:
 
 
 def _latest(manifests: Sequence[Manifest]) -> dict[str, Any]:
-    """Who made the latest part."""
+    """The producer of the latest part."""
     return max((manifest.producer for manifest in manifests), key=itemgetter("committed_at"), default={})
 
 
@@ -110,7 +110,7 @@ class _Rates:
 
 
 def _rates(manifests: Sequence[Manifest], *, alive: Sequence[WorkerState]) -> _Rates | None:
-    """How fast parts appear: what the workers have committed since they started, or else what they can be expected to."""
+    """How fast parts appear: the rate of the workers since they started, or else their expected rate."""
     if alive:
         now = time.time()
         since = max(min(state.started_at for state in alive), now - _RECENT_SECONDS)
@@ -128,7 +128,7 @@ def _over(manifests: Sequence[Manifest], *, seconds: float) -> _Rates | None:
 
 
 def _worker_states(layout: Layout) -> dict[tuple[str, str], list[WorkerState]]:
-    """What the workers wrote of themselves, by kind and name of their dataset; of a run that is done there is nothing left to say."""
+    """The workers' states, by kind and name of their dataset; finished runs are left out."""
     found: dict[tuple[str, str], list[WorkerState]] = {}
     for run in layout.runs():
         if run["status"] != "done":
@@ -137,7 +137,7 @@ def _worker_states(layout: Layout) -> dict[tuple[str, str], list[WorkerState]]:
 
 
 def training_statuses(layout: Layout) -> list[TrainingStatus]:
-    """Every training that was begun."""
+    """Every training that has begun."""
     statuses = []
     for folder in training_folders(layout):
         records = read_metrics(folder)

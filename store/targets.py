@@ -1,4 +1,4 @@
-"""What `source_T` and `source_S` of fused targets hold where no one source is meant; every other value is a place among the sources."""
+"""Values of `source_T` and `source_S` of fused targets without a single source. Every other value is an index into the sources."""
 
 SEVERAL = 255  # in source_T and source_S: a mean of several sources
-ONE_HOT = 254  # in source_T: all mass on one token, which is of no source
+ONE_HOT = 254  # in source_T: all mass on one token, from no source

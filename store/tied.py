@@ -1,30 +1,30 @@
-"""Whether the output layer of a model is its embeddings: the rule of transformers, which looks at config.json and at the stored tensors.
+"""Whether a model's output layer is its embeddings, by the rule of transformers, which uses config.json and the stored tensors.
 
     tie_word_embeddings   stored                            the output layer is
     false                 both                              its own
-    false                 embeddings alone                  missing: transformers fills it with random numbers, and the model is refused
+    false                 embeddings only                   missing: transformers fills it with random numbers; fuseline refuses the model
     true                  one of them                       the embeddings
     true                  both, with equal values           the embeddings
-    true                  both, with different values       its own, whatever config.json says
+    true                  both, with different values       its own, despite config.json
 
-Where config.json does not say it, the default of the model's class counts.
+If config.json does not say it, the default of the model's class counts.
 """
 
 from pathlib import Path
 
 from .weights import EMBEDDINGS, tensors_of, weight_files
 
-HEADS = ("lm_head.weight", "embed_out.weight")  # ends of the names of output layers
+HEADS = ("lm_head.weight", "embed_out.weight")  # suffixes of the names of output layers
 _ROWS = 4096  # of both tensors, compared at a time
 
 
 def is_tied(folder: Path, *, says_tied: bool) -> bool:
-    """Whether embeddings and output layer are one tensor; `says_tied` is what the completed config.json says."""
+    """Whether embeddings and output layer are one tensor; `says_tied` is the value in the completed config.json."""
     return says_tied and not has_own_head(folder)
 
 
 def has_own_head(folder: Path) -> bool:
-    """Whether embeddings and output layer are both stored, and differ.
+    """Whether embeddings and output layer are both stored and differ.
 
     Raises:
         DataError: the weights cannot be read.

@@ -1,9 +1,9 @@
-"""A tokenizer as the store keeps it: its `tokenizer.json`, the bytes of each of its tokens, and the ids that have a role.
+"""A stored tokenizer: its `tokenizer.json`, the bytes of each token, and the ids of tokens with a role.
 
-The raw `tokenizer.json` is used, through the `tokenizers` library: `AutoTokenizer` of transformers 5 rebuilds some tokenizers with another
-pre-tokenizer (31 of 46 published test vectors match for Llama-2; all 46 do with the raw file).
+The raw `tokenizer.json` is used, with the `tokenizers` library: `AutoTokenizer` of transformers 5 rebuilds some tokenizers with a different
+pre-tokenizer (for Llama-2, 31 of 46 published test vectors match; with the raw file, all 46).
 
-Text is data. Control tokens that appear literally in a document (`</s>`, `<|endoftext|>`) are encoded as ordinary text.
+Text is data: control tokens that appear literally in a document (`</s>`, `<|endoftext|>`) are encoded as ordinary text.
 
 Axes: V tokens of the vocabulary, T tokens of many segments, S segments.
 """
@@ -33,7 +33,7 @@ from .model_json import LARGEST_MODEL_JSON
 from .roles import ROLES, read_roles
 from .tokenizer_limits import backend_of, panics_as_errors, require_quick, require_small_ids
 
-BYTE_LEVEL_WORD_START = "Ġ"  # how byte-level BPE does
+BYTE_LEVEL_WORD_START = "Ġ"  # the same in byte-level BPE
 NOT_LOSSLESS = "the tokens' bytes are not the text's: the tokenizer cannot represent this text"
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
 _CONTROL_TOKEN = re.compile(r"<\|.*\|>|</?s>", re.DOTALL)
@@ -41,11 +41,11 @@ _CONTROL_TOKEN = re.compile(r"<\|.*\|>|</?s>", re.DOTALL)
 
 @dataclass(frozen=True, slots=True)
 class TokenBytes:
-    """The bytes each token stands for. Special tokens, and ids without a token, stand for none."""
+    """The bytes of each token. Special tokens, and ids without a token, have none."""
 
-    buffer_B: NDArray[np.uint8]  # all tokens' bytes, one after another
+    buffer_B: NDArray[np.uint8]  # the bytes of all tokens, one after another
     offsets_V1: NDArray[np.int64]  # token v's bytes are buffer_B[offsets_V1[v] : offsets_V1[v + 1]]
-    is_special_V: NDArray[np.bool_]  # control tokens: they never stand for text
+    is_special_V: NDArray[np.bool_]  # control tokens: they never represent text
 
     @classmethod
     def from_list(cls, token_bytes: Sequence[bytes], *, is_special_V: NDArray[np.bool_]) -> Self:
@@ -79,17 +79,17 @@ class TokenBytes:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EncodedSegments:
-    """Token ids of several segments, with the beginning-of-sequence token where the model was trained with one."""
+    """Token ids of several segments, with the beginning-of-sequence token if the model was trained with one."""
 
     token_ids_T: NDArray[Any]  # uint16 or uint32
     segment_offsets: NDArray[np.int64]  # segment s is token_ids_T[segment_offsets[s] : segment_offsets[s + 1]]
     n_bytes_S: NDArray[np.int64]  # length of each segment's text in UTF-8
     is_lossless_S: NDArray[np.bool_]  # the tokens' bytes are the segment's, or an equivalent's (`equivalence`)
-    # Byte offset in its segment at which each token ends, -1 for a bos with a dummy prefix to come; None where the tokens' lengths tell.
+    # Byte offset in its segment at which each token ends, -1 for a bos before a dummy prefix; None if the tokens' lengths give it.
     byte_ends_T: NDArray[np.int32] | None = None
 
     def select(self, keep_S: NDArray[np.bool_]) -> "EncodedSegments":
-        """The segments for which `keep_S` is true."""
+        """Only the segments for which `keep_S` is true."""
         lengths_S = np.diff(self.segment_offsets)
         keep_T = np.repeat(keep_S, lengths_S)
         return EncodedSegments(
@@ -108,15 +108,13 @@ class Tokenizer:
         """Make it from the text of a `tokenizer.json`, the ids of the roles in `ROLES`, and whether sequences start with bos.
 
         Raises:
-            DataError: the definition is not a tokenizer, or one that does not keep the text (WordPiece).
+            DataError: the definition is not a tokenizer, or it loses text (WordPiece).
         """
         self.definition, self.roles, self.prepends_bos = definition, roles, prepends_bos
         self.backend = backend_of(definition)
         self.is_byte_level = "ByteLevel" in repr(self.backend.pre_tokenizer) + repr(self.backend.decoder)
         if not self.is_byte_level and not any(mark in definition for mark in (WORD_START, r"\u2581", '"Metaspace"')):
-            raise DataError(
-                "The tokenizer is neither byte-level nor SentencePiece-style; one that loses text (WordPiece) cannot be aligned."
-            )
+            raise DataError("The tokenizer must be byte-level or SentencePiece-style: one that loses text (WordPiece) cannot be aligned.")
         self._encode_control_tokens_as_text()
 
     def _encode_control_tokens_as_text(self) -> None:
@@ -136,10 +134,10 @@ class Tokenizer:
 
         Args:
             folder: holds `tokenizer.json` and usually `tokenizer_config.json`.
-            prepends_bos: whether sequences start with bos; by default what the model's own tokenizer does.
+            prepends_bos: whether sequences start with bos; by default as in the model's own tokenizer.
 
         Raises:
-            DataError: the folder holds no tokenizer, or not one that can be used.
+            DataError: the folder holds no usable tokenizer.
         """
         check_model_files(folder)
         path = folder / "tokenizer.json"
@@ -156,7 +154,7 @@ class Tokenizer:
                 )
             tokenizer.roles, tokenizer.prepends_bos = roles, starts_with_bos
             tokenizer._encode_control_tokens_as_text()
-            _ = tokenizer.token_bytes  # which every use needs, and which large ids make impossible
+            _ = tokenizer.token_bytes  # every use needs it, and large ids make it impossible
         except (DataError, ValueError) as error:
             raise DataError(f"{folder}: {error}") from error
         if starts_with_bos and roles["bos"] is None:
@@ -168,13 +166,13 @@ class Tokenizer:
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256 (hex) of all that determines how text becomes ids."""
+        """SHA-256 (hex) of everything that determines how text becomes ids."""
         return tokenizer_digest(self.definition, roles=self.roles, prepends_bos=self.prepends_bos)
 
     def with_fewer_roles(self, digest: str) -> Self | None:
-        """The same reading of text with fewer roles, if that has the digest.
+        """The same tokenizer with fewer roles, if it has the digest.
 
-        Earlier versions took roles from tokenizer_config.json alone: their datasets are right where text is read alike.
+        Earlier versions read roles only from tokenizer_config.json. Their datasets are valid if text is read in the same way.
         """
         for kept in product([True, False], repeat=len(self.roles)):
             roles = {role: token_id if keeps else None for (role, token_id), keeps in zip(self.roles.items(), kept, strict=True)}
@@ -186,12 +184,12 @@ class Tokenizer:
 
     @property
     def vocab_size(self) -> int:
-        """One more than the highest id."""
+        """The highest id plus one."""
         return len(self.token_bytes)
 
     @property
     def largest_id(self) -> int:
-        """The highest id that text can get, or bos. Some tokenizers have control tokens beyond, for which their model has no embedding."""
+        """The highest id of text or bos. Some tokenizers have control tokens with higher ids, for which the model has no embedding."""
         of_text = int(np.flatnonzero(~self.token_bytes.is_special_V).max(initial=-1))
         bos = self.roles["bos"] if self.prepends_bos else None
         return of_text if bos is None else max(of_text, bos)
@@ -217,7 +215,7 @@ class Tokenizer:
 
     @cached_property
     def pieces(self) -> list[str]:
-        """How the vocabulary spells each token (`Ġthe`, `▁the`, `<0x0A>`), by id; empty where an id has no token."""
+        """The spelling of each token in the vocabulary (`Ġthe`, `▁the`, `<0x0A>`), by id; empty for ids without a token."""
         vocabulary = self.backend.get_vocab(with_added_tokens=True)
         table = [""] * self.vocab_size
         for piece in sorted(vocabulary):
@@ -226,25 +224,25 @@ class Tokenizer:
 
     @property
     def word_start(self) -> str:
-        """The character that stands for a space inside the pieces."""
+        """The character that represents a space inside the pieces."""
         return BYTE_LEVEL_WORD_START if self.is_byte_level else WORD_START
 
     @cached_property
     def byte_fallback_ids(self) -> frozenset[int]:
-        """The tokens, `<0xE2>`, in which SentencePiece writes a character that is not in its vocabulary, byte by byte."""
+        """The byte tokens, `<0xE2>`, with which SentencePiece writes a character that is not in its vocabulary."""
         if self.is_byte_level:
             return frozenset()
         return frozenset(token_id for token, token_id in self.backend.get_vocab().items() if _BYTE_TOKEN.fullmatch(token))
 
     @cached_property
     def has_dummy_prefix(self) -> bool:
-        """Whether a space that is not in the text is put before its first word, as SentencePiece does."""
+        """Whether a space that is not in the text is added before its first word, as in SentencePiece."""
         ids = self.backend.encode("a", add_special_tokens=False).ids
         return b"".join(self.token_bytes[token_id] for token_id in ids) == b" a"
 
     @cached_property
     def rewrites(self) -> bool:
-        """Whether some texts are read as equivalent ones (`equivalence`): composed, or with spaces for the mark that stands for them."""
+        """Whether some texts are read as equivalent ones (`equivalence`): composed, or with the space mark read as a space."""
         return self.encode_segments(["e\u0301", f"a{WORD_START}b"]).byte_ends_T is not None
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
@@ -256,12 +254,12 @@ class Tokenizer:
         try:
             with panics_as_errors():
                 return [encoding.ids for encoding in self.backend.encode_batch_fast(texts, add_special_tokens=False)]
-        except TypeError:  # all that the library says of a lone surrogate
+        except TypeError:  # the library's only sign of a lone surrogate
             _require_unicode(texts)
             raise
 
     def encode_segments(self, texts: Sequence[str]) -> EncodedSegments:
-        """Token ids of segments as the model reads them, and whether each segment's bytes can be had back from its tokens."""
+        """Token ids of segments as the model reads them, and whether the tokens reproduce each segment's bytes."""
         bos_id = self.roles["bos"]
         bos = [bos_id] if self.prepends_bos and bos_id is not None else []
         ids = [bos + ids for ids in self.encode(texts)]
@@ -285,7 +283,7 @@ class Tokenizer:
         )
 
     def _ends_in_rewritten(self, text: str, token_ids_T: NDArray[Any]) -> NDArray[np.int64] | None:
-        """Byte offsets in a text at which the tokens of its equivalent end; None if the tokens are not of one."""
+        """Byte offsets in a text at which the tokens of its equivalent end; None if the tokens do not form an equivalent."""
         rewritten = self.token_bytes.concatenate(token_ids_T).tobytes()
         for n_dummy in (0, 1) if self.has_dummy_prefix else (0,):
             places = places_in_text(text, rewritten=rewritten[n_dummy:])
@@ -297,7 +295,7 @@ class Tokenizer:
     def decode_segments(
         self, token_ids_T: NDArray[Any], *, segment_offsets: NDArray[np.int64], n_bytes_S: NDArray[np.int64]
     ) -> list[bytes]:
-        """The text, in UTF-8, that each segment's tokens stand for."""
+        """The text of each segment's tokens, in UTF-8."""
         data = self.token_bytes.concatenate(token_ids_T).tobytes()
         starts_S, ends_S = self._byte_spans(token_ids_T, segment_offsets=segment_offsets, n_bytes_S=n_bytes_S)
         return [data[start:end] for start, end in zip(starts_S.tolist(), ends_S.tolist(), strict=True)]
@@ -307,7 +305,7 @@ class Tokenizer:
     ) -> NDArray[np.int64]:
         """The byte offset in its segment at which each token ends (e_j and f_i of the method); 0 for a leading bos.
 
-        With `dummy_prefix` it is -1 where a dummy prefix is yet to come, which is no text: the token after a bos then starts with it.
+        With `dummy_prefix` it is -1 before a dummy prefix, which is not text: the token after a bos then starts with it.
         """
         starts_S, _ = self._byte_spans(token_ids_T, segment_offsets=segment_offsets, n_bytes_S=n_bytes_S)
         ends_T = np.cumsum(self.token_bytes.lengths_V[token_ids_T])
@@ -316,17 +314,17 @@ class Tokenizer:
     def _byte_spans(
         self, token_ids_T: NDArray[Any], *, segment_offsets: NDArray[np.int64], n_bytes_S: NDArray[np.int64]
     ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Where each segment's text starts and ends in its tokens' concatenated bytes.
+        """Where each segment's text starts and ends in the concatenated bytes of its tokens.
 
-        A dummy prefix is one byte more than the text has. Some tokenizers leave it out where the text starts with a space itself, so the
-        lengths decide, segment by segment.
+        A dummy prefix adds one byte to the text. Some tokenizers omit it if the text itself starts with a space, so the lengths of each
+        segment decide.
         """
         bounds = np.concatenate([[0], np.cumsum(self.token_bytes.lengths_V[token_ids_T])])[segment_offsets]
         starts_S, ends_S = bounds[:-1], bounds[1:]
         return starts_S + (self.has_dummy_prefix & (ends_S - starts_S == n_bytes_S + 1)), ends_S
 
     def save(self, folder: Path) -> None:
-        """Write `tokenizer.json`, `settings.json` and `token_bytes.parquet` (id, bytes, is_special), unless they are there."""
+        """Write `tokenizer.json`, `settings.json` and `token_bytes.parquet` (id, bytes, is_special), unless they exist."""
         if folder.exists():
             return
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -342,7 +340,7 @@ class Tokenizer:
             }
             schema = {"token_id": pl.UInt32, "bytes": pl.Binary, "is_special": pl.Boolean}
             durable.write_parquet(temporary / "token_bytes.parquet", pl.DataFrame(columns, schema=schema))
-            with contextlib.suppress(FileExistsError):  # another worker was quicker; the digest says it is the same
+            with contextlib.suppress(FileExistsError):  # another worker was faster; the same digest means the same content
                 durable.publish_new(temporary, to=folder)
 
     @classmethod
@@ -353,7 +351,7 @@ class Tokenizer:
 
 
 def changed_reading(stored: Path, *, now: Tokenizer) -> str | None:
-    """How a stored tokenizer of the same tokenizer.json was read differently, as a sentence; None where it is another tokenizer."""
+    """How a stored tokenizer with the same tokenizer.json was read differently, as a sentence; None if it is another tokenizer."""
     if not (stored / "settings.json").exists():
         return None
     before = Tokenizer.load(stored)
@@ -365,21 +363,21 @@ def changed_reading(stored: Path, *, now: Tokenizer) -> str | None:
     ]
     as_before = Tokenizer(now.definition, roles=now.roles, prepends_bos=before.prepends_bos)
     is_about_bos = before.prepends_bos != now.prepends_bos and as_before.with_fewer_roles(before.digest) is not None
-    keep = f"Set prepends_bos = {str(before.prepends_bos).lower()} for the model in the recipe to keep the old reading, or use"
+    keep = f"To keep the earlier reading, set prepends_bos = {str(before.prepends_bos).lower()} for the model in the recipe; or use"
     return (
-        f"Earlier the tokenizer was read as ({readings[0]}). Now it is read as ({readings[1]}). "
+        f"Earlier, fuseline read the tokenizer as ({readings[0]}). Now it reads it as ({readings[1]}). "
         f"{keep if is_about_bos else 'Use'} another --workspace."
     )
 
 
 def tokenizer_digest(definition: str, *, roles: dict[str, int | None], prepends_bos: bool) -> str:
-    """SHA-256 (hex) of the text of a `tokenizer.json` and its settings; it names the tokenizer's folder."""
+    """SHA-256 (hex) of the text of a `tokenizer.json` and its settings; it is the name of the tokenizer's folder."""
     settings = json.dumps([roles, prepends_bos], sort_keys=True)
     return hashlib.sha256(f"{settings}\n{definition}".encode()).hexdigest()
 
 
 def _added_tokens(definition: str) -> list[dict[str, Any]]:
-    """The `added_tokens` of a `tokenizer.json`: they come before the vocabulary, which may take most of a second to parse."""
+    """The `added_tokens` of a `tokenizer.json`, without parsing the vocabulary after them, which may take most of a second."""
     before, key, rest = definition.partition('"added_tokens":')
     if key and '"vocab"' not in before:
         return json.JSONDecoder().raw_decode(rest.lstrip())[0]
@@ -387,8 +385,8 @@ def _added_tokens(definition: str) -> list[dict[str, Any]]:
 
 
 def token_texts(folder: Path) -> list[str]:
-    """What each token of a stored tokenizer stands for, by id, to be read: bytes that are not UTF-8 by themselves are written `\\xe2`,
-    special tokens as the tokenizer writes them."""
+    """The readable text of each token of a stored tokenizer, by id: bytes that are not UTF-8 are written `\\xe2`, special tokens as the
+    tokenizer writes them."""
     special = {token["id"]: token["content"] for token in _added_tokens((folder / "tokenizer.json").read_text(encoding="utf-8"))}
     table = durable.read_parquet(folder / "token_bytes.parquet", columns=["bytes", "is_special"])
     return [
@@ -406,7 +404,7 @@ def _require_unicode(texts: Sequence[str]) -> None:
 
 
 def _byte_level_alphabet() -> dict[str, int]:
-    """The printable character that byte-level BPE writes for each byte (GPT-2): itself where printable, else from U+0100 on."""
+    """The printable character that byte-level BPE writes for each byte (GPT-2): the byte itself if printable, else from U+0100 on."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
     return {chr(byte): byte for byte in printable} | {chr(0x100 + i): byte for i, byte in enumerate(others)}

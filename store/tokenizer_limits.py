@@ -1,6 +1,6 @@
-"""What a tokenizer.json may ask for. It may be a stranger's: small files can ask for endless tables, texts and searches.
+"""Limits for a tokenizer.json. It may be a stranger's: a small file can cause endless tables, texts and searches.
 
-The `tokenizers` library bounds the search of an expression at one place of a text, and then panics; it bounds nothing else.
+The `tokenizers` library only limits the search of a regular expression at one place of a text, and then panics.
 """
 
 import contextlib
@@ -15,13 +15,13 @@ from .errors import DataError
 from .shown import in_short, shown
 
 LARGEST_VOCABULARY = 1 << 24  # ids; tables have a row for each, used or not. The largest published vocabularies have some 262,000
-LARGEST_GROWTH = 1000  # how many times as long as a text what is tokenized may be; that of the published normalizers is below 20
-PROBE_SECONDS = 60  # for a text of two thousand characters, which takes a millisecond
+LARGEST_GROWTH = 1000  # how many times longer a normalizer may make a text; published ones stay below 20
+PROBE_SECONDS = 60  # for a text of two thousand characters, which should take a millisecond
 _PROBE = "".join(f"{character * 250}!" for character in ("a", " ", "1", ".", "\n", "é", "中", "aB"))
 
 
 def require_small_ids(ids: dict[str, int]) -> None:
-    """Raise DataError where an id of a vocabulary is so large that no table can have a row for it."""
+    """Raise DataError if an id of a vocabulary is too large for a table with a row per id."""
     token = max(ids, key=ids.__getitem__, default=None)
     if token is None:
         raise DataError("tokenizer.json has no token. Download the tokenizer again.")
@@ -32,7 +32,7 @@ def require_small_ids(ids: dict[str, int]) -> None:
 
 
 def require_small_growth(backend: tokenizers.Tokenizer) -> None:
-    """Raise DataError where the steps of a normalizer make a text many times as long."""
+    """Raise DataError if the steps of a normalizer make a text many times longer."""
     if backend.normalizer is None:
         return
     steps, growth = [json.loads(backend.normalizer.__getstate__())], 1.0
@@ -43,19 +43,19 @@ def require_small_growth(backend: tokenizers.Tokenizer) -> None:
                 steps += inner
             case {"type": "Replace", "pattern": {"String": str(pattern)}, "content": str(content)}:
                 growth *= max(1, len(content) / max(1, len(pattern)))
-            case {"content": str(added)} | {"prepend": str(added)}:  # of an expression or a text of one character
+            case {"content": str(added)} | {"prepend": str(added)}:  # for a regular expression, or a text of one character
                 growth *= max(1, len(added))
     if growth > LARGEST_GROWTH:
         raise DataError(
-            f"tokenizer.json: its normalizer makes texts up to {growth:.3g} times as long, and may make them {LARGEST_GROWTH} times as "
-            "long. Download the tokenizer again."
+            f"tokenizer.json: its normalizer makes texts up to {growth:.3g} times as long; the limit is {LARGEST_GROWTH} times. "
+            "Download the tokenizer again."
         )
 
 
 def require_quick(backend: tokenizers.Tokenizer) -> None:
-    """Raise DataError where two thousand characters take longer than `PROBE_SECONDS`, or make the library panic.
+    """Raise DataError if two thousand characters take longer than `PROBE_SECONDS`, or make the library panic.
 
-    A search cannot be interrupted: its thread goes on until the process ends, which soon is the case.
+    A search cannot be interrupted: its thread continues until the process ends, which is soon.
     """
     failures: list[BaseException] = []
 
@@ -71,7 +71,7 @@ def require_quick(backend: tokenizers.Tokenizer) -> None:
     thread.join(PROBE_SECONDS)
     if thread.is_alive():
         raise DataError(
-            f"tokenizer.json: its expressions need more than {PROBE_SECONDS} seconds for {len(_PROBE):,} characters. "
+            f"tokenizer.json: its regular expressions need more than {PROBE_SECONDS} seconds for {len(_PROBE):,} characters. "
             "Use another tokenizer, or correct the expression of its pre_tokenizer."
         )
     if failures:
@@ -80,7 +80,7 @@ def require_quick(backend: tokenizers.Tokenizer) -> None:
 
 @contextlib.contextmanager
 def panics_as_errors() -> Iterator[None]:
-    """Raise DataError where the `tokenizers` library panics, which Python sees as an exception of no usual kind."""
+    """Raise DataError if the `tokenizers` library panics, which Python sees as an unusual exception."""
     try:
         yield
     except BaseException as error:
@@ -93,10 +93,10 @@ def panics_as_errors() -> Iterator[None]:
 
 
 def backend_of(definition: str) -> Any:
-    """The tokenizer that a tokenizer.json describes.
+    """The tokenizer of a tokenizer.json.
 
     Raises:
-        DataError: it is none, or asks for too much.
+        DataError: it is not a tokenizer, or exceeds the limits.
     """
     try:
         with panics_as_errors():

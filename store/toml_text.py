@@ -1,4 +1,4 @@
-"""TOML from files that a stranger may have written, and the lines on which its keys stand."""
+"""Parses TOML from untrusted files, and finds the lines of its keys."""
 
 import re
 import tomllib
@@ -10,8 +10,8 @@ from .json_text import reason_of, require_shallow
 
 KeyPath = tuple[str | int, ...]
 
-MOST_KEY_PARTS = 50  # of a key with dots; the time that they take grows with their square
-# Keys, and what they may be hidden in. What is read once is not read again: a quote without its end takes all up to the end of its line.
+MOST_KEY_PARTS = 50  # of a dotted key; the parsing time grows with the square
+# Keys, and what may hide them. Nothing is read twice: a quote without an end extends to the end of its line.
 _PART = r"""(?:[\w-]++|"(?:[^"\\\n]++|\\[^\n])*+"?+|'[^'\n]*+'?+)"""
 _DOT = r"[ \t]*+\.[ \t]*+"
 _KEY = re.compile(
@@ -22,7 +22,7 @@ _KEY = re.compile(
     rf"|{_PART}(?:{_DOT}{_PART})*+",
     re.DOTALL,
 )
-# What may hide a line end or a bracket, and those themselves.
+# Line ends and brackets, and what may hide them.
 _TOKEN = re.compile(
     r'"""(?:[^"\\]+|\\.|"{1,2}(?!"))*"{3,5}'
     r"|'''(?:[^']+|'{1,2}(?!'))*'{3,5}"
@@ -35,20 +35,18 @@ _TOKEN = re.compile(
 
 
 def parse_toml(text: str, *, what: str, hint: str = "") -> dict[str, Any]:
-    """The values of a TOML text.
+    """The values in a TOML text.
 
     Args:
         text: of the file.
-        what: names it in messages, as in "The recipe x.toml".
-        hint: one more sentence for a text that is not valid.
+        what: its name in messages, such as "The recipe x.toml".
+        hint: one more sentence for an invalid text.
 
     Raises:
-        UsageError: it is not valid, it is nested deeply, a key has more than `MOST_KEY_PARTS` parts, or a number has thousands of digits.
+        UsageError: it is invalid or nested too deeply, a key has more than `MOST_KEY_PARTS` parts, or a number has thousands of digits.
     """
     if any(found["long"] for found in _KEY.finditer(text)):
-        raise UsageError(
-            f"{what} is not valid TOML here: a key must have at most {MOST_KEY_PARTS} parts with dots between them. {hint}".rstrip()
-        )
+        raise UsageError(f"{what} is not valid TOML: a key must have at most {MOST_KEY_PARTS} parts separated by dots. {hint}".rstrip())
     try:
         data = tomllib.loads(text)
         require_shallow(data)
@@ -63,18 +61,18 @@ class Lines:
     """The lines of a valid TOML text, from 1."""
 
     def __init__(self, text: str) -> None:
-        self._lines = [f"{line}\n" for line in text.split("\n")]  # as TOML and editors count: not at form feeds and the like
+        self._lines = [f"{line}\n" for line in text.split("\n")]  # as TOML and editors count: form feeds do not end a line
         self._ends = _statement_ends(text)
         self._parsed = cache(self._parse)
 
     def of(self, path: KeyPath) -> int:
-        """The line on which a key's value starts, or its section if the key is not there.
+        """The line on which a key's value starts, or its section if the key is missing.
 
-        It is the line after the longest beginning of the text that is valid TOML without the key.
+        It is the line after the longest prefix of the text that is valid TOML and does not contain the key.
         """
         while path:
             if holds(self._parsed(len(self._ends) - 1), path):
-                first, last = 0, len(self._ends) - 1  # a key that is there stays there: halve what is left
+                first, last = 0, len(self._ends) - 1  # a key that is present stays present: bisect
                 while first < last:
                     middle = (first + last) // 2
                     first, last = (first, middle) if holds(self._parsed(middle), path) else (middle + 1, last)
@@ -88,7 +86,7 @@ class Lines:
 
 
 def _statement_ends(text: str) -> list[int]:
-    """The lines with which a statement, or nothing, ends: those that are not inside a value."""
+    """The lines whose end is not inside a value."""
     ends, line, depth = [], 1, 0
     for token in _TOKEN.finditer(text):
         match token[0]:
@@ -106,7 +104,7 @@ def _statement_ends(text: str) -> list[int]:
 
 
 def holds(data: Any, path: KeyPath) -> bool:
-    """Whether there is a value at a path."""
+    """Whether a path has a value."""
     for key in path:
         try:
             data = data[key]

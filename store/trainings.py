@@ -1,4 +1,4 @@
-"""What a training leaves in its run folder for others to read: the records of its steps, and its checkpoints."""
+"""Reads a training's run folder: the records of its steps, and its checkpoints."""
 
 import math
 import re
@@ -19,10 +19,10 @@ MACHINE = "machine.json"
 
 _CHECKPOINT = re.compile(r"step-(?P<step>\d{8,15})")
 _MOST_STEPS = 10**15
-# What records have that others compute or store; other entries may be anything.
+# The fields of records that other code uses; other fields may have any type.
 _TEXTS = frozenset({"domain", "warning"})
 _COUNTS = frozenset({"steps", "peak_memory_bytes", "n_scored", "scored_bytes"})
-_NEEDED = frozenset({"tokens", "tokens_per_second"})  # for the time that is left
+_NEEDED = frozenset({"tokens", "tokens_per_second"})  # for the remaining time
 _FIGURES = frozenset(
     {
         "loss",
@@ -41,18 +41,18 @@ _FIGURES = frozenset(
 
 
 def training_folders(layout: Layout) -> list[Path]:
-    """The run folders of all trainings that were begun, by name."""
+    """The run folders of all trainings that have begun, by name."""
     return sorted(path.parent for path in (layout.root / "runs").glob("*/job.json"))
 
 
 def text_only(layout: Layout) -> list[str]:
-    """Names of the trainings that learn from the text alone, the baselines of the others."""
+    """Names of the trainings on text alone, which are the baselines for the others."""
     jobs = {folder.name: read_job(folder / "job.json") for folder in training_folders(layout)}
     return [name for name, config in jobs.items() if config["clm_weight"] == 1 and config.get("clm_weight_end") in (None, 1)]
 
 
 def read_job(path: Path) -> dict[str, Any]:
-    """The settings of a training, by its `job.json`.
+    """The settings of a training, from its `job.json`.
 
     Raises:
         DamagedPart: they cannot be read.
@@ -61,16 +61,16 @@ def read_job(path: Path) -> dict[str, Any]:
         config = read_object(path)["config"]
         config["clm_weight"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        remedy = "Run the recipe again: it is then written again."
+        remedy = "Run the recipe again, which writes it again."
         raise DamagedPart(f"{path} cannot be read ({reason_of(error)}).", remedy=remedy) from error
     return config
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
-    """The records of a file with one on each line; one that a crash cut short is left out.
+    """The records of a file with one per line. A last record that a crash cut short is left out.
 
     Raises:
-        DamagedPart: one cannot be read.
+        DamagedPart: a record cannot be read.
     """
     found: list[dict[str, Any]] = []
     try:
@@ -85,7 +85,7 @@ def read_records(path: Path) -> list[dict[str, Any]]:
 
 
 def _check_record(record: Any) -> None:
-    """Raise ValueError unless a line holds what a step or an evaluation writes; figures may be anything that is a number."""
+    """Raise ValueError unless a line is the record of a step or an evaluation; its figures may be any numbers."""
     if not isinstance(record, dict) or not is_count(record.get("step"), below=_MOST_STEPS):
         raise ValueError("it must hold an object with a step")
     for name, value in record.items():
@@ -105,14 +105,14 @@ def read_metrics(run_folder: Path) -> list[dict[str, Any]]:
 
 
 def read_evaluations(run_folder: Path) -> list[dict[str, Any]]:
-    """The records of `evaluations.jsonl`, one per evaluation and domain; step 0 is the start."""
+    """The records of `evaluations.jsonl`, one per evaluation and domain; step 0 is the starting model."""
     return read_records(run_folder / EVALUATIONS)
 
 
 def read_machine(folder: Path) -> dict[str, Any] | None:
-    """What a run, or a checkpoint by its folder, is computed in: `dtype`, `arithmetic` (a number format), and `threads` (of a rank).
+    """How a run, or the checkpoint in a folder, is computed: `dtype`, `arithmetic` (a number format), and `threads` (of a rank).
 
-    None where it was not written, or is damaged: of a checkpoint its checksums tell that.
+    None if the file is missing or damaged; the checksums of a checkpoint detect damage.
     """
     try:
         found = read_object(folder / MACHINE)
@@ -123,13 +123,13 @@ def read_machine(folder: Path) -> dict[str, Any] | None:
 
 
 def seal_checkpoint(folder: Path, *, share: int = 0, shares: int = 1) -> None:
-    """Write down sizes and CRC-32 of a checkpoint's files; of every `shares`-th of them, if several processes share the work."""
+    """Write sizes and CRC-32 of a checkpoint's files; only of every `shares`-th file if several processes share the work."""
     files = {path.name: size_and_crc(path) for path in _checkpoint_files(folder)[share::shares]}
     durable.write_json(folder / f"checksums-{share}.json", files)
 
 
 def checkpoint_damage(folder: Path, *, share: int = 0, shares: int = 1, full: bool = True) -> str | None:
-    """What is wrong with a checkpoint's files, if anything; with `full` their contents are read. `share` as in `seal_checkpoint`."""
+    """The problem of a checkpoint's files, if any; with `full` their contents are read. `share` as in `seal_checkpoint`."""
     try:
         sealed = [read_object(path) for path in folder.glob("checksums-*.json")]
         expected = {name: tuple(facts) for files in sealed for name, facts in files.items()}
@@ -143,21 +143,21 @@ def checkpoint_damage(folder: Path, *, share: int = 0, shares: int = 1, full: bo
             if not path.is_file():
                 return f"{name} is missing"
             if path.stat().st_size != expected[name][0]:
-                return f"{name} has {path.stat().st_size} bytes, and had {expected[name][0]}"
+                return f"{name} has {path.stat().st_size} bytes, but had {expected[name][0]}"
             if full and size_and_crc(path) != expected[name]:
-                return f"{name} is not what was written"
+                return f"{name} has changed since it was written"
     except (OSError, ValueError, TypeError, AttributeError, IndexError) as error:
         return f"its checksums cannot be read: {reason_of(error)}"
     return None
 
 
 def _checkpoint_files(folder: Path) -> list[Path]:
-    """All but checksums, also those that another process is writing."""
+    """All files except checksums, including files that another process is writing."""
     return sorted(path for path in folder.iterdir() if not path.name.startswith(("checksums-", durable.TEMPORARY)))
 
 
 def checkpoint_folder(run_folder: Path, *, step: int) -> Path:
-    """Where the checkpoint after `step` steps is."""
+    """The folder of the checkpoint after `step` steps."""
     return run_folder / "checkpoints" / f"step-{step:08d}"
 
 

@@ -1,7 +1,7 @@
-"""A model folder as transformers gets it. All that transformers reads of a model goes through here, and nothing else of the machine.
+"""A model folder as passed to transformers. transformers reads models only through this module, and no other files of the machine.
 
-Some keys of config.json have transformers fetch code from the Hugging Face hub and run it, or read other weights than those that were
-checked. They are left out, at any depth; what they would choose is then chosen as for a model without them.
+Some keys of config.json make transformers download code from the Hugging Face hub and run it, or read weights that were not checked.
+They are removed, at any depth; transformers then uses its defaults.
 """
 
 import json
@@ -18,24 +18,24 @@ from .model_json import MARK, read_json, without_mark
 from .model_sizes import check_sizes
 from .shown import in_short
 
-# Names of implementations that are transformers' own; any other may be a kernel on the hub (`owner/name`), or fall back to one.
+# Implementations inside transformers; any other name may be, or fall back to, a kernel on the hub (`owner/name`).
 _OWN_IMPLEMENTATIONS = {
     "attn_implementation": ("eager", "sdpa", "flex_attention"),
     "experts_implementation": ("eager", "batched_mm", "grouped_mm"),
 }
-# The second belongs to a class of configurations: in a file it gives other keys, of any name, the meaning of these and of sizes.
+# The second belongs to a configuration class: in a file it gives any other key the meaning of these keys or of sizes.
 _NEVER_READ = ("transformers_weights", "attribute_map")
 _CONFIG = "config.json"
 
 
 @contextmanager
 def for_transformers(folder: Path) -> Iterator[Path]:
-    """The folder, checked; where one of its JSON files must be another for transformers, a temporary one with links to the others.
+    """The checked folder; or, if one of its JSON files must be changed for transformers, a temporary folder with links to the other files.
 
-    That is the case for a byte order mark, and for keys of config.json that are left out.
+    A change is needed for a byte order mark, and for keys of config.json that are removed.
 
     Raises:
-        DataError: the folder is not fit to be read: a file lies elsewhere, or config.json promises more than the weights hold.
+        DataError: the folder cannot be used: a file lies elsewhere, or config.json describes more than the weights hold.
     """
     check_model_files(folder)
     check_sizes(folder)
@@ -62,7 +62,7 @@ def for_transformers(folder: Path) -> Iterator[Path]:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Without the progress bars and warnings of transformers, which quote a model's files as they are: fuseline says what is in them."""
+    """Turn off the progress bars and warnings of transformers, which quote a model's files unescaped; fuseline reports problems itself."""
     from transformers.utils import logging as its_logging
 
     its_logging.disable_progress_bar()
@@ -75,7 +75,7 @@ def quiet() -> Iterator[None]:
 
 
 def completed_config(folder: Path, *, trust_remote_code: bool = False) -> Any:
-    """The configuration of config.json, with the defaults of the model's class where it says nothing.
+    """The configuration of config.json, completed with the defaults of the model's class.
 
     Raises:
         DataError: transformers cannot read it; see also `for_transformers`.
@@ -85,7 +85,7 @@ def completed_config(folder: Path, *, trust_remote_code: bool = False) -> Any:
 
 
 def read_config(readable: Path, *, of: Path, trust_remote_code: bool = False) -> Any:
-    """The same in `for_transformers`; `of` is the model's folder, for the message.
+    """The same in a folder from `for_transformers`; `of` is the model's folder, for the message.
 
     Raises:
         DataError: transformers cannot read it.
@@ -94,18 +94,18 @@ def read_config(readable: Path, *, of: Path, trust_remote_code: bool = False) ->
 
     try:
         return AutoConfig.from_pretrained(readable, local_files_only=True, trust_remote_code=trust_remote_code)
-    except Exception as error:  # classes of configurations raise anything
+    except Exception as error:  # configuration classes raise any exception
         raise invalid_config(of, error) from error
 
 
 def invalid_config(folder: Path, why: Exception | str) -> DataError:
-    """The refusal of a config.json of which transformers makes nothing; the words of transformers may have several lines."""
+    """The error for a config.json that transformers cannot read; the message of transformers may have several lines."""
     text = why if isinstance(why, str) else " ".join(in_short(why).split()).rstrip(".")
-    return DataError(f"{folder / _CONFIG}: {text}; fix the file or get the model again.")
+    return DataError(f"{folder / _CONFIG}: {text}; fix the file or download the model again.")
 
 
 def without_hub_code(value: Any, *, also: Collection[str] = ()) -> Any:
-    """The content of config.json without the keys, at any depth, that fetch code or other weights.
+    """The content of config.json without the keys, at any depth, that load code or other weights.
 
     Args:
         value: a config, or a part of one.

@@ -1,4 +1,4 @@
-"""What the parts of a workspace take up, and what lies in it that nobody needs any more."""
+"""The disk space of a workspace's parts, and its leftover files that nothing needs."""
 
 import contextlib
 import time
@@ -14,19 +14,19 @@ from .lineage import tokenizer_digests
 from .manifest import part_of_payload
 from .workspace import Workspace
 
-_YOUNG_SECONDS = 3600.0  # a worker may be about to name it
+_YOUNG_SECONDS = 3600.0  # a worker may be about to write its manifest
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Usage:
-    """What one dataset takes up."""
+    """The disk space of one dataset."""
 
     kind: str
     name: str
     parts: int
     tokens: int
     n_bytes: int
-    arrays: dict[str, int]  # bytes of each array over all parts; `metadata` and `table` are all that is not in an array
+    arrays: dict[str, int]  # bytes of each array over all parts; `metadata` and `table` are everything else
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,14 +36,14 @@ class Leftover:
     path: Path
     n_bytes: int
     why: str
-    is_payload: bool = False  # a worker may take it up at any time, by a manifest that names it
+    is_payload: bool = False  # a worker may commit it at any time, with a manifest that names it
 
 
 def usage(workspace: Workspace) -> list[Usage]:
-    """What each dataset takes up, from the manifests alone.
+    """The disk space of each dataset, from the manifests alone.
 
     Raises:
-        DamagedPart: one cannot be read.
+        DamagedPart: a manifest cannot be read.
     """
     found = []
     for dataset in workspace.datasets():
@@ -67,10 +67,10 @@ def usage(workspace: Workspace) -> list[Usage]:
 
 
 def leftovers(workspace: Workspace) -> list[Leftover]:
-    """What nothing refers to: of dead writers, payloads without a manifest, files that no manifest lists, tokenizers without a dataset.
+    """Leftovers: files of dead writers, payloads without a manifest, files that no manifest lists, tokenizers without a dataset.
 
-    What was touched within the last hour is left out: a worker may be between a payload and its manifest. Links are leftovers themselves,
-    never what they lead to; nor is anything in a dataset or a set of tokenizers that is reached through one: others may need it.
+    Files touched within the last hour are left out: a worker may be between a payload and its manifest. A link can be a leftover, but never
+    its target, nor anything in a dataset or a set of tokenizers that is reached through a link: others may need it.
     """
     found = list(_temporaries(workspace))
     datasets = list(workspace.datasets())
@@ -85,7 +85,7 @@ def leftovers(workspace: Workspace) -> list[Leftover]:
 
 
 def delete(workspace: Workspace, found: list[Leftover]) -> list[Leftover]:
-    """Remove leftovers that still are such, and return these. Only the coordinator may; workers may be at work meanwhile."""
+    """Remove leftovers that are still unused, and return them. Only the coordinator may call it; workers may run at the same time."""
     still = {leftover.path for leftover in leftovers(workspace)}
     removed = []
     for leftover in found:
@@ -101,32 +101,32 @@ def delete(workspace: Workspace, found: list[Leftover]) -> list[Leftover]:
 
 
 def _remove_payload(payload: Path) -> bool:
-    """Remove a payload unless a worker takes it up: `dataset._adopt` touches it first, and finds none once it is renamed."""
+    """Remove a payload unless a worker commits it: `dataset._adopt` touches it first, and does not find it after the rename."""
     if _is_wanted(payload, name=payload.name):
         return False
     with durable.temporary(payload) as doomed:
         payload.rename(doomed)
         if not _is_wanted(doomed, name=payload.name):
             return True
-        with contextlib.suppress(FileExistsError):  # another worker has published the same part under this name
+        with contextlib.suppress(FileExistsError):  # another worker has published the same part with this name
             durable.publish_new(doomed, to=payload)
         return False
 
 
 def _is_wanted(path: Path, *, name: str) -> bool:
-    """Whether a payload that was called `name` was touched of late, or a manifest names it."""
+    """Whether the payload `name` was touched recently, or a manifest names it."""
     return not _is_old(path) or _is_named(path.with_name(name))
 
 
 def _temporaries(workspace: Workspace) -> Iterator[Leftover]:
     for folder in workspace.swept_folders():
         for path in durable.abandoned(folder):
-            with contextlib.suppress(FileNotFoundError):  # another process removed it just now
+            with contextlib.suppress(FileNotFoundError):  # another process has just removed it
                 yield _leftover(path, "its writer is dead")
 
 
 def _unnamed(dataset: Dataset) -> Iterator[Leftover]:
-    """Payloads of a dataset that no manifest names, and files in the others that no manifest lists."""
+    """Payloads of a dataset that no manifest names, and files in payloads that no manifest lists."""
     listed: dict[str, set[str]] = {}
     unknown = set()  # parts whose manifest cannot be read: it may name any of the part's payloads
     for part in dataset.parts():
@@ -148,7 +148,7 @@ def _unnamed(dataset: Dataset) -> Iterator[Leftover]:
 
 
 def _is_named(payload: Path) -> bool:
-    """Whether a manifest has come to name it since the manifests were read."""
+    """Whether a manifest written since the last read names it."""
     path = payload.with_name(f"{payload.name.split('.')[0]}.json")
     try:
         return bool(read_object(path)["payload"] == payload.name)
@@ -171,5 +171,5 @@ def _leftover(path: Path, why: str, *, is_payload: bool = False) -> Leftover:
 
 
 def _is_tokenizer(folder: Path) -> bool:
-    """Whether a folder is what `Tokenizer.save` made, or a link."""
+    """Whether a folder was made by `Tokenizer.save`, or is a link."""
     return folder.is_symlink() or (folder / "settings.json").is_file()

@@ -1,7 +1,7 @@
-"""What is wrong in a workspace: every damaged, missing or foreign file by its path, with what to do about it.
+"""Finds every damaged, missing or foreign file of a workspace, with its path and what to do about it.
 
-It reads only, without the coordinator's lock, also while a run is going on: a part that is being committed has no manifest yet, and is not
-looked at. The catalog is read before the parts, so that what it knows must be there.
+It only reads, without the coordinator's lock, and can run beside other stages: a part that is being committed has no manifest yet and is
+skipped. The catalog is read before the parts, so every part that it lists must exist.
 """
 
 import os
@@ -43,13 +43,13 @@ class Finding:
     path: Path
     problem: str
     remedy: str
-    part: PartName | None = None  # the part that has to be made again
-    mend: Literal["remake", "remove", "by hand"] = "by hand"  # `remove`: what is at the path is made anew when it is not there
+    part: PartName | None = None  # the part to make again
+    repair: Literal["remake", "remove", "by hand"] = "by hand"  # `remove`: the file is made again when it is absent
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Verification:
-    """What was looked at and what is wrong."""
+    """What was checked, and the problems that were found."""
 
     datasets: int
     parts: int
@@ -58,8 +58,8 @@ class Verification:
 
     @property
     def lost_parts(self) -> set[PartName]:
-        """The parts that have to be made again."""
-        return {finding.part for finding in self.findings if finding.part is not None and finding.mend == "remake"}
+        """The parts to make again."""
+        return {finding.part for finding in self.findings if finding.part is not None and finding.repair == "remake"}
 
 
 def verify(workspace: Workspace, *, full: bool = False) -> Verification:
@@ -67,8 +67,8 @@ def verify(workspace: Workspace, *, full: bool = False) -> Verification:
 
     Args:
         workspace: the workspace.
-        full: also read everything: checksums of all files, contents of all arrays, texts. Otherwise manifests, sizes, metadata, and that
-            datasets fit together.
+        full: also read everything: checksums of all files, contents of all arrays, texts. Otherwise check manifests, sizes, metadata, and
+        that datasets fit together.
     """
     findings = list(_check_catalog(workspace, full=full))
     known = set() if findings else _known_parts(workspace)
@@ -87,7 +87,7 @@ def verify(workspace: Workspace, *, full: bool = False) -> Verification:
         for part in dataset.parts():
             found = list(_check_part(dataset, part, full=full))
             if found and not os.path.lexists(dataset.manifest_path(part)):
-                continue  # it was dropped meanwhile, by a repair
+                continue  # a repair has removed it in the meantime
             findings += found
             parts += 1
             n_bytes += 0 if found else dataset.manifest(part).n_bytes
@@ -102,14 +102,14 @@ def verify(workspace: Workspace, *, full: bool = False) -> Verification:
     findings += _check_runs(workspace)
     findings += _check_checkpoints(workspace, full=full)
     if (workspace.root / "repair.json").exists():
-        problem = "a repair is under way or was interrupted: parts that it set aside are not made again yet"
+        problem = "a repair is running or was interrupted: it has not yet made again the parts that it set aside"
         findings.append(Finding(path=workspace.root / "repair.json", problem=problem, remedy="If it was interrupted, run it again."))
     findings.sort(key=lambda finding: finding.path)
     return Verification(datasets=len(datasets), parts=parts, n_bytes=n_bytes, findings=findings)
 
 
 def _dataset_folders(workspace: Workspace) -> Iterator[Path]:
-    for kind in reversed(workspace.kinds()):  # what something was made of is there before it, also while a run is going on
+    for kind in reversed(workspace.kinds()):  # inputs exist before their products, also during a run
         for folder in folders_in(workspace.root / kind):
             if os.path.lexists(folder / "dataset.json") or any(folder.glob("part-*.json")):
                 yield folder
@@ -118,7 +118,7 @@ def _dataset_folders(workspace: Workspace) -> Iterator[Path]:
 def _check_catalog(workspace: Workspace, *, full: bool) -> Iterator[Finding]:
     if not workspace.catalog_path.exists():
         if any(_dataset_folders(workspace)):
-            yield Finding(path=workspace.catalog_path, problem="is missing", remedy=rebuild(workspace.root), mend="remove")
+            yield Finding(path=workspace.catalog_path, problem="is missing", remedy=rebuild(workspace.root), repair="remove")
         return
     try:
         catalog.read_all(workspace) if full else catalog.known_parts(workspace)
@@ -129,12 +129,12 @@ def _check_catalog(workspace: Workspace, *, full: bool) -> Iterator[Finding]:
             path=workspace.catalog_path,
             problem=error.problem.split("\n")[0].removeprefix(f"{workspace.catalog_path} "),
             remedy=rebuild(workspace.root),
-            mend="remove",
+            repair="remove",
         )
 
 
 def _known_parts(workspace: Workspace) -> set[PartName]:
-    """The parts that the catalog knows; none while the coordinator writes it."""
+    """The parts that the catalog lists; none while the coordinator writes it."""
     try:
         return catalog.known_parts(workspace) if workspace.catalog_path.exists() else set()
     except WorkspaceBusy:
@@ -148,27 +148,27 @@ def _check_plan(dataset: Dataset) -> Iterator[Finding]:
         if summary is not None:
             read_documents(dataset.folder, summary=summary)
         elif dataset.parts():
-            raise DamagedPart("is missing, but there are parts")
+            raise DamagedPart("is missing, but the corpus has parts")
     except DamagedPart as error:
-        yield _finding(path, error, mend="remove")
+        yield _finding(path, error, repair="remove")
         return
     n_parts = len(summary["parts"]) if summary else 0
     for part in dataset.parts():
         if part >= n_parts:
             manifest = dataset.manifest_path(part)
-            yield Finding(path=manifest, problem=f"is not of the plan, which has {n_parts} parts", remedy=f"Remove {manifest}.")
+            yield Finding(path=manifest, problem=f"is not in the plan, which has {n_parts} parts", remedy=f"Remove {manifest}.")
 
 
 def _check_part(dataset: Dataset, part: int, *, full: bool) -> Iterator[Finding]:
-    """At most one finding: it makes no difference to a part how much of it is damaged."""
+    """At most one finding: one problem is enough to make a part again."""
     try:
         manifest = dataset.manifest(part)
         _check_files(dataset, manifest=manifest, full=full)
         if full:
             check_content(dataset, part)
     except FuselineError as error:
-        mend: Literal["by hand", "remake"] = "by hand" if isinstance(error, NewerPart) else "remake"
-        yield _finding(dataset.manifest_path(part), error, part=(*_key(dataset), part), mend=mend)
+        repair: Literal["by hand", "remake"] = "by hand" if isinstance(error, NewerPart) else "remake"
+        yield _finding(dataset.manifest_path(part), error, part=(*_key(dataset), part), repair=repair)
 
 
 def _check_runs(workspace: Workspace) -> Iterator[Finding]:
@@ -188,8 +188,8 @@ def _check_checkpoints(workspace: Workspace, *, full: bool) -> Iterator[Finding]
         for step in checkpoint_steps(run_folder):
             folder = checkpoint_folder(run_folder, step=step)
             damage = checkpoint_damage(folder, full=full)
-            if damage is not None and folder.exists():  # it may have been removed meanwhile
-                yield Finding(path=folder, problem=damage, remedy="Remove it: the training goes on from the checkpoint before.")
+            if damage is not None and folder.exists():  # it may have been removed in the meantime
+                yield Finding(path=folder, problem=damage, remedy="Remove it: the training continues from the previous checkpoint.")
 
 
 def _check_files(dataset: Dataset, *, manifest: Manifest, full: bool) -> None:
@@ -198,7 +198,7 @@ def _check_files(dataset: Dataset, *, manifest: Manifest, full: bool) -> None:
         if not path.is_file():
             raise DamagedPart(f"{path} is missing.", remedy=remake_part(dataset.folder))
         if path.stat().st_size != size:
-            problem = f"{path} has {path.stat().st_size} bytes, and had {size} when it was committed."
+            problem = f"{path} has {path.stat().st_size} bytes, but had {size} when it was committed."
             raise DamagedPart(problem, remedy=remake_part(dataset.folder))
         if full or name.endswith("zarr.json"):
             dataset.require_file(manifest, name)
@@ -218,7 +218,7 @@ def _check_tokenizer(folder: Path, *, full: bool) -> Iterator[Finding]:
             raise DamagedPart("token_bytes.parquet is missing")
     except (OSError, ValueError, KeyError, TypeError) as error:
         yield Finding(
-            path=folder, problem=f"is not the tokenizer that it was saved as ({error})", remedy=remake(folder.parents[1]), mend="remove"
+            path=folder, problem=f"is not the tokenizer that was saved ({error})", remedy=remake(folder.parents[1]), repair="remove"
         )
 
 
@@ -227,22 +227,22 @@ def _key(dataset: Dataset) -> tuple[str, str]:
 
 
 def _gone(dataset: Dataset, part: int) -> Finding:
-    problem = "is gone: the catalog knows this part"
+    problem = "is missing: the catalog lists this part"
     return Finding(
-        path=dataset.manifest_path(part), problem=problem, remedy=remake_part(dataset.folder), part=(*_key(dataset), part), mend="remake"
+        path=dataset.manifest_path(part), problem=problem, remedy=remake_part(dataset.folder), part=(*_key(dataset), part), repair="remake"
     )
 
 
 def _damaged(dataset: Dataset, part: int, problem: str) -> Finding:
     return Finding(
-        path=dataset.manifest_path(part), problem=problem, remedy=remake_part(dataset.folder), part=(*_key(dataset), part), mend="remake"
+        path=dataset.manifest_path(part), problem=problem, remedy=remake_part(dataset.folder), part=(*_key(dataset), part), repair="remake"
     )
 
 
 def _finding(
-    path: Path, error: FuselineError, *, part: PartName | None = None, mend: Literal["remake", "remove", "by hand"] = "by hand"
+    path: Path, error: FuselineError, *, part: PartName | None = None, repair: Literal["remake", "remove", "by hand"] = "by hand"
 ) -> Finding:
-    """What is wrong, without the path, and what to do."""
+    """The problem, without the path, and what to do."""
     problem = error.problem.removeprefix(f"{path} ").rstrip(".")
-    is_said = mend == "by hand" or (part is not None and error.remedy)
-    return Finding(path=path, problem=problem, remedy=error.remedy if is_said else remake_part(path.parent), part=part, mend=mend)
+    is_said = repair == "by hand" or (part is not None and error.remedy)
+    return Finding(path=path, problem=problem, remedy=error.remedy if is_said else remake_part(path.parent), part=part, repair=repair)

@@ -1,6 +1,6 @@
-"""Which files of a model folder in the Hugging Face format hold its weights, and which tensors are in them.
+"""Finds the weight files of a model folder in the Hugging Face format, and their tensors.
 
-The rules are those of transformers, which runs the models: what it would not load is refused here, before anything is computed.
+The rules are those of transformers, which runs the models. Files that it would not load are refused here, before any computation.
 """
 
 import math
@@ -16,7 +16,7 @@ from .json_text import parse_json
 from .model_json import read_json
 from .shown import listed, shown
 
-# Ends of the names of input embeddings in published folders; their rows are the vocabulary.
+# Suffixes of the names of input embeddings in published folders; their rows are the vocabulary.
 EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "embed_in.weight", "word_embeddings.weight")
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _ADAPTER = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
@@ -51,12 +51,12 @@ _DTYPE_BITS = {
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a model, by name: `model.safetensors`, else those that `model.safetensors.index.json` names.
+    """The safetensors files of a model, by name: `model.safetensors`, else the files in `model.safetensors.index.json`.
 
-    A folder may hold a second copy of the weights in files of other names (`consolidated.safetensors`).
+    A folder may hold a second copy of the weights under other names (`consolidated.safetensors`), which is ignored.
 
     Raises:
-        DataError: there are none, one that the index names is missing, or the folder holds an adapter (LoRA).
+        DataError: there are none, a file of the index is missing, or the folder holds an adapter (LoRA).
     """
     refuse_adapter(folder)
     single, index = folder / _SINGLE, folder / _INDEX
@@ -78,29 +78,29 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def _named_in(index: Path) -> list[str]:
-    """The files that an index names, sorted; each of them is, or would be, in its folder.
+    """The files that an index names, sorted; they are in its folder, but may be missing.
 
     Raises:
         OutsideFolder: a name leads out of the folder.
-        OSError, ValueError: it cannot be read, or it is no index.
+        OSError, ValueError: it cannot be read, or is not an index.
     """
     require_inside(index, folder=index.parent)
     content = read_json(index)
     weight_map = content.get("weight_map") if isinstance(content, dict) else None
     if not isinstance(weight_map, dict) or not weight_map:
-        raise ValueError("it has no object weight_map with names of files")
+        raise ValueError("it has no object weight_map with file names")
     names = [name for name in weight_map.values() if isinstance(name, str)]
     if len(names) < len(weight_map):
         raise ValueError(f"weight_map holds {shown(next(name for name in weight_map.values() if not isinstance(name, str)))}, not a name")
     for name in (unique := sorted(set(names))):
         inside(index.parent, name, what=f"weight_map of {index}")
         if not name.endswith(".safetensors"):
-            raise ValueError(f"weight_map names {shown(name)}, not a file of the kind *.safetensors")
+            raise ValueError(f"weight_map names {shown(name)}, not a *.safetensors file")
     return unique
 
 
 def unread_shards(folder: Path) -> bool:
-    """Whether an index names other files than `model.safetensors`, which is there too: transformers reads that, and so does fuseline."""
+    """Whether the folder has both `model.safetensors` and an index of other files. transformers and fuseline read the former."""
     if not ((folder / _SINGLE).exists() and (folder / _INDEX).exists()):
         return False
     try:
@@ -110,15 +110,15 @@ def unread_shards(folder: Path) -> bool:
 
 
 def refuse_adapter(folder: Path) -> None:
-    """Raise DataError if the folder holds an adapter, beside the weights of a model or alone: it changes what the model says."""
+    """Raise DataError if the folder holds an adapter, alone or beside a model's weights: it changes the model's output."""
     found = [name for name in _ADAPTER if (folder / name).exists()]
     if not found:
         return
     raise DataError(
         f"{folder} holds an adapter ({found[0]}){_base_of_adapter(folder)}. Merge it in Python, and name the merged folder in the recipe: "
         f"from peft import AutoPeftModelForCausalLM; AutoPeftModelForCausalLM.from_pretrained({str(folder)!r}).merge_and_unload()"
-        ".save_pretrained('merged'); then copy the tokenizer's files into it. If the folder holds a whole model to which the adapter does "
-        f"not belong, move {' and '.join(found)} out of it."
+        ".save_pretrained('merged'); then copy the tokenizer's files into it. If the adapter does not belong to the model in the folder, "
+        f"move {' and '.join(found)} out of it."
     )
 
 
@@ -131,7 +131,7 @@ def _base_of_adapter(folder: Path) -> str:
 
 
 def _why_no_weights(folder: Path) -> str:
-    """The refusal of a folder with neither `model.safetensors` nor an index."""
+    """The error for a folder without `model.safetensors` and without an index."""
     files = sorted(path.name for path in folder.glob("*.safetensors"))
     shards = [match for match in map(_SHARD.fullmatch, files) if match]
     if shards:
@@ -140,7 +140,7 @@ def _why_no_weights(folder: Path) -> str:
         missing = (f"model-{i:0{width}d}-of-{total:0{width}d}.safetensors" for i in range(1, total + 1) if i not in there)
         n_files = 1 + total - sum(1 <= i <= total for i in there)
         some = listed([_INDEX, *islice(missing, _LISTED)], most=_LISTED, of=n_files)
-        return f"{folder} has shards of a model and no {_INDEX}. Download {some} into it."
+        return f"{folder} has shards of a model but no {_INDEX}. Download {some} into it."
     if files:
         return (
             f"{folder} has no {_SINGLE} and no {_INDEX}, only {listed(files, most=_LISTED)}. If that is the model in the Hugging Face "
@@ -153,17 +153,17 @@ def _why_no_weights(folder: Path) -> str:
 
 
 def tensors_of(path: Path) -> dict[str, dict[str, Any]]:
-    """Name to dtype, shape and place of each tensor of a safetensors file, from its header.
+    """Name to dtype, shape and offsets of each tensor of a safetensors file, from its header.
 
-    A file that was cut short, by a broken download say, has a sound header and too few bytes.
+    A file that was cut short, for example by a broken download, has a valid header but too few bytes.
 
     Raises:
-        DataError: the file is not whole, not a safetensors file, or the pointer of git-lfs to one.
+        DataError: the file is incomplete, not a safetensors file, or a git-lfs pointer.
     """
     size = path.stat().st_size
     with path.open("rb") as file:
         if file.read(len(_GIT_LFS)) == _GIT_LFS:
-            raise DataError(f"{path} is a pointer of git-lfs, not the weights. Run `git lfs pull` in {path.parent}.")
+            raise DataError(f"{path} is a git-lfs pointer, not the weights. Run `git lfs pull` in {path.parent}.")
     try:
         with path.open("rb") as file:
             (length,) = struct.unpack("<Q", file.read(8))
@@ -175,12 +175,12 @@ def tensors_of(path: Path) -> dict[str, dict[str, Any]]:
     except (ValueError, struct.error) as error:
         raise DataError(f"{path} is cut short, or not a safetensors file ({error}). Download it again.") from error
     if size != expected:
-        raise DataError(f"{path} must have {expected} bytes, and has {size}: it was cut short. Download it again.")
+        raise DataError(f"{path} must have {expected} bytes, but has {size}: it was cut short. Download it again.")
     return tensors
 
 
 def _header(data: bytes) -> dict[str, Any]:
-    """The header as an object: of two entries with one name neither can be trusted."""
+    """The header as an object; a repeated name is an error."""
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found = dict(pairs)
@@ -195,10 +195,10 @@ def _header(data: bytes) -> dict[str, Any]:
 
 
 def _require_gapless(tensors: dict[str, Any]) -> int:
-    """The bytes of all tensors, which follow each other without gaps, each as long as its dtype and shape say.
+    """Number of bytes of all tensors. They must follow each other without gaps, with the lengths given by dtype and shape.
 
     Raises:
-        ValueError: they do not, or an entry is not one of a tensor.
+        ValueError: they do not, or an entry does not describe a tensor.
     """
     places = []
     for name, tensor in tensors.items():
@@ -206,13 +206,13 @@ def _require_gapless(tensors: dict[str, Any]) -> int:
             case {"dtype": str(dtype), "shape": [*shape], "data_offsets": [int(start), int(end)]} if dtype in _DTYPE_BITS:
                 n_bits = _DTYPE_BITS[dtype] * math.prod(shape) if all(type(side) is int and side >= 0 for side in shape) else -1
             case _:
-                raise ValueError(f"the entry {shown(tensor)} of {shown(name)} is not one of a tensor")
+                raise ValueError(f"the entry {shown(tensor)} of {shown(name)} does not describe a tensor")
         if 8 * (end - start) != n_bits:
-            raise ValueError(f"the bytes {shown([start, end])} of {shown(name)} are not as many as its dtype and shape {shown(shape)} say")
+            raise ValueError(f"the bytes {shown([start, end])} of {shown(name)} do not fit its dtype and shape {shown(shape)}")
         places.append((start, end, name))
     place = 0
     for start, end, name in sorted(places):
         if start != place:
-            raise ValueError(f"{shown(name)} does not begin where the tensor before it ends")
+            raise ValueError(f"{shown(name)} does not begin where the previous tensor ends")
         place = end
     return place

@@ -1,4 +1,4 @@
-"""The workspace: what opens the folder of a project, makes things in it, and asks it."""
+"""Opens the folder of a project, creates datasets and runs in it, and queries it."""
 
 import fcntl
 import os
@@ -26,26 +26,26 @@ if TYPE_CHECKING:
 
     from .sql.database import Database, Parameters
 
-_SHOWN_HOLDER = 200  # characters of what the coordinator says of itself
+_SHOWN_HOLDER = 200  # characters of the coordinator's own description
 
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """One execution of a stage that is going on."""
+    """A running execution of a stage."""
 
     folder: Path
-    metrics: dict[str, Any]  # what is put in here is recorded
+    metrics: dict[str, Any]  # recorded with the run
 
 
 class Workspace(Layout):
-    """The folder of a project, opened: stages make datasets in it, and record their runs."""
+    """The opened folder of a project, in which stages make datasets and record their runs."""
 
     @classmethod
     def create(cls, root: Path) -> "Workspace":
-        """Open the workspace, making its folder if need be.
+        """Open the workspace; create its folder if it is missing.
 
         Raises:
-            DataError: the folder cannot be written, holds something else, or one of its folders is a link that leads out of it.
+            DataError: the folder cannot be written, is not a workspace, or has a folder that is a link out of it.
         """
         try:
             foreign = root.is_dir() and any(not path.name.startswith(durable.TEMPORARY) for path in root.iterdir())
@@ -55,35 +55,35 @@ class Workspace(Layout):
             if not (root / "workspace.json").exists():
                 durable.write_json(root / "workspace.json", {"created_by": f"fuseline {__version__}"})
         except OSError as error:
-            raise DataError(f"The workspace {root} cannot be made or written: {error.strerror or error}.") from error
+            raise DataError(f"The workspace {root} cannot be created or written: {error.strerror or error}.") from error
         _require_record(root)
         _require_own_folders(root)
         return cls(root)
 
     @classmethod
     def open(cls, root: Path | str) -> "Workspace":
-        """Open a workspace that exists.
+        """Open an existing workspace.
 
         Raises:
             UsageError: there is none.
-            OutsideFolder: one of its folders is a link that leads out of it.
+            OutsideFolder: one of its folders is a link out of it.
         """
         root = Path(root)
         if not (root / "workspace.json").exists():
-            raise UsageError(f"{root} is not a workspace. Name one with --workspace, or make it with: fuseline run RECIPE.")
+            raise UsageError(f"{root} is not a workspace. Name one with --workspace, or create one with: fuseline run RECIPE.")
         _require_record(root)
         _require_own_folders(root)
         return cls(root)
 
     @cached_property
     def database(self) -> "Database":
-        """Everything that is stored, for SQL."""
+        """All stored data, for SQL."""
         from .sql.database import Database  # which opens workspaces
 
         return Database(self)
 
     def sql(self, query: str, parameters: "Parameters" = None) -> "pl.DataFrame":
-        """The result of a DuckDB query over everything that is stored, as a polars table; see `Database.sql`."""
+        """The result of a DuckDB query over all stored data, as a polars table; see `Database.sql`."""
         return self.database.sql(query, parameters)
 
     def dataset(self, kind: str, name: str, *, identity: Identity, description: Mapping[str, Any] | None = None) -> Dataset:
@@ -92,10 +92,10 @@ class Workspace(Layout):
 
     @contextmanager
     def coordinator(self) -> Iterator[None]:
-        """Be the one process that runs stages and writes the catalog; sweeps what dead writers left behind.
+        """Become the only process that runs stages and writes the catalog; remove temporary files of dead writers.
 
         Raises:
-            WorkspaceBusy: another process is. The lock is the kernel's, so a killed coordinator holds nothing.
+            WorkspaceBusy: another process is the coordinator. The kernel holds the lock, so a killed coordinator releases it.
             DataError: the workspace cannot be written.
         """
         try:
@@ -109,7 +109,7 @@ class Workspace(Layout):
                 file.seek(0)
                 raise WorkspaceBusy(
                     f"The workspace {self.root} is in use by {file.read(_SHOWN_HOLDER).strip() or 'another process'}. "
-                    "Wait for it or stop it; `fuseline status` and `fuseline sql` work meanwhile."
+                    "Wait for it or stop it. `fuseline status` and `fuseline sql` work in the meantime."
                 ) from None
             file.truncate(0)
             file.write(f"process {os.getpid()} on {platform.node()}")
@@ -143,7 +143,7 @@ class Workspace(Layout):
         try:
             yield Run(folder, record["metrics"])
             status = "done"
-        except (KeyboardInterrupt, SystemExit):  # SystemExit: a signal that asked to stop
+        except (KeyboardInterrupt, SystemExit):  # SystemExit: a signal to stop
             status = "interrupted"
             raise
         finally:
@@ -151,18 +151,18 @@ class Workspace(Layout):
 
 
 def _require_record(root: Path) -> None:
-    """Raise DamagedPart unless `workspace.json` holds what `Workspace.create` writes."""
+    """Raise DamagedPart unless `workspace.json` has the form that `Workspace.create` writes."""
     path = root / "workspace.json"
     try:
         read_object(path)
     except (OSError, ValueError) as error:
         raise DamagedPart(
-            f"{path} cannot be read ({reason_of(error)}).", remedy="If the folder is a workspace, replace the file's text by {}."
+            f"{path} cannot be read ({reason_of(error)}).", remedy="If the folder is a workspace, replace the file's content with {}."
         ) from error
 
 
 def _require_own_folders(root: Path) -> None:
-    """Raise OutsideFolder if the folder of a kind, or one in it, is a link that leads out: it would be read, written and cleaned."""
+    """Raise OutsideFolder if the folder of a kind, or one in it, is a link out of the workspace: it would be read, written and cleaned."""
     for kind in folders_in(root):
         for path in (kind, *folders_in(kind)):
             require_inside(path, folder=root)

@@ -1,4 +1,4 @@
-"""YAML from files that a stranger may have written: whatever is in it, parsing ends with a value or a ValueError."""
+"""Parses YAML from untrusted files: parsing always ends with a value or a ValueError."""
 
 from typing import Any
 
@@ -6,17 +6,17 @@ import yaml
 
 from .json_text import reason_of, require_shallow
 
-LONGEST_YAML_NUMBER = 256  # characters; the time that those with colons take grows with the square of their length
+LONGEST_YAML_NUMBER = 256  # characters; with colons, the parsing time grows with the square of the length
 MOST_YAML_NODES = 1_000_000  # keys and values, counted as often as aliases repeat them
 _NUMBERS = ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
 
 
 def parse_yaml(text: str) -> Any:
-    """The value of a YAML text, of plain types alone.
+    """The value of a YAML text, with plain types only.
 
     Raises:
-        ValueError: it is not valid, it is nested deeply, it has more than `MOST_YAML_NODES` keys and values, or a number is longer than
-            `LONGEST_YAML_NUMBER`.
+        ValueError: it is invalid or nested too deeply, has more than `MOST_YAML_NODES` keys and values, or a number is longer than
+        `LONGEST_YAML_NUMBER`.
     """
     loader = None
     try:
@@ -32,7 +32,7 @@ def parse_yaml(text: str) -> Any:
     except RecursionError as error:
         raise ValueError("its lists and tables are nested too deeply") from error
     except (yaml.YAMLError, ValueError, ArithmeticError, LookupError, AttributeError, TypeError) as error:
-        # The library raises the latter for tags whose values do not fit, as dates that are none.
+        # The library raises ValueError for tags with invalid values, such as impossible dates.
         reason = reason_of(error) if isinstance(error, ValueError) else str(error)
         raise ValueError(" ".join(reason.split()) or type(error).__name__) from error
     finally:
@@ -41,9 +41,9 @@ def parse_yaml(text: str) -> Any:
 
 
 def _expanded(node: yaml.Node, *, counted: dict[yaml.Node, int], above: set[yaml.Node]) -> int:
-    """How many nodes there are with all aliases written out."""
+    """The number of nodes with all aliases written out."""
     if node in above:
-        raise ValueError("an alias stands for a value that it is part of")
+        raise ValueError("an alias refers to a value that contains it")
     if node not in counted:
         above.add(node)
         inner = node.value if isinstance(node, yaml.CollectionNode) else []

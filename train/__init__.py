@@ -1,1 +1,1 @@
-"""The Megatron-core trainer: data, loss, model conversion, checkpoints."""
+"""The Megatron-core trainer: data, loss, model conversion, checkpoints, merging."""

@@ -1,4 +1,4 @@
-"""The shape of a decoder as the trainer builds it. `families/` reads it from a model's `config.json` before any weight is touched."""
+"""The architecture of a decoder as the trainer builds it. `families/` reads it from `config.json` before it reads any weights."""
 
 import re
 from collections.abc import Mapping
@@ -11,17 +11,17 @@ from .rotary import Rope
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Norm:
-    """What all normalisations of a model have in common."""
+    """Settings of all normalisations of a model."""
 
     kind: Literal["rms", "layer"]
     eps: float
     bias: bool = False
-    zero_centered: bool = False  # the weights are stored less 1
+    zero_centered: bool = False  # the weights are stored minus 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Biases:
-    """Which linear layers add one."""
+    """Which linear layers add a bias."""
 
     qkv: bool = False
     attention_output: bool = False
@@ -30,16 +30,16 @@ class Biases:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Attention:
-    """How one layer's positions see each other; all of it is causal."""
+    """One layer's causal attention."""
 
     rope: Rope | None = None
-    window: int | None = None  # positions that one sees, itself included; None: all before it
-    alibi_slopes: tuple[float, ...] | None = None  # per head: its scores fall by this with each position of distance (arXiv:2108.12409)
+    window: int | None = None  # positions that a position sees, including itself; None: all before it
+    alibi_slopes: tuple[float, ...] | None = None  # per head: its scores fall by this per position of distance (arXiv:2108.12409)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Architecture(Sizes):
-    """What the trainer needs to know of a decoder."""
+    """Everything that the trainer needs to know about a decoder."""
 
     model_type: str
     layers: tuple[Attention, ...]
@@ -47,14 +47,14 @@ class Architecture(Sizes):
     ffn_size: int
     max_length: int  # positions that the model was made for
     norm: Norm
-    activation: str  # as transformers names it
-    gated: bool  # the activation of one half of fc1's output scales the other half
+    activation: str  # transformers' name
+    gated: bool  # the activation of one half of fc1's output multiplies the other half
     attention_scale: float
     tied_embeddings: bool  # the output layer is the embeddings
-    rules: Mapping[str, Rule]  # by the Megatron-core module
+    rules: Mapping[str, Rule]  # by Megatron-core module
     biases: Biases = Biases()
     qk_norm: bool = False
-    post_norms: bool = False  # attention and MLP are normalised once more before they are added
+    post_norms: bool = False  # the outputs of attention and MLP are also normalised before they are added
     parallel_residual: bool = False  # attention and MLP read the same hidden states
     embedding_scale: float | None = None
 
@@ -64,7 +64,7 @@ class Architecture(Sizes):
         return len(self.layers)
 
     def rule_of(self, name: str) -> tuple[Layout, list[str]]:
-        """Layout of a Megatron-core parameter and the Hugging Face tensors it is made of."""
+        """Layout of a Megatron-core parameter, and its Hugging Face tensors."""
         module, kind = name.rsplit(".", 1)
         layers = re.findall(r"(?<=\.layers\.)\d+", module)
         rule = self.rules[re.sub(r"(?<=\.layers\.)\d+", "{}", module)]
@@ -72,7 +72,7 @@ class Architecture(Sizes):
 
     @property
     def tensor_names(self) -> set[str]:
-        """The Hugging Face tensors of all parameters, and of an output layer that may be a copy of the embeddings."""
+        """The Hugging Face tensors of all parameters, including an output layer that may be a copy of the embeddings."""
         biased = {
             "linear_qkv": self.biases.qkv,
             "linear_proj": self.biases.attention_output,
@@ -96,5 +96,5 @@ class Architecture(Sizes):
 
     @property
     def head(self) -> str:
-        """The Hugging Face tensor of the output layer; where it is the embeddings, a copy of them that some folders hold."""
+        """The Hugging Face tensor of the output layer; if it is tied to the embeddings, the copy that some folders hold."""
         return self.rule_of("output_layer.weight")[1][0]

@@ -1,4 +1,4 @@
-"""Attention within packed segments: causal, over all of a segment, within a window, or with ALiBi.
+"""Causal attention within packed segments: over the whole segment, within a window, or with ALiBi.
 
 Axes: T tokens of a micro-batch, H query heads on this rank, G key/value heads on this rank, D channels of a head, L tokens of a segment.
 """
@@ -20,15 +20,15 @@ from .runtime import Runtime
 
 @dataclass
 class Segments(PackedSeqParams):
-    """Segments that lie end to end, as every layer needs to know them; made once per micro-batch, so that no layer waits for the device."""
+    """Segments laid end to end, prepared for all layers; made once per micro-batch, so that no layer waits for the device."""
 
     lengths: Sequence[int] = ()
     rotations: Mapping[Rope, Rotation] = field(default_factory=dict)
-    masks: dict[tuple[int, Attention], Tensor] = field(default_factory=dict)  # by length, shared by the layers with the same attention
+    masks: dict[tuple[int, Attention], Tensor] = field(default_factory=dict)  # by length, shared by layers with the same attention
 
     @classmethod
     def of(cls, lengths: Sequence[int], *, inverse_frequencies: Mapping[Rope, Tensor], runtime: Runtime) -> "Segments":
-        """Offsets and angles on the device; positions start at 0 in each segment. Nothing here waits for the device either."""
+        """Offsets and angles on the device; positions start at 0 in each segment. Does not wait for the device."""
         offsets = runtime.moved(torch.tensor([0, *lengths]).cumsum(0, dtype=torch.int32))
         n_tokens = sum(lengths)
         starts_T = offsets[:-1].repeat_interleave(offsets.diff(), output_size=n_tokens)
@@ -40,7 +40,7 @@ class Segments(PackedSeqParams):
 
 
 class SegmentAttention(MegatronModule):
-    """The core of a layer's attention: Megatron-core hands it queries, keys and values without positions."""
+    """The core of a layer's attention: Megatron-core passes it queries, keys and values without positions."""
 
     def __init__(
         self,
@@ -82,14 +82,14 @@ class SegmentAttention(MegatronModule):
             longest,
             longest,
             scale=self.scale,
-            window_size=(-1 if window is None else window - 1, 0),  # tokens to the left and to the right, besides the token itself
+            window_size=(-1 if window is None else window - 1, 0),  # tokens to the left and to the right, excluding the token itself
             enable_gqa=query_THD.shape[1] != key_TGD.shape[1],
         )
-        assert isinstance(output_THD, Tensor)  # and no auxiliary outputs, which were not asked for
+        assert isinstance(output_THD, Tensor)  # not a tuple with auxiliary outputs
         return output_THD
 
     def _one_by_one(self, query_THD: Tensor, key_TGD: Tensor, value_TGD: Tensor, segments: Segments) -> Tensor:
-        """A call per segment, so that the cost is the sum of the squared lengths."""
+        """One call per segment, so that the cost is the sum of the squared lengths."""
         parts = zip(*(x.transpose(0, 1).split(segments.lengths, dim=1) for x in (query_THD, key_TGD, value_TGD)), strict=True)
         grouped = query_THD.shape[1] != key_TGD.shape[1]
         outputs = []
@@ -102,7 +102,7 @@ class SegmentAttention(MegatronModule):
         return torch.cat(outputs)
 
     def _mask(self, query_HLD: Tensor, *, masks: dict[tuple[int, Attention], Tensor]) -> Tensor | None:
-        """What is added to the scores, or which are kept; None where plain causal attention is the same."""
+        """The mask: values added to the scores, or which scores are kept; None if plain causal attention is the same."""
         length = query_HLD.shape[1]
         window = length if self.attention.window is None else self.attention.window
         if self.slopes_H is None and length <= window:
@@ -122,5 +122,5 @@ class SegmentAttention(MegatronModule):
         return bias_HLL.masked_fill(~seen_LL, -torch.inf).to(query_HLD.dtype)
 
     def sharded_state_dict(self, *_: Any, **__: Any) -> dict[str, Any]:
-        """Nothing: attention has no weights."""
+        """Empty: attention has no weights."""
         return {}

@@ -1,4 +1,4 @@
-"""The unit that goes through the model at once. Axes: T tokens, N = T positions, K stored entries of a distribution."""
+"""A micro-batch, the input of one forward pass. Axes: T tokens, N = T positions, K stored entries of a distribution."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -17,21 +17,21 @@ class MicroBatch:
     """Packed sequences of one forward pass, laid end to end as one row of T tokens."""
 
     token_ids_T: Tensor  # int64
-    lengths: Sequence[int]  # runs of tokens that attend to each other, in order; positions restart at each
+    lengths: Sequence[int]  # runs of tokens that attend to each other, in order; positions restart in each
     labels_T: Tensor  # int64 next token, or IGNORED
     soft: SoftTargets | None
     weights_T: Tensor | None = None  # float32 weight of each position in the losses; None: all 1
 
     def to(self, device: torch.device) -> "MicroBatch":
-        """The same batch on a device. From pinned memory the copies do not wait, and run in order with what the device does next."""
+        """The same batch on a device. From pinned memory the copies do not wait, and run in order with the device's next work."""
         return self._each(lambda tensor: tensor.to(device, non_blocking=True), lengths=self.lengths)
 
     def pinned(self) -> "MicroBatch":
-        """The same batch in memory that a GPU can copy from by itself."""
+        """The same batch in pinned memory, from which a GPU can copy directly."""
         return self._each(lambda tensor: tensor.pin_memory(), lengths=self.lengths)
 
     def split(self, n_lengths: Sequence[int]) -> "list[MicroBatch]":
-        """Batches of the next so many `lengths` each, which share this one's memory."""
+        """Split into batches with the next `n` of `lengths` each, which share this batch's memory."""
         ends = list(accumulate(n_lengths))
         found, start = [], 0
         for first, stop in zip([0, *ends], ends, strict=False):
@@ -42,7 +42,7 @@ class MicroBatch:
         return found
 
     def padded(self, multiple: int) -> "MicroBatch":
-        """The same batch with one more segment, of tokens that teach nothing, where T is not a multiple."""
+        """The same batch, padded to a multiple of T with one more segment of tokens without labels."""
         n = -len(self.token_ids_T) % multiple
         if not n:
             return self

@@ -19,10 +19,10 @@ Arrays = Mapping[str, NDArray[Any]]
 
 
 class Blocks:
-    """The arrays of the blocks used last, decoded.
+    """The decoded arrays of the most recently used blocks.
 
-    At most BUFFER_BLOCKS are held, about 2M rows however large the parts are: 92 MB for ten entries with ids of two bytes and float16. One
-    thread reads.
+    At most BUFFER_BLOCKS are cached, about 2M rows for parts of any size: 92 MB for ten entries with ids of two bytes and float16. Only one
+    thread may read.
     """
 
     def __init__(self, dataset: Dataset, *, index: SegmentIndex, names: tuple[str, ...]) -> None:
@@ -30,15 +30,15 @@ class Blocks:
         self._arrays: OrderedDict[int, Arrays] = OrderedDict()
 
     def gather(self, packs: Packs) -> tuple[dict[str, NDArray[Any]], NDArray[np.int64]]:
-        """The rows of packs' pieces, end to end, of each array; and of each piece the token that follows it in its block.
+        """For each array the rows of packs' pieces, end to end; and for each piece the token after it in its block.
 
-        The following token is the segment's next where a piece does not end its segment, else anything.
+        That token is the segment's next token if the piece does not end its segment, else undefined.
         """
         start_P = np.cumsum(packs.length_P) - packs.length_P
         following_P = np.empty(len(start_P), np.int64)
         gathered: dict[str, NDArray[Any]] = {}
         blocks, first_P = np.unique(packs.block_P, return_index=True)
-        for block in blocks[np.argsort(first_P)].tolist():  # packs of one buffer lie together, and so do its blocks in the cache
+        for block in blocks[np.argsort(first_P)].tolist():  # the packs of one buffer are together, so its blocks stay in the cache
             pieces = np.flatnonzero(packs.block_P == block)
             begin, length, to = packs.start_P[pieces], packs.length_P[pieces], start_P[pieces]
             arrays = self._read(block)
@@ -64,7 +64,7 @@ class Blocks:
 
 
 def _bits(rows: NDArray[Any]) -> NDArray[Any]:
-    """The same memory as unsigned integers: numba knows no float16, and is compiled once for each size."""
+    """The same memory as unsigned integers: numba has no float16, and one compiled version per size is enough."""
     return rows.view(f"u{rows.itemsize}").reshape(len(rows), -1)
 
 

@@ -1,9 +1,9 @@
 """Checkpoints of a run: weights and optimizer state by Megatron-core's `dist_checkpointing`, the step, and the number format of the
 arithmetic.
 
-The order of the data and the learning rate are functions of the step, so it is all the rest of the state. Shards are stored by their place
-in the whole model, so another number of tensor- or data-parallel ranks can load them. A checkpoint is written to a temporary folder,
-fsynced and renamed: one that is visible is complete.
+The order of the data and the learning rate are functions of the step, so no other state is needed. Shards are stored by their position in
+the whole model, so a different number of tensor- or data-parallel ranks can load them. A checkpoint is written to a temporary folder,
+fsynced and renamed, so every visible checkpoint is complete.
 """
 
 import queue
@@ -29,7 +29,7 @@ from .megatron import (
 from .optimizer import load_state
 from .runtime import Runtime
 
-_VERSION = 3  # of what a checkpoint holds, and of the order of the data that goes with it
+_VERSION = 3  # of the contents of a checkpoint, and of the order of the data
 
 
 class Checkpoints:
@@ -56,13 +56,13 @@ class Checkpoints:
         folder = checkpoint_folder(self.run_folder, step=step)
         if folder.is_dir():
             return
-        temporary = folder.with_name(durable.TEMPORARY + folder.name)  # the same name on every rank
+        temporary = folder.with_name(durable.TEMPORARY + folder.name)  # all ranks use the same name
         if self._runtime.leads:
             temporary.mkdir(parents=True)
         dist.barrier()
         state = self._sharded_state(loading=False) | {"identity": dict(self._identity), "step": step, "version": _VERSION}
         dist_checkpointing.save(state, str(temporary), _InThisProcess("torch_dist", 1))
-        if self._runtime.leads:  # not in the state: it is needed before the model is built that takes the state
+        if self._runtime.leads:  # not in the state: it is needed before the model is built
             records.write_machine(temporary, dtype=self._dtype, arithmetic=self._runtime.arithmetic)
         dist.barrier()
         seal_checkpoint(temporary, share=self._runtime.rank, shares=dist.get_world_size())
@@ -75,14 +75,14 @@ class Checkpoints:
         dist.barrier()
 
     def _point_at(self, folder: Path) -> None:
-        """Let `latest` beside the checkpoints be a link to one of them; it is never absent in between."""
+        """Replace the link `latest` beside the checkpoints atomically."""
         durable.publish_link(folder.with_name(records.LATEST), to=folder.name)
 
     def resume(self) -> int:
-        """Load the newest checkpoint, sweep up what a crash left, and return its step; 0 if there is none. Every rank must call it.
+        """Load the newest checkpoint, remove files left by a crash, and return its step; 0 if there is none. Every rank must call it.
 
         Raises:
-            FingerprintMismatch: the checkpoint is of a training with other settings or data.
+            FingerprintMismatch: the checkpoint belongs to a training with different settings or data.
             DamagedPart: it cannot be read.
         """
         if self._runtime.leads:
@@ -94,7 +94,7 @@ class Checkpoints:
             return 0
         folder = checkpoint_folder(self.run_folder, step=step)
         if self._runtime.leads:
-            self._point_at(folder)  # a later one may have been removed by hand
+            self._point_at(folder)  # a newer one may have been removed by hand
         try:
             _require_undamaged(folder, full=False)  # before any of its files is opened
             stored = dist_checkpointing.load_common_state_dict(str(folder))
@@ -104,19 +104,19 @@ class Checkpoints:
             state = dist_checkpointing.load(self._sharded_state(loading=True), str(folder))
         except FingerprintMismatch:
             raise
-        except (Exception, CheckpointException) as error:  # what is no checkpoint fails anywhere
-            remedy = "Remove it to go on from the one before."
+        except (Exception, CheckpointException) as error:  # an invalid checkpoint can raise any exception
+            remedy = "Remove it to continue from the previous one."
             raise DamagedPart(f"The checkpoint {folder} cannot be read ({_reason(error)}). {remedy}") from error
         self._model.module.load_state_dict(state["model"])
         load_state(self._optimizer, state=state["optimizer"], step=step)
         return step
 
     def _sharded_state(self, *, loading: bool) -> dict[str, Any]:
-        # Without the group Megatron-core warns at every parameter and looks it up itself.
+        # Without the group, Megatron-core warns for every parameter and looks it up itself.
         metadata = {
             "dp_cp_group": self._runtime.data_group,
             "distrib_optim_sharding_type": "fully_reshardable",
-            # The first data-parallel rank alone collects the state to write it, in the machine's memory. To read it, each takes all.
+            # To write, only the first data-parallel rank collects the state, in the machine's memory. To read, each rank takes all of it.
             "distrib_optim_fully_reshardable_mem_efficient": True,
         }
         model = self._model.module.sharded_state_dict(metadata=metadata)
@@ -131,7 +131,7 @@ def _require_undamaged(folder: Path, **how: Any) -> None:
 
 
 def _reason(error: BaseException) -> str:
-    """The first line of what an error says; of several ranks' errors, of one of them."""
+    """The first line of an error's text; if several ranks failed, of one of them."""
     if isinstance(error, CheckpointException) and error.failures:
         error = next(iter(error.failures.values()))[0]
     return (str(error).splitlines() or [type(error).__name__])[0]
@@ -140,21 +140,21 @@ def _reason(error: BaseException) -> str:
 def _require_version(version: int, *, folder: Path) -> None:
     if version != _VERSION:
         raise FingerprintMismatch(
-            f"The checkpoint {folder} is of version {version}, and this fuseline goes on from version {_VERSION}: it has another order "
-            f"of the data, or other contents. Remove {folder.parents[1]} to start the training over."
+            f"The checkpoint {folder} has version {version}, but this fuseline needs version {_VERSION}, because the order of the data or "
+            f"the contents differ. Remove {folder.parents[1]} to restart the training."
         )
 
 
 class _InThisProcess(TorchDistSaveShardedStrategy):
-    """Writes a rank's shards in the rank itself.
+    """Writes a rank's shards in the rank's own process.
 
-    Megatron-core writes them in a forked child and collects the results through a third process. A SIGKILL would orphan that one,
-    and a fork is unsafe beside the thread that reads data.
+    Megatron-core writes them in a forked child and collects the results through a third process. After a SIGKILL that process would
+    remain, and a fork is unsafe while another thread reads data.
     """
 
     def __init__(self, backend: str, version: int) -> None:
         super().__init__(backend, version, thread_count=1)
-        filesystem_async._results_queue = queue.Queue()  # in place of the third process
+        filesystem_async._results_queue = queue.Queue()  # instead of the third process
 
     def _get_save_and_finalize_callbacks(self, writer: Any, save_state_dict_ret: Any) -> Any:
         request = super()._get_save_and_finalize_callbacks(writer, save_state_dict_ret)

@@ -1,4 +1,4 @@
-"""What a training run is asked to do. Light: imports neither torch nor Megatron-core, so the command line can read it at once."""
+"""The settings of a training run. Imports neither torch nor Megatron-core, so the command line loads fast."""
 
 import json
 from pathlib import Path
@@ -11,7 +11,7 @@ from ..store.errors import DataError
 
 DEFAULT_EPOCHS = 1
 
-# These change how fast a run goes or how often it saves, never what it computes: a run may be resumed with others.
+# These change the speed of a run or how often it saves, never its result: a run may be resumed with different values.
 _NOT_IDENTITY = {
     "micro_batch_size",
     "tensor_parallel",
@@ -24,9 +24,9 @@ _NOT_IDENTITY = {
     "recompute",
     "sequence_parallel",
 }
-# Keys that came later. They are in the identity only where they do not have their default, so that runs from before keep theirs.
+# Later keys. They are in the identity only if they differ from their default, so that earlier runs keep their identity.
 _LATER = {"clm_weight_end", "fusion_loss", "temperature", "domain_weights", "packing"}
-_OF_TARGETS = {"tail", "fusion_loss", "temperature"}  # what the fused targets are turned into: of no matter where they weigh nothing
+_OF_TARGETS = {"tail", "fusion_loss", "temperature"}  # how the fused targets are used: ignored if their weight is 0
 
 Count = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
@@ -37,7 +37,7 @@ Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 class TrainingConfig(BaseModel):
     """How the target model is trained on fused targets.
 
-    Defaults are FuseLLM's (arXiv:2401.10491, section 4.1), but for `clm_weight` and `tail`, which were measured (`benchmarks/README.md`).
+    Defaults are FuseLLM's (arXiv:2401.10491, section 4.1), except `clm_weight` and `tail`, which were measured (`benchmarks/README.md`).
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
@@ -45,28 +45,28 @@ class TrainingConfig(BaseModel):
     name: str = Field("fused", min_length=1, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="names the run and the exported model")
     clm_weight: Fraction = Field(0.1, description="λ: weight of next-token cross-entropy; 1 - λ weighs the fused targets (the papers: 0.9)")
     clm_weight_end: Fraction | None = Field(
-        None, description="λ at the last step; it changes linearly from clm_weight; none keeps it constant"
+        None, description="λ at the last step; it changes linearly from clm_weight at the first step; by default it is constant"
     )
     fusion_loss: Literal["ce", "kl"] = Field(
         "ce",
-        description="cross-entropy with the fused targets; `kl` subtracts their own entropy: 0 where they are met; same gradient",
+        description="cross-entropy with the fused targets, or minus their entropy (0 if they are matched); both have the same gradient",
     )
     temperature: Positive = Field(
         1.0, description="divides the logits of model and targets in the fusion loss, which is multiplied by its square; needs renormalise"
     )
     domain_weights: dict[str, Positive] = Field(
-        {}, description="weight of the documents of some domains in both losses, as `[training.domain_weights]`; 1 for the others"
+        {}, description="weight of the documents of some domains in both losses, as `[training.domain_weights]`; 1 for other domains"
     )
     tail: Literal["renormalise", "ghost"] = Field(
         "ghost", description="mass outside the stored top-k: scaled away, or one extra bucket against the student's own tail mass"
     )
-    epochs: Count | None = Field(None, description=f"passes over the targets; {DEFAULT_EPOCHS} unless steps is given")
+    epochs: Count | None = Field(None, description=f"passes over the targets; by default {DEFAULT_EPOCHS} unless steps is given")
     steps: Count | None = Field(None, description="optimizer steps, instead of epochs")
-    sequence_length: Annotated[int, Field(ge=2)] = Field(2048, description="tokens in a packed sequence, at most")
+    sequence_length: Annotated[int, Field(ge=2)] = Field(2048, description="most tokens of a packed sequence")
     packing: Literal["isolated", "concatenated"] = Field(
         "isolated",
-        description="`isolated`: packed segments do not see each other; `concatenated`, as published: they are laid end to end, cut, and "
-        "read as one text",
+        description="`isolated`: segments in a packed sequence do not see each other; `concatenated`, as published: segments are joined "
+        "and cut as one text",
     )
     global_batch_size: Count = Field(128, description="packed sequences in an optimizer step")
     micro_batch_size: Count = Field(1, description="packed sequences in one forward pass of a rank")
@@ -83,7 +83,7 @@ class TrainingConfig(BaseModel):
     )
     sequence_parallel: bool = Field(
         False,
-        description="the ranks that share each layer also share the tokens between its matrix products: less memory at the same speed",
+        description="the ranks of each layer also share the tokens between its matrix products: less memory at the same speed",
     )
     data_parallel: Count = Field(1, description="copies of the model that share each batch")
     dtype: Literal["float32", "bfloat16"] = Field(
@@ -91,12 +91,14 @@ class TrainingConfig(BaseModel):
     )
     seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(0, description="of the order of the data")
     checkpoint_every: Count = Field(100, description="steps from one checkpoint to the next")
-    checkpoint_minutes: Positive | None = Field(None, description="minutes from one checkpoint to the next, besides checkpoint_every")
-    keep_checkpoints: Count = Field(2, description="newest checkpoints that are kept")
-    evaluate_every: Count | None = Field(
-        None, description="steps from one evaluation on the held-out split to the next, besides the start and the end; none: no evaluation"
+    checkpoint_minutes: Positive | None = Field(
+        None, description="minutes from one checkpoint to the next, in addition to checkpoint_every"
     )
-    evaluation_tokens: Count = Field(1_000_000, description="held-out tokens that these evaluations read, at most")
+    keep_checkpoints: Count = Field(2, description="number of newest checkpoints to keep")
+    evaluate_every: Count | None = Field(
+        None, description="steps between evaluations on the held-out split, which also run at the start and the end; none: no evaluation"
+    )
+    evaluation_tokens: Count = Field(1_000_000, description="most held-out tokens of these evaluations")
     recompute: bool = Field(False, description="recompute activations in the backward pass: less memory, about a third more time")
 
     @model_validator(mode="after")
@@ -105,7 +107,7 @@ class TrainingConfig(BaseModel):
             raise ValueError(f"epochs ({self.epochs}) and steps ({self.steps}) must not both be given: remove one of them")
         if self.temperature != 1 and self.tail == "ghost":
             raise ValueError(
-                f"temperature ({self.temperature}) must be 1 where tail is 'ghost', because the entries in the tail are not known: "
+                f"temperature ({self.temperature}) must be 1 if tail is 'ghost', because the entries in the tail are not known: "
                 "set tail = 'renormalise'"
             )
         share = self.micro_batch_size * self.data_parallel
@@ -116,19 +118,19 @@ class TrainingConfig(BaseModel):
             )
         if self.sequence_parallel and self.tensor_parallel == 1:
             raise ValueError(
-                f"sequence_parallel ({self.sequence_parallel}) must be False where tensor_parallel ({self.tensor_parallel}) is 1: "
-                "there are no ranks to share the tokens with"
+                f"sequence_parallel ({self.sequence_parallel}) must be False if tensor_parallel ({self.tensor_parallel}) is 1, "
+                "because there are no ranks to share the tokens with"
             )
         return self
 
     @property
     def world_size(self) -> int:
-        """Ranks of the run."""
+        """Number of ranks."""
         return self.tensor_parallel * self.data_parallel
 
     @property
     def uses_targets(self) -> bool:
-        """Whether the fused targets weigh anything; if not they are not even read."""
+        """Whether the fused targets have any weight; if not, they are not read."""
         return self.clm_weight < 1 or (self.clm_weight_end is not None and self.clm_weight_end < 1)
 
     @property
@@ -140,7 +142,7 @@ class TrainingConfig(BaseModel):
 
 
 class HeldOut(BaseModel):
-    """Text that a training is evaluated on: the parts of a dataset of the target's evaluations."""
+    """The evaluation text of a training: parts of a dataset of the target's evaluations."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
@@ -149,31 +151,29 @@ class HeldOut(BaseModel):
 
 
 class TrainJob(BaseModel):
-    """Everything a rank needs to know, as `job.json` in the run folder."""
+    """Everything that a rank needs to know, stored as `job.json` in the run folder."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
     run_folder: Path = Field(description="checkpoints, metrics, logs and TensorBoard events of this run")
-    model_folder: Path = Field(description="Hugging Face folder of the model that training starts from")
+    model_folder: Path = Field(description="Hugging Face folder of the starting model")
     model_fingerprint: str = Field(description="of the starting weights")
-    targets_folder: Path = Field(description="dataset of fused targets; of a training on text alone, one that has the same tokens")
+    targets_folder: Path = Field(description="dataset of fused targets; for a training on text alone, a dataset with the same tokens")
     targets_fingerprint: str = Field(description="of that dataset")
-    tokens_fingerprint: str = Field(description="of the dataset that its token ids are from")
+    tokens_fingerprint: str = Field(description="of the dataset with its token ids")
     parts: list[int] = Field(min_length=1, description="indices of the parts to train on")
-    corpus_folder: Path | None = Field(None, description="dataset of the texts, whose plan says the documents' domains")
+    corpus_folder: Path | None = Field(None, description="dataset of the texts; its plan has the documents' domains")
     start_folder: Path | None = Field(None, description="dataset of the start's own distributions, which it must reproduce")
     held_out: HeldOut | None = Field(None, description="what to evaluate on while training")
     export_folder: Path = Field(description="where the trained model is written as a Hugging Face folder")
-    chat_template: str | None = Field(
-        None, description="Jinja program that the exported model gets, if not the one of the model it starts from"
-    )
+    chat_template: str | None = Field(None, description="chat template (Jinja) of the exported model, if not the starting model's")
     lineage: dict[str, Any] = Field(description="what the model was made from, for its card")
     config: TrainingConfig
 
     @model_validator(mode="after")
     def _complete(self) -> Self:
         if self.held_out is not None and self.corpus_folder is None:
-            raise ValueError("held_out needs corpus_folder, which says the documents' domains")
+            raise ValueError("held_out needs corpus_folder, which has the documents' domains")
         return self
 
     @classmethod
@@ -181,7 +181,7 @@ class TrainJob(BaseModel):
         """Read `<run_folder>/job.json`.
 
         Raises:
-            DataError: it is missing or not a job, or one that would write outside the workspace of this run folder.
+            DataError: it is missing or not a job, or it would write outside the workspace of this run folder.
         """
         path = run_folder / "job.json"
         try:
@@ -197,18 +197,18 @@ class TrainJob(BaseModel):
         return job
 
     def save(self) -> None:
-        """Write `job.json` into the run folder, making the folder if need be."""
+        """Write `job.json` into the run folder; create the folder if it is missing."""
         self.run_folder.mkdir(parents=True, exist_ok=True)
         durable.write_json(self.run_folder / "job.json", self.model_dump(mode="json"))
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What determines the trained weights. A checkpoint of another identity is never resumed."""
+        """What determines the trained weights. A checkpoint with a different identity is never resumed."""
         return json.loads(
             json.dumps(
                 {
                     "model": self.model_fingerprint,
-                    # Without fusion the tokens matter, and not what is fused for them.
+                    # Without fusion only the tokens matter, not the fused targets.
                     "targets": self.targets_fingerprint if self.config.uses_targets else self.tokens_fingerprint,
                     "parts": self.parts,
                     "config": self.config.determines,

@@ -1,6 +1,6 @@
-"""Weights between a Hugging Face folder and a rank's shard of the Megatron-core model, one tensor at a time.
+"""Converts weights between a Hugging Face folder and a rank's shard of the Megatron-core model, one tensor at a time.
 
-A rank reads only its own rows or columns of each tensor. In the other direction shards meet on the CPU of the group's first rank.
+A rank reads only its own rows or columns of each tensor. In the other direction, shards are gathered on the CPU of the group's first rank.
 """
 
 from collections.abc import Iterator
@@ -19,10 +19,10 @@ from .weight_files import WeightFiles, stored_as
 
 
 def load_weights(model: nn.Module, *, model_folder: Path, architecture: Architecture, ranks: int, rank: int) -> None:
-    """Fill a rank's shard of the model from a Hugging Face folder; values are converted to the parameters' dtype.
+    """Load a rank's shard of the model from a Hugging Face folder; values are converted to the parameters' dtype.
 
     Raises:
-        DataError: a tensor is missing or of another shape than config.json describes; the text names the tensor and both sizes.
+        DataError: a tensor is missing or does not have the shape in config.json; the text names the tensor and both sizes.
     """
     with ExitStack() as stack, torch.no_grad():
         files = WeightFiles(model_folder, stack=stack)
@@ -38,12 +38,14 @@ def load_weights(model: nn.Module, *, model_folder: Path, architecture: Architec
                 )
             shard = layout.split(sources, architecture, ranks, rank)
             if shard.shape != parameter.shape:
-                raise DataError(f"{model_folder}: {' + '.join(hf_names)} gives {tuple(shard.shape)}, config.json {tuple(parameter.shape)}.")
+                raise DataError(
+                    f"{model_folder}: {' + '.join(hf_names)} has the shape {tuple(shard.shape)}, config.json {tuple(parameter.shape)}."
+                )
             parameter.copy_(shard)
 
 
 def _stored_embeddings(files: WeightFiles, *, architecture: Architecture) -> str:
-    """The tensor that holds embeddings which are the output layer too: a folder may store either."""
+    """The tensor with tied embeddings: a folder may store the embeddings or the output layer."""
     stored = [name for name in (architecture.embeddings, architecture.head) if stored_as(name, names=files.names) is not None]
     return stored[0] if stored else architecture.embeddings
 
@@ -61,7 +63,7 @@ def full_shapes(model: nn.Module, *, architecture: Architecture, ranks: int) -> 
 def gathered(model: nn.Module, *, architecture: Architecture, runtime: Runtime) -> Iterator[tuple[str, Tensor]]:
     """Whole tensors under their Hugging Face names, on the CPU of the tensor-parallel group's first rank.
 
-    The other ranks get nothing but must iterate. A tensor may share the parameter's memory.
+    The other ranks get nothing, but must iterate too. A tensor may share the parameter's memory.
     """
     for name, parameter in model.named_parameters():
         layout, hf_names = architecture.rule_of(name)
@@ -71,7 +73,7 @@ def gathered(model: nn.Module, *, architecture: Architecture, runtime: Runtime) 
 
 
 def _gathered_shards(shard: Tensor, *, runtime: Runtime) -> list[Tensor]:
-    """A parameter's shards in rank order on the first rank, nothing on the others; one at a time is on the device."""
+    """A parameter's shards in rank order on the first rank, nothing on the others; only one is on the device at a time."""
     if runtime.tensor_rank:
         dist.send(shard.contiguous(), group=runtime.tensor_group, group_dst=0)
         return []

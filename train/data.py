@@ -1,12 +1,12 @@
-"""Reads fused targets as micro-batches. What a step trains on is a function of its number, the seed, the targets and the config.
+"""Reads fused targets as micro-batches. The batch of a step is a function of its number, the seed, the targets and the config.
 
 Axes: T tokens of a step or a micro-batch, K stored entries of a distribution, S segments, P pieces.
 
-Position j of a segment predicts token j + 1 of the same segment, and the distribution stored at j is about that token. After the last
-position of a segment nothing is known to follow: it has no target, and no label either, but for one case: in `concatenated` packs its label
-is the first token of the segment that was laid after it, as in any training that joins texts and cuts them, the published one too. The
-last position of a pack keeps label and target if its segment goes on. Where the targets have an array `label_mask_T`, a position where it
-is 0 has neither, and what has no label at all is left out (`packing`): every pack, and so every step, has one.
+Position j of a segment predicts token j + 1 of the same segment, and the distribution stored at j is for that token. The last position of
+a segment has no next token, so it has no target and no label. One exception: in `concatenated` packs its label is the first token of the
+next segment, as in every training that joins and cuts texts, including the published one. The last position of a pack keeps label and
+target if its segment continues. If the targets have an array `label_mask_T`, positions where it is 0 have neither, and pieces without any
+label are left out (`packing`): every pack, and so every step, has a label.
 """
 
 from collections import deque
@@ -32,14 +32,14 @@ from .order import PackOrder, SegmentIndex
 from .packing import Packs
 from .reading import Reading
 
-PREFETCHED_STEPS = 3  # batches that are ready or being read while one is trained on: 148 bytes a token each, with ten entries
+PREFETCHED_STEPS = 3  # batches that are ready or being read during a step: 148 bytes per token each, with ten entries
 _MASK = "label_mask_T"
 _TARGET_ARRAYS = ("topk_ids_TK", "topk_logprobs_TK", "tail_logprob_T")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Piece:
-    """What of a segment is in a pack."""
+    """The part of a segment that is in a pack."""
 
     part: int
     segment: int  # number in its part
@@ -49,9 +49,9 @@ class Piece:
 class TargetsData:
     """The batches of a run.
 
-    The packs of all epochs follow each other; batch t is packs t·G … (t + 1)·G - 1. Where the last epoch ends within a batch, the batch is
-    completed from the beginning of one more epoch, so every batch is full. Any batch is found without those before it. A data-parallel rank
-    decodes the blocks that its share of the packs is in; with shares of a few packs a step these are all blocks.
+    The packs of all epochs follow each other; batch t is packs t·G … (t + 1)·G - 1. If the last epoch ends inside a batch, the batch is
+    filled from the beginning of one more epoch, so every batch is full. Any batch can be found without the previous ones. A data-parallel
+    rank decodes the blocks of its share of the packs; if its share is only a few packs per step, these are all blocks.
     """
 
     def __init__(
@@ -64,19 +64,19 @@ class TargetsData:
         domains: Domains | None = None,
         pin_memory: bool = False,
     ) -> None:
-        """Index the segments: reads only the segment offsets of each part, and label masks, and for weights by domain documents' ids.
+        """Index the segments. Reads only the segment offsets and label masks of each part, and for weights by domain the documents' ids.
 
         Args:
-            dataset: fused targets; of a training on text alone, anything that has the tokens.
-            parts: those to train on.
-            vocab_size: of the model; ids must be below.
+            dataset: fused targets; for a training on text alone, any dataset with the tokens.
+            parts: the parts to train on.
+            vocab_size: of the model; ids must be below it.
             config: how to train.
-            domains: of the corpus's documents; needed with `domain_weights`.
-            pin_memory: put batches where a GPU can copy them from while it computes.
+            domains: of the corpus's documents; required with `domain_weights`.
+            pin_memory: put batches into pinned memory, from which a GPU can copy while it computes.
 
         Raises:
-            DataError: parts are missing, or they hold no segment of two tokens or more, or none with a label.
-            UsageError: a weight is for a domain that the corpus has not.
+            DataError: parts are missing, or they hold no segment of two tokens or more, or no segment with a label.
+            UsageError: a weight is for a domain that the corpus does not have.
         """
         missing = dataset.missing(parts)
         if missing:
@@ -99,23 +99,23 @@ class TargetsData:
 
     @classmethod
     def of(cls, job: TrainJob, *, vocab_size: int, pin_memory: bool = False) -> "TargetsData":
-        """The batches of a job, whose targets must still be those it was made for."""
+        """The batches of a job. Its targets must not have changed."""
         dataset = Dataset.open(job.targets_folder)
         if dataset.fingerprint != job.targets_fingerprint:
             raise FingerprintMismatch(
                 f"{job.targets_folder}: the fingerprint of the targets ({dataset.fingerprint[:12]}…) must equal the job's "
-                f"({job.targets_fingerprint[:12]}…). Start the training again from the recipe."
+                f"({job.targets_fingerprint[:12]}…). Start the training from the recipe again."
             )
         domains = Domains.of(job.corpus_folder) if job.config.domain_weights and job.corpus_folder else None
         return cls(dataset, parts=job.parts, vocab_size=vocab_size, config=job.config, domains=domains, pin_memory=pin_memory)
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What determines the batches besides the job: that what has no label is left out, where there is some."""
+        """What determines the batches besides the job: whether tokens without labels are left out."""
         return {"segments_without_labels": self.reading.without_labels} if self.reading.tokens_left_out else {}
 
     def packs(self, step: int) -> list[list[Piece]]:
-        """What the packs of a global batch are made of; steps count from 0."""
+        """The packs of a global batch; steps count from 0."""
         packs = self._packs(step)
         block_P = packs.block_P
         number_P = self.index.number_B[block_P] + packs.segment_P - self.index.first_B1[block_P]
@@ -124,7 +124,7 @@ class TargetsData:
         return [pieces[first:stop] for first, stop in zip(packs.offsets_N1, packs.offsets_N1[1:], strict=False)]
 
     def named(self, packs: list[list[Piece]]) -> str:
-        """The documents in some packs, and where they are, for messages."""
+        """The documents in some packs and their places, for messages."""
         segments: dict[int, set[int]] = {}
         for piece in (piece for pack in packs for piece in pack):
             segments.setdefault(piece.part, set()).add(piece.segment)
@@ -168,7 +168,7 @@ class TargetsData:
         return self._order.packs(step * size, (step + 1) * size)
 
     def _lengths(self, packs: Packs) -> list[int]:
-        """Runs of tokens that see each other."""
+        """Lengths of the runs of tokens that see each other."""
         if self.config.packing == "isolated":
             return packs.length_P.tolist()
         return np.add.reduceat(packs.length_P, packs.offsets_N1[:-1]).tolist()
@@ -207,7 +207,7 @@ class TargetsData:
     def _weights(self, dataset: Dataset, *, parts: list[int], domains: Domains | None) -> NDArray[np.float32]:
         """The weight of each segment, by its document's domain."""
         if domains is None:
-            raise UsageError("training.domain_weights must be empty (there is no corpus to say the documents' domains).")
+            raise UsageError("training.domain_weights must be empty, because there is no corpus with the documents' domains.")
         require_domains(self.config.domain_weights, field="training.domain_weights", known=domains.names)
         weights = np.array([self.config.domain_weights.get(name, 1.0) for name in domains.names], np.float32)
         return np.concatenate([weights[domains.codes(dataset.read(part, "doc_id_S")[0])] for part in sorted(parts)])
@@ -218,14 +218,14 @@ class TargetsData:
         labels = LabelRuns.joined(found)
         if not labels.has_some_S.any():
             raise DataError(
-                f"{dataset.folder}: none of its {len(labels.has_some_S)} segments has a token to learn, so there is nothing to train on. "
-                "In conversations, tokens of the assistant are learned: is corpus.context_length too short for the messages before them?"
+                f"{dataset.folder}: its {len(labels.has_some_S)} segments have no token to learn, so there is nothing to train on. "
+                "In conversations, only the assistant's tokens are learned: corpus.context_length may be too short for the other messages."
             )
         return labels
 
 
 def prefetched(read: Callable[[int], Any], steps: range, *, begin: Callable[[], None] = lambda: None) -> Iterator[Any]:
-    """`read(step)` of each step in order, read up to PREFETCHED_STEPS steps ahead in a thread, which calls `begin` first."""
+    """`read(step)` for each step in order, in a thread that reads up to PREFETCHED_STEPS steps ahead and calls `begin` first."""
     ahead: deque[Future[Any]] = deque()
     to_read = iter(steps)
     executor = ThreadPoolExecutor(1, thread_name_prefix="targets", initializer=begin)

@@ -1,7 +1,7 @@
 """Writes the trained model as a Hugging Face folder that `AutoModelForCausalLM.from_pretrained` loads.
 
-The weights have the dtype of the training (`TrainingConfig.dtype`), to which its forward passes round them in whatever arithmetic: what is
-written is bit for bit what was trained.
+The weights have the dtype of the training (`TrainingConfig.dtype`), to which its forward passes round them in any arithmetic, so the
+written weights are bit for bit the trained ones.
 """
 
 from pathlib import Path
@@ -25,13 +25,15 @@ def export(model: nn.Module, *, job: TrainJob, architecture: Architecture, runti
 
     Args:
         model: this rank's shard, a FusionModel.
-        job: names the folders and the lineage.
+        job: has the folders and the lineage.
         architecture: of the model.
         runtime: the process groups.
         facts: results of the run for the model card: steps, losses.
     """
     folder = job.export_folder
-    temporary = folder.with_name(f"{durable.TEMPORARY}new-{folder.name}")  # always the same: the next export clears what a crash left
+    temporary = folder.with_name(
+        f"{durable.TEMPORARY}new-{folder.name}"
+    )  # always the same, so that the next export removes files left by a crash
     if runtime.leads:
         durable.discard(temporary)
         temporary.mkdir(parents=True)
@@ -43,7 +45,7 @@ def export(model: nn.Module, *, job: TrainJob, architecture: Architecture, runti
             write_weights(tensors, shapes=shapes, dtypes=dict.fromkeys(shapes, dtype), folder=temporary)
         else:
             for _ in tensors:
-                pass  # takes part in gathering
+                pass  # every rank must take part in gathering
     if runtime.leads:
         copy_config(job.model_folder, to=temporary, dtype=job.config.dtype, is_tied=architecture.tied_embeddings)
         copy_tokenizer(job.model_folder, to=temporary, chat_template=job.chat_template)

@@ -1,4 +1,4 @@
-"""The likelihood of held-out text under the model in training, by domain: what `fuseline eval` measures, step by step.
+"""The likelihood of held-out text under the model during training, by domain: the same measure as in `fuseline eval`.
 
 Axes: T tokens of a batch, S segments of a part, D domains.
 """
@@ -25,7 +25,7 @@ from .runtime import Runtime
 @dataclass(frozen=True, slots=True)
 class _Segment:
     token_ids_T: NDArray[np.int64]
-    is_scored_T: NDArray[np.bool_]  # whether the token after the position is
+    is_scored_T: NDArray[np.bool_]  # whether the token after the position is scored
     scored_bytes: int
     domain: int
 
@@ -33,14 +33,14 @@ class _Segment:
 class HeldOutText:
     """A data-parallel rank's share of the held-out segments.
 
-    They are the first of the split, whose documents are in random order, so a limited number of tokens is a fair sample of it.
+    They are the first segments of the split. Its documents are in random order, so a limited number of tokens is a fair sample.
     """
 
     def __init__(self, job: TrainJob, *, runtime: Runtime) -> None:
-        """Read the segments' tokens; without `job.held_out` there are none.
+        """Read the segments' tokens; there are none without `job.held_out`.
 
         Raises:
-            DataError: a part is not there.
+            DataError: a part is missing.
         """
         self._runtime = runtime
         self._batch_tokens = job.config.micro_batch_size * job.config.sequence_length
@@ -53,7 +53,7 @@ class HeldOutText:
         self._domains = domains.names
         dataset = Dataset.open(job.held_out.folder)
         segments = _segments(dataset, parts=job.held_out.parts, domains=domains, limit=job.config.evaluation_tokens)
-        # By length, so that the ranks' shares and a batch's segments are alike.
+        # By length, so that the ranks' shares, and the segments of a batch, have similar lengths.
         ordered = sorted(segments, key=lambda segment: len(segment.token_ids_T))
         self._segments = ordered[runtime.data_rank :: runtime.data_parallel]
 
@@ -62,7 +62,7 @@ class HeldOutText:
 
         Args:
             model: a FusionModel.
-            step: how far it is trained, for the records.
+            step: its training step, for the records.
 
         Returns:
             For each domain with text: step, domain, nll (nats), n_scored (tokens), scored_bytes, bpb (bits per byte).
@@ -98,7 +98,7 @@ class HeldOutText:
 
 
 def bpb(nll: float, n_bytes: float) -> float:
-    """Bits per byte of nats over bytes."""
+    """Bits per byte, from nats and bytes."""
     return nll / (math.log(2) * n_bytes)
 
 
@@ -126,7 +126,7 @@ def _segments(dataset: Dataset, *, parts: list[int], domains: Domains, limit: in
 
 
 def _last(n_scored: int, *, n: int) -> NDArray[np.bool_]:
-    """Of plain text the last tokens are scored; those before, a text's first and a bos, are not."""
+    """In plain text only the last tokens are scored, not a text's first token and its bos."""
     is_scored_T = np.zeros(n, np.bool_)
     is_scored_T[n - n_scored - 1 : n - 1] = True
     return is_scored_T

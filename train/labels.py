@@ -1,4 +1,4 @@
-"""Which positions of the segments have a label, where some have none: runs of positions with one, a few for each conversation.
+"""The positions with a label, if some have none: stored as runs of positions, a few for each conversation.
 
 Axes: S segments, T tokens of a part, R runs, P pieces.
 """
@@ -16,13 +16,13 @@ from numpy.typing import NDArray
 class LabelRuns:
     """Runs of positions that have a label, of all segments one after another."""
 
-    first_S1: NDArray[np.int64]  # first run of each segment; S + 1 of them
+    first_S1: NDArray[np.int64]  # first run of each segment; S + 1 entries
     start_R: NDArray[np.int32]  # position in its segment
-    end_R: NDArray[np.int32]  # one more than its last position
+    end_R: NDArray[np.int32]  # its last position + 1
 
     @classmethod
     def of_mask(cls, mask_T: NDArray[Any], *, segment_offsets: NDArray[np.int64]) -> Self:
-        """Of a part's `label_mask_T`. A segment's last position has no label: nothing is known to follow it."""
+        """From a part's `label_mask_T`. A segment's last position has no label, because it has no next token."""
         has_label_T = mask_T.astype(np.bool_)
         lengths_S = np.diff(segment_offsets)
         has_label_T[segment_offsets[1:][lengths_S > 0] - 1] = False
@@ -37,7 +37,7 @@ class LabelRuns:
 
     @classmethod
     def joined(cls, several: Sequence[Self]) -> Self:
-        """Of parts one after another."""
+        """Concatenate the labels of parts."""
         before = np.cumsum([0, *(len(runs.start_R) for runs in several)])
         firsts = [runs.first_S1[:-1] + n for runs, n in zip(several, before, strict=False)]
         return cls(
@@ -48,11 +48,11 @@ class LabelRuns:
 
     @property
     def has_some_S(self) -> NDArray[np.bool_]:
-        """Whether a segment has a label at all."""
+        """Whether a segment has any label."""
         return np.diff(self.first_S1) > 0
 
     def has_some(self, segment_P: NDArray[np.int64], *, start_P: NDArray[np.int64], length_P: NDArray[np.int64]) -> NDArray[np.bool_]:
-        """Whether pieces have a label; `start_P` is where they start in their segments."""
+        """Whether pieces have a label; `start_P` are their starts in their segments."""
         return _has_some(self.first_S1, self.start_R, self.end_R, segment_P, start_P, length_P)
 
 

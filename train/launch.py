@@ -1,4 +1,4 @@
-"""Starts a training job as ranks on this machine, follows its metrics, and turns a failure into one telling error."""
+"""Starts a training job as ranks on this machine, follows its metrics, and reports a failure as one error."""
 
 import contextlib
 import json
@@ -22,7 +22,7 @@ _POLL_SECONDS = 0.2
 
 
 def launch(job: TrainJob, *, on_metrics: Callable[[records.Record], None]) -> None:
-    """Train a job to its end, going on from its newest checkpoint if it has one; returns at once if it is already done.
+    """Train a job to its end, from its newest checkpoint if it has one. Returns at once if it is already finished.
 
     Args:
         job: what to train; written to `job.json` in its run folder.
@@ -30,7 +30,7 @@ def launch(job: TrainJob, *, on_metrics: Callable[[records.Record], None]) -> No
 
     Raises:
         FuselineError: the training failed or was stopped; the text says why, and where the log is.
-        FingerprintMismatch: the run folder holds a training with other settings.
+        FingerprintMismatch: the run folder holds a training with different settings.
     """
     done = records.read_done(job.run_folder)
     if done is not None:
@@ -55,29 +55,29 @@ def launch(job: TrainJob, *, on_metrics: Callable[[records.Record], None]) -> No
 
 
 def _environment(job: TrainJob) -> dict[str, str]:
-    """Of each rank. The cores are shared out, because ranks that all use every core slow each other down. Logs are UTF-8 in any locale."""
+    """The environment of each rank. The cores are divided, because ranks that share cores slow each other down. Logs are always UTF-8."""
     threads = os.environ.get("OMP_NUM_THREADS", str(max(1, usable_cores() // job.config.world_size)))
     return {"OMP_NUM_THREADS": threads, "PYTHONUNBUFFERED": "1", "PYTHONIOENCODING": "utf-8"}
 
 
 @contextlib.contextmanager
 def _stopping(ranks: Ranks, *, run_folder: Path) -> Iterator[None]:
-    """On a signal or an error, ask the ranks for a last checkpoint and wait for them; a second Ctrl-C ends them at once.
+    """On a signal or an error, ask the ranks for a last checkpoint and wait for it; a second Ctrl-C ends them at once.
 
-    The signals are Ctrl-C, SIGTERM, and SIGUSR1, by which Slurm can announce the end of a job's time.
+    The signals are Ctrl-C, SIGTERM, and SIGUSR1, with which Slurm can announce the end of a job's time.
     """
-    in_main_thread = threading.current_thread() is threading.main_thread()  # the only one that may handle signals
+    in_main_thread = threading.current_thread() is threading.main_thread()  # only the main thread may handle signals
     before = {number: signal.signal(number, _exit) for number in (signal.SIGTERM, signal.SIGUSR1)} if in_main_thread else {}
     try:
         yield
     except BaseException:
-        print("Stopping with a checkpoint after this step; Ctrl-C again stops at once.", file=sys.stderr, flush=True)
+        print("Stopping after this step with a checkpoint. Press Ctrl-C again to stop at once.", file=sys.stderr, flush=True)
         ranks.ask_to_stop()
         while ranks.are_running():
             time.sleep(_POLL_SECONDS)
         step = records.last_checkpoint(run_folder)
         if step is not None and records.read_done(run_folder) is None:
-            print(f"The checkpoint of step {step} is saved. Run the same command to go on.", file=sys.stderr, flush=True)
+            print(f"The checkpoint of step {step} is saved. Run the same command to continue.", file=sys.stderr, flush=True)
         raise
     finally:
         for number, handler in before.items():
@@ -89,16 +89,16 @@ def _exit(number: int, _: object) -> None:
 
 
 class _Follower:
-    """Reads what rank 0 appends to metrics.jsonl."""
+    """Reads the records that rank 0 appends to metrics.jsonl."""
 
     def __init__(self, run_folder: Path) -> None:
         self._path = run_folder / "metrics.jsonl"
         self._resumed_from = records.last_checkpoint(run_folder) or 0
-        self._stale = self._inode()  # the trainer replaces the file before it adds to it
+        self._stale = self._inode()  # the trainer replaces the file before it appends to it
         self._offset = 0
 
     def new_records(self) -> Iterator[records.Record]:
-        """Records of steps that were not there when the follower was made."""
+        """Records of steps since the follower was made."""
         if self._inode() in (None, self._stale):
             return
         with self._path.open("rb") as file:
@@ -129,6 +129,6 @@ def _failure(job: TrainJob, *, logs: Sequence[Path]) -> FuselineError:
 
 
 def _telling_line(path: Path) -> str | None:
-    """The last line that looks like the end of a traceback."""
+    """The last line that looks like the last line of a traceback."""
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     return next((line for line in reversed(lines) if re.match(r"(\[rank\d+\]: )?[\w.]*(Error|Exception|Interrupt|Killed)\b", line)), None)

@@ -1,4 +1,4 @@
-"""Norms and the decoder layer of all families, in place of Megatron-core's, whose norms do not take sequence parallelism without CUDA."""
+"""Norms and the decoder layer of all families. Megatron-core's norms do not support sequence parallelism without CUDA."""
 
 from typing import Any
 
@@ -22,7 +22,7 @@ class Normalisation(nn.Module):
         self.weight = nn.Parameter(torch.empty(hidden_size, dtype=config.params_dtype))
         self.bias = nn.Parameter(torch.empty(hidden_size, dtype=config.params_dtype)) if norm.bias else None
         for parameter in self.parameters():
-            # Each rank sees a share of the tokens; the mark has `finalize_model_grads` add up the gradients.
+            # Each rank sees a share of the tokens; with this mark `finalize_model_grads` sums the gradients.
             parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
     def forward(self, x: Tensor) -> Tensor:
@@ -35,7 +35,7 @@ class Normalisation(nn.Module):
 
 
 class DecoderLayer(TransformerLayer):
-    """Attention and MLP with their residuals, in the orders and with the norms that an Architecture can say."""
+    """Attention and MLP with their residuals, in the order and with the norms of the Architecture."""
 
     def __init__(
         self, config: TransformerConfig, submodules: TransformerLayerSubmodules, *, architecture: Architecture, **place: Any
@@ -48,7 +48,7 @@ class DecoderLayer(TransformerLayer):
 
         self.post_attention_layernorm = post_norm() if architecture.post_norms else nn.Identity()
         self.post_mlp_layernorm = post_norm() if architecture.post_norms else nn.Identity()
-        # Megatron-core's switch gives biases to all linear layers or to none.
+        # Megatron-core's switch adds biases to all linear layers or to none.
         for linear, wanted in (
             (self.self_attention.linear_qkv, architecture.biases.qkv),
             (self.self_attention.linear_proj, architecture.biases.attention_output),

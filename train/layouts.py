@@ -1,7 +1,7 @@
-"""How the tensors of a Hugging Face model are dealt to tensor-parallel ranks, and which Megatron-core parameters they make up.
+"""How the tensors of a Hugging Face model are divided among tensor-parallel ranks, and form Megatron-core parameters.
 
-`split` and `join` of a layout are exact inverses, so a conversion there and back is bitwise equal. `split` reads no more of a tensor than
-the rank's own rows or columns. Both sides rotate halves in rotary embedding, so no rows are permuted.
+`split` and `join` of a layout are exact inverses, so a round trip is bitwise equal. `split` reads only the rank's own rows or columns of a
+tensor. Both sides rotate halves in rotary embedding, so no rows are permuted.
 """
 
 from collections.abc import Callable, Sequence
@@ -14,11 +14,11 @@ from torch import Tensor
 
 
 class Source(Protocol):
-    """A tensor, or one in a file of which only what is asked for is read."""
+    """A tensor, or one in a file from which only the requested part is read."""
 
     @property
     def shape(self) -> Sequence[int]:
-        """Known without reading."""
+        """Available without reading."""
         ...
 
     def __getitem__(self, index: slice | tuple[slice, ...], /) -> Tensor: ...
@@ -26,7 +26,7 @@ class Source(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sizes:
-    """What a layout must know of the model."""
+    """The model's sizes that a layout needs."""
 
     n_heads: int
     n_kv_heads: int
@@ -34,13 +34,13 @@ class Sizes:
     vocab_size: int
 
     def padded_vocab_size(self, ranks: int) -> int:
-        """Rows of the embedding in training: the vocabulary, padded to a multiple of the ranks that share it."""
+        """Rows of the embedding in training: the vocabulary, padded to a multiple of its ranks."""
         return -(-self.vocab_size // ranks) * ranks
 
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """How full tensors become one rank's tensor, and the tensors of all ranks (in rank order) become the full ones again."""
+    """Converts full tensors to one rank's tensor, and the tensors of all ranks (in rank order) back to the full ones."""
 
     split: Callable[[Sequence[Source], Sizes, int, int], Tensor]  # full tensors, sizes, ranks, rank
     join: Callable[[Sequence[Tensor], Sizes], list[Tensor]]
@@ -72,7 +72,7 @@ def _join_gate_up(shards: Sequence[Tensor], _: Sizes) -> list[Tensor]:
 
 
 def _split_qkv(full: Sequence[Source], sizes: Sizes, ranks: int, rank: int) -> Tensor:
-    """Each key/value head follows the query heads that share it: `q … q k v`, head group after head group."""
+    """Each key/value head follows its query heads: `q … q k v`, head group after head group."""
     n_groups = sizes.n_kv_heads // ranks
     groups = [_split_rows([tensor], sizes, ranks, rank).unflatten(0, (n_groups, -1)) for tensor in full]
     return torch.cat(groups, dim=1).flatten(0, 1)
@@ -86,7 +86,7 @@ def _join_qkv(shards: Sequence[Tensor], sizes: Sizes) -> list[Tensor]:
 
 @dataclass(frozen=True, slots=True)
 class _Rows:
-    """Consecutive rows of a source, themselves a source."""
+    """Consecutive rows of a source, as a source."""
 
     source: Source
     first: int
@@ -113,22 +113,22 @@ ROWS = Layout(split=_split_rows, join=lambda shards, _: [torch.cat(list(shards))
 COLUMNS = Layout(split=_split_columns, join=lambda shards, _: [torch.cat(list(shards), 1)])
 # Rows, padded to the same number on each rank.
 VOCABULARY = Layout(split=_split_vocabulary, join=lambda shards, sizes: [torch.cat(list(shards))[: sizes.vocab_size]])
-# Of each of two tensors, a rank's rows; one after the other.
+# A rank's rows of each of two tensors, one after the other.
 GATE_UP = Layout(split=_split_gate_up, join=_join_gate_up)
-# Of queries, keys and values, a rank's heads; head group after head group.
+# A rank's heads of queries, keys and values, head group after head group.
 QKV = Layout(split=_split_qkv, join=_join_qkv)
-# The same of one tensor, in which all queries come first, then all keys, then all values.
+# The same from one tensor with all queries, then all keys, then all values.
 STACKED_QKV = Layout(split=_split_stacked_qkv, join=lambda shards, sizes: [torch.cat(_join_qkv(shards, sizes))])
 
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """The Hugging Face modules that a Megatron-core module is made of; `{}` is the layer's number. Weights and biases go the same way."""
+    """The Hugging Face modules of a Megatron-core module; `{}` is the layer's number. Weights and biases follow the same rule."""
 
     megatron: str
     layout: Layout
     hf: tuple[str, ...]
 
     def layout_of(self, kind: str) -> Layout:
-        """Layout of the module's `weight` or `bias`: where the weight's columns are dealt out, every rank adds the bias to the sum."""
+        """Layout of the module's `weight` or `bias`: if the weight's columns are divided, every rank adds the bias to the sum."""
         return REPLICATED if kind == "bias" and self.layout is COLUMNS else self.layout

@@ -2,9 +2,9 @@
 
 Axes: N positions, V columns of the vocabulary on this rank, K stored entries of a target distribution.
 
-The dense target (N, V) is never built: the gradient in the logits is a multiple of the student's own softmax, corrected at the K stored
-ids. Both losses together cost one MAX all-reduce of N numbers and one SUM all-reduce of at most 4 N, whatever K and V are. The fused target
-costs no pass over the logits of its own (but one in each direction with a temperature).
+The dense target (N, V) is never built: the gradient in the logits is a multiple of the student's softmax, corrected at the K stored ids.
+Both losses together need one MAX all-reduce of N numbers and one SUM all-reduce of at most 4 N, for any K and V. The fused target needs no
+additional pass over the logits (with a temperature, one in each direction).
 """
 
 from collections.abc import Callable, Iterator
@@ -16,18 +16,18 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-IGNORED = -100  # label of a position whose next token is not known
-CHUNK_ELEMENTS = 1 << 20  # logits worked on at a time on a CPU: 4 MB of float32, which its caches hold (`benchmarks/loss.py`)
+IGNORED = -100  # label of a position without a next token
+CHUNK_ELEMENTS = 1 << 20  # logits processed at a time on a CPU: 4 MB of float32, which fit its caches (`benchmarks/loss.py`)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SoftTargets:
     """Fused next-token distributions of N positions; a position without one has only zero masses."""
 
-    topk_ids_NK: Tensor  # int64 ids of the whole vocabulary; where the mass is 0, any valid id
-    topk_masses_NK: Tensor  # float32 probabilities; an id may be repeated, its masses add up
+    topk_ids_NK: Tensor  # int64 ids of the whole vocabulary; any valid id if the mass is 0
+    topk_masses_NK: Tensor  # float32 probabilities; the masses of a repeated id are summed
     tail_mass_N: Tensor | None  # float32 probability of all other ids together; None: the tail was scaled away
-    temperature: float = 1.0  # T at which the masses are, and at which the student is compared with them; 1 with a tail
+    temperature: float = 1.0  # temperature T of the masses and of the student in the comparison; 1 with a tail
 
     @classmethod
     def from_logprobs(
@@ -44,7 +44,7 @@ class SoftTargets:
         `renormalise` scales each row's masses to sum to 1, as the papers do; `ghost` keeps the tail as one more bucket. A temperature
         divides the log-probabilities before they are renormalised.
         """
-        assert temperature == 1 or tail == "renormalise", "at a temperature the mass of the tail is not known"
+        assert temperature == 1 or tail == "renormalise", "with a temperature the mass of the tail is not known"
         masses_NK = (topk_logprobs_NK.float() / temperature).exp()
         total_N = masses_NK.sum(-1)
         if tail == "renormalise":
@@ -54,7 +54,7 @@ class SoftTargets:
         return cls(topk_ids_NK=topk_ids_NK, topk_masses_NK=masses_NK, tail_mass_N=tail_mass_N)
 
     def each(self, change: Callable[[Tensor], Tensor]) -> "SoftTargets":
-        """The same targets with each tensor changed: moved, or cut."""
+        """The same targets with a function applied to each tensor, such as a move or a slice."""
         tail_mass_N = None if self.tail_mass_N is None else change(self.tail_mass_N)
         return replace(self, topk_ids_NK=change(self.topk_ids_NK), topk_masses_NK=change(self.topk_masses_NK), tail_mass_N=tail_mass_N)
 
@@ -63,7 +63,7 @@ class SoftTargets:
         return self.topk_masses_NK.sum(-1) > 0
 
     def entropy_N(self) -> Tensor:
-        """Nats of each target, its tail being one bucket: what `fusion_loss` is, but for T², where the student equals the target."""
+        """Entropy of each target in nats, with its tail as one bucket: `fusion_loss`, without T², of a student that equals the target."""
         mass_of_id_NK = torch.zeros_like(self.topk_masses_NK)
         for ids_N, masses_N in zip(self.topk_ids_NK.T, self.topk_masses_NK.T, strict=True):
             mass_of_id_NK += torch.where(self.topk_ids_NK == ids_N[:, None], masses_N[:, None], 0.0)
@@ -85,19 +85,19 @@ def fusion_loss(
     With p = softmax(z) over the whole vocabulary, p' = softmax(z / T), q the masses of the target at its ids, R its tail mass, T its
     temperature and s = 1 - Σ p[ids] the student's own tail mass::
 
-        ce   = -log p[label]                               0 where the label is IGNORED
+        ce   = -log p[label]                               0 if the label is IGNORED
         soft = -T² Σ_k q_k log p'[id_k]                    renormalise (T² as in Hinton et al., arXiv:1503.02531, section 2)
         soft = -Σ_k q_k log p[id_k] - R log s              ghost, at T = 1
 
-    The backward pass overwrites `logits_NV` with its gradient, which saves a second buffer of that size: use the logits for nothing else.
+    The backward pass overwrites `logits_NV` with its gradient, which saves a second buffer of that size. Do not use the logits afterwards.
 
     Args:
         logits_NV: this rank's columns, any float dtype; columns at or beyond `vocab_size` are padding and get no probability.
         labels_N: int64 ids of the whole vocabulary, or IGNORED.
         soft: fused targets; None computes (and costs) nothing for them.
-        group: the tensor-parallel ranks, in the order of their columns; None if there is one.
+        group: the tensor-parallel ranks, in the order of their columns; None if there is only one.
         vocab_size: ids of the vocabulary without padding.
-        chunk_elements: logits worked on at a time; twice their float32 size is the memory that the loss takes beside the logits.
+        chunk_elements: logits processed at a time; besides the logits, the loss takes twice their float32 size of memory.
 
     Returns:
         float32 losses `ce_N` and `soft_N` (None without targets), the same on every rank of the group.
@@ -130,16 +130,16 @@ class _Columns:
     valid: int
 
     def local(self, ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Columns of ids (0 where they are elsewhere), and whether they are here."""
+        """Columns of ids on this rank (0 for others), and whether they are on this rank."""
         columns = ids - self.first
         here = (columns >= 0) & (columns < self.valid)
         return torch.where(here, columns, 0), here
 
     def stored(self, ids_nk: Tensor, *, masses_nk: Tensor) -> tuple[Tensor, Tensor]:
-        """Columns of the ids with mass, and whether the row has any here, `any_n1`.
+        """Columns of the ids with mass, and whether the row has any on this rank, `any_n1`.
 
-        Entries that are padding or elsewhere repeat the row's first stored column (column 0 in a row without any), so that one value
-        per column can be written without regard to the order.
+        Entries that are padding or on another rank repeat the row's first stored column (column 0 if there is none), so that one value per
+        column can be written in any order.
         """
         columns_nk, here_nk = self.local(ids_nk)
         here_nk = here_nk & (masses_nk > 0)
@@ -156,7 +156,7 @@ class _FusionLoss(torch.autograd.Function):
                (Q + R) p_v - q_v              where v is one of the ids       ghost: -R log s = R (lse - lse_tail), and lse_tail
                (Q + R - R / s) p_v            elsewhere                       has the gradient p_v / s outside the ids, 0 at them
 
-    so all of it is `c · p` (and `c' · p'`) with one number c per position, and corrections at the label and the ids.
+    so the gradient is `c · p` (and `c' · p'`) with one number c per position, plus corrections at the label and the ids.
     """
 
     @staticmethod
@@ -202,7 +202,7 @@ class _FusionLoss(torch.autograd.Function):
         for rows in how.chunks(logits_NV):
             z_nv, ce_n = grad_NV[rows], grad_ce_N[rows]
             soft_p_nv = None if soft is None or soft_lse_N is None else soft.scaled_softmax(z_nv, rows=rows, how=how)
-            p_nv = z_nv.float().sub_(lse_N[rows, None]).exp_()  # in place where the logits are float32
+            p_nv = z_nv.float().sub_(lse_N[rows, None]).exp_()  # in place if the logits are float32
             if soft is None:
                 p_nv.mul_(ce_n[:, None])
             elif soft_p_nv is not None:
@@ -268,7 +268,7 @@ def _partial_sums(
     max_N: Tensor,
     how: _How,
 ) -> Tensor:
-    """This rank's share of the row's sums, with z relative to the row's maximum::
+    """This rank's share of each row's sums, with z relative to the row's maximum::
 
     Σ_v exp z_v    z[label]    Σ_k q_k z[id_k] / T    with a tail: Σ_{v not an id} exp z_v; at a temperature: Σ_v exp(z_v / T)
     """
@@ -291,7 +291,7 @@ def _partial_sums(
         if tail_mass_N is None:
             sums[0, rows] = exp_nv.sum(-1)
         else:
-            # The total is the tail and the ids: a sum of what is positive, where the total less the ids would cancel.
+            # The total is the tail plus the ids, a sum of positive terms; the total minus the ids would lose precision.
             columns_nk, any_n1 = columns.stored(ids_NK[rows], masses_nk=masses_NK[rows])
             at_ids_nk = torch.where(any_n1, exp_nv.gather(1, columns_nk), 0.0)
             exp_nv.scatter_(1, columns_nk, torch.where(any_n1, 0.0, exp_nv.gather(1, columns_nk)))
@@ -305,7 +305,7 @@ def _partial_sums(
 
 
 def _repeats(columns_nk: Tensor) -> Tensor:
-    """Where an entry's column stands before it in its row."""
+    """Whether an entry's column occurs earlier in its row."""
     return (columns_nk[:, :, None] == columns_nk[:, None, :]).tril_(-1).any(-1)
 
 

@@ -1,3 +1,3 @@
-"""Where ranks that `ranks.Ranks` started meet. Ranks of `torchrun` meet at its own rendezvous."""
+"""The rendezvous of ranks started by `ranks.Ranks`. Ranks of `torchrun` use its own rendezvous."""
 
-MEETING = "FUSELINE_RANKS"  # variable of the environment: the file in which the ranks meet
+MEETING = "FUSELINE_RANKS"  # environment variable: the file for the ranks' rendezvous

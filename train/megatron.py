@@ -1,6 +1,6 @@
-"""Everything of Megatron-core that the trainer uses, imported in this one place and from one exact version.
+"""Everything that the trainer uses from Megatron-core, imported only here and from one exact version.
 
-Its imports warn about optional CUDA packages that it can do without, and about its own use of `torch.jit`.
+Its imports warn about optional CUDA packages, and about its own use of `torch.jit`.
 """
 
 import contextlib
@@ -83,7 +83,7 @@ __all__ = [
 
 
 def require_version() -> None:
-    """Raise FuselineError unless the installed Megatron-core is the one whose names this package replaces and extends."""
+    """Raise FuselineError unless the installed Megatron-core has the exact version whose names this package replaces and extends."""
     installed = metadata.version("megatron-core")
     if installed != VERSION:
         raise FuselineError(f"megatron-core ({installed}) must be {VERSION}: run pip install 'megatron-core=={VERSION}'.")

@@ -1,4 +1,4 @@
-"""Writes what a run tells of itself: a record per step, the evaluations, and both again as TensorBoard events."""
+"""Writes the metrics of a run: a record per step, the evaluations, and both also as TensorBoard events."""
 
 import json
 import os
@@ -15,11 +15,11 @@ _NOT_PLOTTED = {"step", "steps", "warning"}
 
 
 class Metrics:
-    """The files of one run, on the rank that leads. They go on from `step`; what they hold of later steps is forgotten."""
+    """The files of one run, on the leading rank. They continue from `step`; records of later steps are removed."""
 
     def __init__(self, run_folder: Path, *, step: int) -> None:
         for name in records.RECORD_FILES:
-            records.cut(run_folder / name, step=step or -1)  # at the start the start is evaluated once more
+            records.cut(run_folder / name, step=step or -1)  # a run from step 0 evaluates the start again
         self._steps, self._evaluations = (_opened(run_folder / name) for name in records.RECORD_FILES)
         self._events = SummaryWriter(str(run_folder / "tensorboard"), purge_step=step + 1)
 
@@ -38,7 +38,7 @@ class Metrics:
                 self._events.add_scalar(name, value, record["step"])
 
     def add_evaluation(self, found: list[Record]) -> None:
-        """The records of an evaluation, one for each domain."""
+        """Write the records of an evaluation, one per domain."""
         for record in found:
             _append(self._evaluations, record)
             self._events.add_scalar(f"held_out_bpb/{record['domain']}", record["bpb"], record["step"])

@@ -1,4 +1,4 @@
-"""The target model on Megatron-core: a GPTModel whose loss is the fusion loss, over packed segments that do not see each other.
+"""The target model on Megatron-core: a GPTModel with the fusion loss, over packed segments that do not see each other.
 
 Axes: T tokens of a micro-batch, V columns of the vocabulary on this rank.
 """
@@ -18,10 +18,10 @@ from .runtime import Runtime
 
 
 class FusionModel(GPTModel):
-    """A GPTModel that is called with a micro-batch and gives the losses of its positions."""
+    """A GPTModel that takes a micro-batch and returns the losses of its positions."""
 
     def __init__(self, architecture: Architecture, *, runtime: Runtime, recompute: bool) -> None:
-        """Build this rank's shard, with weights that are still to be loaded."""
+        """Build this rank's shard, without loading the weights."""
         config = _transformer_config(architecture, runtime=runtime, recompute=recompute)
         layers = [layer_spec(architecture, runtime=runtime)] * architecture.n_layers
         super().__init__(
@@ -30,17 +30,17 @@ class FusionModel(GPTModel):
             vocab_size=architecture.padded_vocab_size(runtime.tensor_parallel),
             max_sequence_length=architecture.max_length,
             share_embeddings_and_output_weights=architecture.tied_embeddings,
-            position_embedding_type="none",  # attention rotates by itself
+            position_embedding_type="none",  # attention applies the rotary embedding
         )
         self.architecture, self.runtime = architecture, runtime
         ropes = {layer.rope for layer in architecture.layers if layer.rope is not None}
-        # Not buffers, which would be rounded in a bfloat16 model.
+        # Not buffers, because these would be rounded in a bfloat16 model.
         self._inverse_frequencies = {rope: rope.inverse_frequencies().to(runtime.device) for rope in ropes}
-        # As transformers does, the factor is rounded to the dtype of the weights first.
+        # As in transformers, the factor is first rounded to the dtype of the weights.
         scale = architecture.embedding_scale
         self._embedding_scale = None if scale is None else torch.tensor(scale, dtype=torch.float32).to(runtime.dtype).item()
         for name, parameter in self.named_parameters():
-            # Megatron-core marks them while it initialises them. Without the mark the gradient's norm leaves out all ranks but the first.
+            # Megatron-core sets this mark during initialisation. Without it, the gradient's norm counts only the first rank.
             parameter.tensor_model_parallel = architecture.rule_of(name)[0] is not REPLICATED
 
     def forward(self, batch: MicroBatch) -> tuple[Tensor, Tensor | None]:
@@ -89,13 +89,13 @@ def _transformer_config(architecture: Architecture, *, runtime: Runtime, recompu
         kv_channels=architecture.head_dim,
         layernorm_epsilon=architecture.norm.eps,
         gated_linear_unit=architecture.gated,
-        activation_func=ACT2FN[architecture.activation].forward,  # a function: Megatron-core would ask a module for its shards
-        add_bias_linear=biases.qkv or biases.attention_output or biases.mlp,  # then the layers drop those that are not wanted
+        activation_func=ACT2FN[architecture.activation].forward,  # a function, because Megatron-core would ask a module for its shards
+        add_bias_linear=biases.qkv or biases.attention_output or biases.mlp,  # then the layers remove unwanted ones
         qk_layernorm=architecture.qk_norm,
         hidden_dropout=0.0,
         attention_dropout=0.0,
-        perform_initialization=False,  # the weights are loaded
-        calculate_per_token_loss=True,  # gradients are summed over ranks, not averaged: the losses are divided by global counts
+        perform_initialization=False,  # the weights are loaded later
+        calculate_per_token_loss=True,  # gradients are summed over ranks, not averaged, because the losses are divided by global counts
         **recomputing,
         **runtime.model_settings,
     )

@@ -1,4 +1,4 @@
-"""What a Hugging Face folder that is written has beside the weights: config, tokenizer, model card."""
+"""Writes the files of a Hugging Face folder besides the weights: config, tokenizer, model card."""
 
 import hashlib
 import json
@@ -24,13 +24,13 @@ _TOKENIZER_FILES = (
 
 
 _SETTINGS = "tokenizer_config.json"
-_CODE = "auto_map"  # names classes of the Python files in a folder, or on the hub
+_CODE = "auto_map"  # names classes in Python files of the folder or the hub
 
 
 def copy_tokenizer(model_folder: Path, *, to: Path, chat_template: str | None = None) -> None:
-    """Copy the files of the tokenizer, without what names code (`copy_config`).
+    """Copy the files of the tokenizer, without keys that name code (`copy_config`).
 
-    `chat_template` is the one that the model was trained in, if that is not its own.
+    `chat_template` is the template of the training, if it is not the model's own.
     """
     check_model_files(model_folder)
     _copy(_TOKENIZER_FILES, model_folder, to=to)
@@ -43,7 +43,7 @@ def copy_tokenizer(model_folder: Path, *, to: Path, chat_template: str | None = 
 
 
 def tokenizer_files_digest(model_folder: Path) -> str:
-    """SHA-256 (hex) of what `copy_tokenizer` copies."""
+    """SHA-256 (hex) of the files that `copy_tokenizer` copies."""
     check_model_files(model_folder)
     digest = hashlib.sha256()
     for name in _TOKENIZER_FILES:
@@ -54,10 +54,10 @@ def tokenizer_files_digest(model_folder: Path) -> str:
 
 
 def copy_config(model_folder: Path, *, to: Path, dtype: str, is_tied: bool | None = None) -> None:
-    """Copy config.json, which then says the dtype of the weights, and what the model says of generation.
+    """Copy config.json, with the dtype of the weights, and the generation config.
 
-    Where config.json says something else than `is_tied` of the output layer, that is corrected. Code that comes with a model is not copied,
-    and what names it, there or on the hub, is left out: whoever loads the new model would run it.
+    tie_word_embeddings is corrected if it differs from `is_tied`. Code of a model is not copied, and keys that name code, in the folder or
+    on the hub, are removed, because everyone who loads the new model would run it.
     """
     check_model_files(model_folder)
     config = read_json(model_folder / "config.json")

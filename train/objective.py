@@ -1,4 +1,4 @@
-"""What a step minimises: both losses, weighted, as means over the positions of the whole global batch (METHOD: λ · CLM + (1 - λ) · fusion).
+"""The loss of a step: both losses, weighted, as means over the positions of the whole global batch (METHOD: λ · CLM + (1 - λ) · fusion).
 
 Axes: T positions of a micro-batch.
 """
@@ -12,18 +12,18 @@ from .loss import IGNORED
 
 
 class Objective:
-    """λ of each step, the weights of positions, and the sums that the means are made of.
+    """λ of each step, the weights of positions, and the sums for the means.
 
-    With w the weights, the mean of a loss l over the positions where it is known is Σ w l / Σ w. Both sums run over all micro-batches of
-    all ranks, so a mean does not depend on how the batch is dealt.
+    With weights w, the mean of a loss l over the positions where it is defined is Σ w l / Σ w. Both sums run over all micro-batches of all
+    ranks, so a mean does not depend on how the batch is divided.
     """
 
     def __init__(self, config: TrainingConfig, *, steps: int) -> None:
-        """`steps` is how many the run has."""
+        """`steps` is the number of steps of the run."""
         self._config, self._steps = config, steps
 
     def clm_weight(self, step: int) -> float:
-        """λ of a step, which counts from 0: constant, or linear from the first step to the last."""
+        """λ of a step, counted from 0: constant, or linear from the first step to the last."""
         start, end = self._config.clm_weight, self._config.clm_weight_end
         if end is None or self._steps == 1:
             return start
@@ -40,14 +40,14 @@ class Objective:
         """A micro-batch's share of the loss, and of the two means.
 
         Args:
-            ce_T: cross-entropy with the label at each position, 0 where there is none (nats).
+            ce_T: cross-entropy with the label at each position, 0 without a label (nats).
             soft_T: with the fused target, None without fusion.
-            batch: what they are of, on their device.
+            batch: the micro-batch, on the same device.
             step: counts from 0.
             total_weights: `weights` summed over the global batch, [2].
 
         Returns:
-            What to backpropagate, and what it adds to the means of both losses: float64, [2], detached.
+            The loss to backpropagate, and its contribution to the means of both losses: float64, [2], detached.
         """
         total_weights = torch.where(total_weights > 0, total_weights, 1.0)
         clm = _weighted(ce_T, batch) / total_weights[0]

@@ -15,7 +15,7 @@ from .runtime import Runtime
 
 
 def make_optimizer(model: DistributedDataParallel, *, config: TrainingConfig, runtime: Runtime) -> MegatronOptimizer:
-    """AdamW over a rank's shard, with float32 masters where the weights are bfloat16."""
+    """AdamW over a rank's shard, with float32 masters if the weights are bfloat16."""
     settings = OptimizerConfig(
         optimizer="adam",
         lr=config.learning_rate,
@@ -38,10 +38,10 @@ def make_optimizer(model: DistributedDataParallel, *, config: TrainingConfig, ru
 
 
 def _with_padding(shard: Any, collect: Callable[..., dict[Any, Any] | None], **how: Any) -> dict[Any, Any] | None:
-    """The state of a rank's buffers for a checkpoint, each bucket where the parameters' places are counted from.
+    """The state of a rank's buffers for a checkpoint, with each bucket at its offset with padding.
 
-    Gradients are cut into buckets, which are padded. Megatron-core 0.16.1 leaves the padding between them out of what it collects, and then
-    looks for each parameter at its place with padding: from the second bucket on a checkpoint would hold the wrong numbers.
+    Gradients are cut into padded buckets. Megatron-core 0.16.1 omits the padding between them when it collects the state, but then looks
+    for each parameter at its offset with padding: from the second bucket on, a checkpoint would hold the wrong numbers.
     """
     state = collect(**how)
     for number, of_buffer in enumerate(shard.gbuf_ranges if state is not None else ()):
@@ -55,7 +55,7 @@ def _with_padding(shard: Any, collect: Callable[..., dict[Any, Any] | None], **h
 
 
 def _padded(values_N: Tensor, *, sizes: Sequence[tuple[int, int]]) -> Tensor:
-    """Values that lie end to end, moved apart: each bucket has room for so many, and holds the next so many of them."""
+    """Insert padding into contiguous values: each bucket has a capacity, and holds a number of the next values."""
     padded_N = values_N.new_zeros(sum(room for room, _ in sizes))
     start = place = 0
     for room, held in sizes:
@@ -65,19 +65,19 @@ def _padded(values_N: Tensor, *, sizes: Sequence[tuple[int, int]]) -> Tensor:
 
 
 def _start_state(optimizer: MegatronOptimizer) -> None:
-    """Give torch's AdamW its state before its first step: Megatron-core reads the state of an optimizer into one that is there."""
+    """Give torch's AdamW its state before its first step, because Megatron-core loads a state only into an existing one."""
     for adam in (shard.optimizer for shard in optimizer.chained_optimizers):
-        if isinstance(adam, torch.optim.AdamW):  # Transformer Engine's and apex's need none
+        if isinstance(adam, torch.optim.AdamW):  # those of Transformer Engine and apex do not need it
             for parameter in (parameter for group in adam.param_groups for parameter in group["params"]):
                 moments = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
                 adam.state[parameter] = {"step": torch.zeros((), dtype=torch.float32), **moments}
 
 
 def load_state(optimizer: MegatronOptimizer, *, state: dict[str, Any], step: int) -> None:
-    """Take over an optimizer's state from a checkpoint after `step` steps.
+    """Load an optimizer's state from a checkpoint after `step` steps.
 
-    Of torch's AdamW Megatron-core stores the number of steps once. On loading it looks for it among each parameter's moments, and makes
-    all parameters share one tensor of it, which each of them would then count up.
+    For torch's AdamW, Megatron-core stores the number of steps once. On loading, it looks for it among each parameter's moments, and all
+    parameters would share one tensor, which each of them would then increment.
     """
     with contextlib.ExitStack() as stack:
         for shard in optimizer.chained_optimizers:
@@ -96,7 +96,7 @@ def _put_with_step(put: Callable[..., None], model_parameter: Tensor, tensors: d
 
 
 def make_scheduler(optimizer: MegatronOptimizer, *, config: TrainingConfig, steps: int) -> OptimizerParamScheduler:
-    """Linear warm-up, then a cosine that reaches its end one step after the last; stepped before each update, so none has a rate of 0."""
+    """Linear warm-up, then a cosine that ends one step after the last. It is stepped before each update, so no update has rate 0."""
     return OptimizerParamScheduler(
         optimizer,
         init_lr=0.0,

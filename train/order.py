@@ -1,12 +1,12 @@
-"""The order in which a run sees its segments: a function of their lengths, the seed and the number of the pack.
+"""The order of a run's segments: a function of their lengths, the seed and the number of the pack.
 
 Axes: S segments of all parts, B blocks of all parts.
 
-A block is what is read at once: the segments of a part that begin in the same `BLOCK_ROWS` of its rows. In each epoch all blocks come in
-random order, and the segments of `BUFFER_BLOCKS` of them are shuffled and packed together. So the segments of a batch are from up to
-`BUFFER_BLOCKS` places drawn at random from all parts, where the corpus has put documents at random already; a chunk is decoded about once
-in an epoch (9/8 times: a block may begin and end within chunks); and packs of one buffer tell nothing of others, so that any pack is found
-without those before it. The numbers of ranks and of packs in a micro-batch play no part.
+A block is the unit of reading: the segments of a part that begin in the same `BLOCK_ROWS` of its rows. In each epoch all blocks come in
+random order, and the segments of `BUFFER_BLOCKS` blocks are shuffled and packed together. So the segments of a batch come from up to
+`BUFFER_BLOCKS` random places in all parts, over which the corpus has already placed documents at random. A chunk is decoded about once
+per epoch (9/8 times, because a block may begin and end inside chunks). The packs of a buffer do not depend on other buffers, so any pack
+can be found without the previous ones. The numbers of ranks and of packs in a micro-batch have no effect.
 """
 
 from collections.abc import Mapping
@@ -25,18 +25,18 @@ BUFFER_BLOCKS = 16  # about 2M tokens: 1,024 packs of 2,048
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SegmentIndex:
-    """All segments of a run, 4 bytes each, and the blocks that they are in."""
+    """All segments of a run, 4 bytes each, and their blocks."""
 
     length_S: NDArray[np.int32]
     part_B: NDArray[np.int64]
     row_B: NDArray[np.int64]  # of the block's first token in its part
     n_rows_B: NDArray[np.int64]
     number_B: NDArray[np.int64]  # of the block's first segment in its part
-    first_B1: NDArray[np.int64]  # the block's first segment in S; B + 1 of them
+    first_B1: NDArray[np.int64]  # the block's first segment in S; B + 1 entries
 
     @classmethod
     def of(cls, offsets: Mapping[int, NDArray[np.int64]]) -> "SegmentIndex":
-        """Of `segment_offsets` of parts (tokens, ascending from 0), in the order of their numbers."""
+        """From the `segment_offsets` of parts (tokens, ascending from 0), in the order of their numbers."""
         columns: dict[str, list[NDArray[np.int64]]] = {name: [] for name in ("part_B", "row_B", "n_rows_B", "number_B")}
         for part, starts in sorted(offsets.items()):
             number_B = np.flatnonzero(np.diff(starts[:-1] // BLOCK_ROWS, prepend=-1))
@@ -70,20 +70,20 @@ class SegmentIndex:
 
 
 class PackOrder:
-    """The packs of all epochs, one after another, without end."""
+    """The endless sequence of the packs of all epochs."""
 
     def __init__(self, index: SegmentIndex, *, packing: Packing, sequence_length: int, seed: int, labels: LabelRuns | None = None) -> None:
-        """Nothing is packed yet; the first question about an epoch counts its packs, at about 10M segments a second."""
+        """Packs nothing yet; the first request for an epoch counts its packs, at about 10M segments a second."""
         self.index, self._packing, self._sequence_length, self._seed, self._labels = index, packing, sequence_length, seed, labels
-        self._first_of_buffer: dict[int, NDArray[np.int64]] = {}  # of each epoch: the first pack of each buffer, and the number of packs
+        self._first_of_buffer: dict[int, NDArray[np.int64]] = {}  # per epoch: the first pack of each buffer, and the number of packs
         self._last_packed: tuple[tuple[int, int], Packs] | None = None
 
     def n_packs(self, epoch: int) -> int:
-        """Packs of an epoch, which counts from 0."""
+        """Number of packs of an epoch, counted from 0."""
         return int(self._counted(epoch)[-1])
 
     def tokens_left_out(self) -> int:
-        """Tokens of the first epoch that are in no pack, because no label goes with them."""
+        """Tokens of the first epoch that are in no pack, because they have no label."""
         if self._labels is None:
             return 0
         buffers = range(len(self._blocks(0)))
@@ -117,12 +117,12 @@ class PackOrder:
         return self._first_of_buffer[epoch]
 
     def _count(self, epoch: int, buffer: int, blocks: NDArray[np.int64]) -> int:
-        if self._labels is not None:  # where packs without a label are depends on the order
+        if self._labels is not None:  # which packs have no label depends on the order
             return len(self._packed(epoch, buffer, labels=self._labels))
         return count_packs(self.index.segments(blocks).length_S, packing=self._packing, sequence_length=self._sequence_length)
 
     def _buffer(self, epoch: int, buffer: int) -> Packs:
-        last = self._last_packed  # read once: the error report of another thread may ask too
+        last = self._last_packed  # read once: another thread may use it for an error report
         if last is None or last[0] != (epoch, buffer):
             last = self._last_packed = (epoch, buffer), self._packed(epoch, buffer, labels=self._labels)
         return last[1]

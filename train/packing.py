@@ -1,13 +1,12 @@
-"""Which tokens go into which packed sequence: a function of the segments' lengths and their order.
+"""Packs tokens into sequences: a function of the segments' lengths and their order.
 
 Axes: S segments in the order they are packed in, P pieces, N packs.
 
 A piece is a run of consecutive tokens of one segment. There are two ways to pack:
 
-    isolated      Pieces are whole segments, or cuts of `sequence_length` tokens where they are longer. A pack holds whole pieces, which do
-                  not see each other. The longest pieces are placed first, each where least room is left.
-    concatenated  The published way: segments are laid end to end and cut at `sequence_length` without regard to where they end. All of a
-                  pack is one text to the model.
+    isolated      Pieces are whole segments; longer segments are cut into pieces of `sequence_length` tokens. A pack holds whole pieces,
+                  which do not see each other. The longest pieces are placed first, each into the fullest pack with enough room.
+    concatenated  The published way: segments are joined and cut at every `sequence_length` tokens. To the model, a pack is one text.
 """
 
 from dataclasses import dataclass
@@ -24,7 +23,7 @@ Packing = Literal["isolated", "concatenated"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Segments:
-    """Segments to be packed, of the blocks that they are read in."""
+    """Segments to pack, with the blocks that they are read from."""
 
     block_S: NDArray[np.int32]
     segment_S: NDArray[np.int64]  # number among all segments
@@ -37,20 +36,20 @@ class Segments:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Packs:
-    """Packed sequences, as the pieces that they are made of."""
+    """Packed sequences, as lists of pieces."""
 
     block_P: NDArray[np.int32]
     segment_P: NDArray[np.int64]
     start_P: NDArray[np.int64]  # row of the piece's first token in its block
     length_P: NDArray[np.int64]
-    ends_segment_P: NDArray[np.bool_]  # its last token is the segment's last, so that the segment has no next token
+    ends_segment_P: NDArray[np.bool_]  # whether its last token is the segment's last, so that there is no next token
     offsets_N1: NDArray[np.int64]  # N + 1 offsets into the pieces
 
     def __len__(self) -> int:
         return len(self.offsets_N1) - 1
 
     def __getitem__(self, which: slice) -> Self:
-        """Some neighbouring packs."""
+        """A range of packs."""
         first, stop, _ = which.indices(len(self))
         offsets = self.offsets_N1[first : max(first, stop) + 1]
         columns = {name: getattr(self, name)[offsets[0] : offsets[-1]] for name in _COLUMNS}
@@ -58,7 +57,7 @@ class Packs:
 
     @classmethod
     def joined(cls, several: "list[Self]") -> Self:
-        """Packs one after another."""
+        """Concatenate packs."""
         columns = {name: np.concatenate([getattr(packs, name) for packs in several]) for name in _COLUMNS}
         sizes = np.concatenate([np.diff(packs.offsets_N1) for packs in several])
         return cls(**columns, offsets_N1=np.concatenate([[0], np.cumsum(sizes)]))
@@ -70,17 +69,17 @@ _COLUMNS = ("block_P", "segment_P", "start_P", "length_P", "ends_segment_P")
 def pack(
     segments: Segments, *, packing: Packing, sequence_length: int, random: np.random.Generator, labels: LabelRuns | None = None
 ) -> Packs:
-    """Pack segments in a random order; the packs come in a random order too.
+    """Pack segments in random order; the packs are in random order too.
 
-    What has no label is left out. Isolated, that is a piece without one, which a last token by itself is too: it predicts nothing, and is
-    the label of the piece before. Concatenated, it is a segment without one, and a pack.
+    Tokens without labels are left out. If isolated, these are pieces without a label, including a single last token: it predicts nothing,
+    and is the label of the previous piece. If concatenated, these are segments and packs without a label.
 
     Args:
         segments: to be packed.
         packing: see above.
         sequence_length: tokens of a pack.
         random: decides the order.
-        labels: of all segments; None: every position that another of its segment follows has one.
+        labels: of all segments; None: every position except the last of a segment has one.
     """
     segments = segments[random.permutation(len(segments.length_S))]
     place_P, offset_P, length_P, pack_P = _placed(segments, packing=packing, sequence_length=sequence_length, labels=labels)
@@ -99,14 +98,14 @@ def pack(
 
 
 def count_packs(length_S: NDArray[np.int32], *, packing: Packing, sequence_length: int) -> int:
-    """How many packs `pack` makes of segments of these lengths, in whatever order they are, where every position has a label."""
+    """The number of packs that `pack` makes from segments of these lengths, in any order, if every position has a label."""
     if packing == "concatenated":
         return -(-int(length_S.sum(dtype=np.int64)) // sequence_length)
     return int(_best_fit(_pieces(length_S, sequence_length)[2], sequence_length).max(initial=-1)) + 1
 
 
 def _placed(segments: Segments, *, packing: Packing, sequence_length: int, labels: LabelRuns | None) -> tuple[NDArray[np.int64], ...]:
-    """Pieces (place in S, offset in the segment, length) and the pack that each is in."""
+    """Pieces (index in S, offset in the segment, length) and the pack of each."""
     length_S = segments.length_S
     if packing == "isolated":
         place_P, offset_P, length_P = _pieces(length_S, sequence_length)
@@ -125,7 +124,7 @@ def _placed(segments: Segments, *, packing: Packing, sequence_length: int, label
 
 @njit(cache=True, nogil=True)
 def _pieces(length_S: Any, sequence_length: int) -> Any:
-    """Segments, cut where they are longer than a pack: place in S, offset in the segment, length."""
+    """Segments, cut if they are longer than a pack: index in S, offset in the segment, length."""
     n_pieces = 0
     for length in length_S:
         n_pieces += length // sequence_length + (length % sequence_length > 1)
@@ -142,7 +141,7 @@ def _pieces(length_S: Any, sequence_length: int) -> Any:
 
 @njit(cache=True, nogil=True)
 def _concatenated(length_S: Any, sequence_length: int) -> Any:
-    """Segments that lie end to end and are cut: place in S, offset in the segment, length, and the pack that each piece is in."""
+    """Joined segments, cut into pieces: index in S, offset in the segment, length, and the pack of each piece."""
     n_pieces, end = 0, 0
     for length in length_S:
         if length:
@@ -162,10 +161,10 @@ def _concatenated(length_S: Any, sequence_length: int) -> Any:
 
 @njit(cache=True, nogil=True)
 def _best_fit(length_P: Any, sequence_length: int) -> Any:
-    """The pack of each piece: the longest come first, each goes to the open pack with the least room that is enough.
+    """The pack of each piece: longest pieces first, each into the open pack with the least sufficient room.
 
-    The open packs of each room are a linked list. Rooms lie in groups, whose open packs are counted, so that the next room is found in
-    about 2 · sqrt(sequence_length) steps at most: 0.1 µs a piece at 2048 (`benchmarks/training_data.py`).
+    The open packs with the same room are a linked list. Rooms are in groups with counts of open packs, so that the next room is found in at
+    most about 2 · sqrt(sequence_length) steps: 0.1 µs a piece at 2048 (`benchmarks/training_data.py`).
     """
     group_size = int(np.sqrt(sequence_length)) + 1
     first_of_room = np.full(sequence_length + 1, -1, np.int64)
@@ -184,7 +183,7 @@ def _best_fit(length_P: Any, sequence_length: int) -> Any:
             n_open_of_group[room // group_size] -= 1
         pack_P[piece] = chosen
         room -= length
-        if room >= 2:  # no piece is shorter
+        if room >= 2:  # the shortest piece
             next_pack[chosen] = first_of_room[room]
             first_of_room[room] = chosen
             n_open_of_group[room // group_size] += 1
@@ -193,7 +192,7 @@ def _best_fit(length_P: Any, sequence_length: int) -> Any:
 
 @njit(cache=True, nogil=True)
 def _longest_first(length_P: Any, longest: int) -> Any:
-    """Pieces by falling length; of equal ones the first comes first."""
+    """Pieces by falling length, in stable order."""
     first_of_length = np.zeros(longest + 1, np.int64)
     for length in length_P:
         first_of_length[length - 1] += 1
@@ -209,7 +208,7 @@ def _longest_first(length_P: Any, longest: int) -> Any:
 
 @njit(cache=True, nogil=True)
 def _least_room(first_of_room: Any, n_open_of_group: Any, group_size: int, length: int) -> int:
-    """The least room of an open pack that is `length` or more, or -1."""
+    """The least room of an open pack that is at least `length`, or -1."""
     group = length // group_size
     for room in range(length, min((group + 1) * group_size, len(first_of_room))):
         if first_of_room[room] >= 0:

@@ -1,4 +1,4 @@
-"""What one rank does: hold the run folder's lock, train, and turn errors into one line and an exit code."""
+"""The main function of one rank: hold the run folder's lock, train, and report errors as one line and an exit code."""
 
 import contextlib
 import ctypes
@@ -35,13 +35,13 @@ def main(run_folder: Path) -> int:
 
 
 def train_rank(job: TrainJob) -> None:
-    """Train as the rank that the environment describes.
+    """Train as the rank in the environment.
 
     Raises:
-        FuselineError: anything the user can mend; also after a SIGTERM, when a checkpoint was saved.
+        FuselineError: anything that the user can fix; also after a SIGTERM, when a checkpoint was saved.
     """
     with _locked(job.run_folder) if os.environ["RANK"] == "0" else contextlib.nullcontext():
-        # Here, not above: they take seconds to import, and a busy folder should be refused at once.
+        # Imported here because it takes seconds, and a busy folder must be refused at once.
         from .runtime import open_runtime
         from .trainer import Trainer
 
@@ -50,14 +50,14 @@ def train_rank(job: TrainJob) -> None:
 
 
 def choose_arithmetic(job: TrainJob) -> str:
-    """The number format that a run computes in, written into its folder: the run keeps it when it is continued on another machine."""
+    """The number format of a run's computation, stored in its folder: the run keeps it when it continues on another machine."""
     arithmetic = records.arithmetic_of(job.run_folder, dtype=job.config.dtype)
     records.write_machine(job.run_folder, dtype=job.config.dtype, arithmetic=arithmetic)
     return arithmetic
 
 
 def die_with_parent() -> None:
-    """Ask the kernel to end this process when its parent dies, so that a killed launcher leaves no ranks behind (Linux only)."""
+    """Let the kernel end this process when its parent dies, so that a killed launcher leaves no ranks behind (Linux only)."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
@@ -68,5 +68,5 @@ def _locked(run_folder: Path) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise WorkspaceBusy(f"Another trainer is at work in {run_folder}. Wait for it, or stop it.") from None
+            raise WorkspaceBusy(f"Another trainer is running in {run_folder}. Wait for it, or stop it.") from None
         yield

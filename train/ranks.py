@@ -1,8 +1,8 @@
-"""The ranks of a training on this machine: started together, reachable by nobody else, and ended together.
+"""The ranks of a training on this machine: started together, ended together, and not reachable from outside.
 
-`torchrun` listens on every interface of the machine, and its agents unpickle what they find in the store behind that port: whoever reaches
-it runs code. Ranks that are started here meet in a file in a private folder, and exchange messages over the loopback interface. Only
-trainings on several machines need `torchrun`; docs/security.md says what they expose.
+`torchrun` listens on every interface of the machine, and its agents unpickle data from the store behind that port, so anyone who can reach
+it can run code. Ranks that are started here use a file in a private folder as rendezvous, and exchange messages over the loopback
+interface. Only trainings on several machines need `torchrun`; docs/security.md says what they expose.
 """
 
 import contextlib
@@ -27,9 +27,9 @@ _GRACE_SECONDS = 30.0  # from the failure of one rank until the others are kille
 
 
 class Ranks:
-    """Processes that run the same command, each with its rank in the environment, as `torchrun` sets it.
+    """Processes that run the same command, each with its rank in the environment, as with `torchrun`.
 
-    Leaving the `with` block kills those that still run.
+    Leaving the `with` block kills processes that still run.
     """
 
     def __init__(self, command: Sequence[str], *, n: int, environment: Mapping[str, str], logs: Path) -> None:
@@ -48,7 +48,7 @@ class Ranks:
         try:
             for rank, log in enumerate(self._logs):
                 place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(n), "LOCAL_WORLD_SIZE": str(n)}
-                with log.open("wb") as output:  # a file, not a pipe: a child that outlives its rank would hold a pipe open
+                with log.open("wb") as output:  # a file, because a child that outlives its rank would keep a pipe open
                     self._processes.append(
                         subprocess.Popen(
                             command,
@@ -56,7 +56,7 @@ class Ranks:
                             stdin=subprocess.DEVNULL,
                             stdout=output,
                             stderr=subprocess.STDOUT,
-                            start_new_session=True,  # a Ctrl-C reaches them once, through `ask_to_stop`
+                            start_new_session=True,  # a Ctrl-C reaches them only through `ask_to_stop`
                             preexec_fn=_begin,
                         )
                     )
@@ -75,11 +75,11 @@ class Ranks:
 
     @property
     def logs(self) -> list[Path]:
-        """What each rank has printed; that of the rank that failed first comes first."""
+        """The log of each rank, starting with that of the rank that failed first."""
         return sorted(self._logs, key=lambda log: self.first_failed is None or log != self._logs[self.first_failed])
 
     def are_running(self) -> bool:
-        """Whether any rank is at work. After the failure of one the others are asked to stop, and killed if they do not."""
+        """Whether any rank is running. After one fails, the others are asked to stop, and killed if they do not."""
         codes = [process.poll() for process in self._processes]
         if self.first_failed is None and any(codes):
             self.first_failed = next(rank for rank, code in enumerate(codes) if code)
@@ -91,7 +91,7 @@ class Ranks:
         return None in codes
 
     def ask_to_stop(self) -> None:
-        """Ask for a last checkpoint, however long it takes."""
+        """Ask for a last checkpoint, without a time limit."""
         self._is_asked_to_stop = True
         self._signal(signal.SIGTERM)
 
@@ -102,13 +102,13 @@ class Ranks:
 
 
 def _begin() -> None:
-    """In a rank, before Python starts: it ends with its launcher, and SIGUSR1 does nothing until the trainer handles it."""
+    """Runs in a rank before Python starts: the rank ends with its launcher, and ignores SIGUSR1 until the trainer handles it."""
     die_with_parent()
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
 
 
 def _loopback() -> dict[str, str]:
-    """What makes gloo and NCCL listen on the loopback interface alone, whatever a cluster's profile says.
+    """Environment variables that make gloo and NCCL listen only on the loopback interface, even against a cluster's profile.
 
     Raises:
         FuselineError: there is none.
@@ -119,5 +119,7 @@ def _loopback() -> dict[str, str]:
         if any(each.family == socket.AF_INET and each.address.startswith("127.") for each in addresses)
     ]
     if not names:
-        raise FuselineError("The ranks need a loopback interface (127.0.0.1), and this machine has none. Bring one up: ip link set lo up.")
+        raise FuselineError(
+            "The ranks need a loopback interface (127.0.0.1), but this machine has none. Start one with: ip link set lo up."
+        )
     return {"GLOO_SOCKET_IFNAME": names[0], "NCCL_SOCKET_IFNAME": f"={names[0]}"}

@@ -1,4 +1,4 @@
-"""How much of its data a training reads, and how often: counted before it starts, and said in plain words."""
+"""How much of its data a training reads, and how often: counted before it starts, for the user."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -9,18 +9,18 @@ from .config import DEFAULT_EPOCHS, TrainingConfig
 from .labels import LabelRuns
 from .order import PackOrder
 
-_WORTH_SAYING = 0.1  # share of the sequences that are read one extra time: batches are rounded up
+_WORTH_SAYING = 0.1  # share of the sequences that are read one extra time, because batches are rounded up
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Reading:
-    """Of one training; a sequence is a pack."""
+    """The reading of one training; a sequence is a pack."""
 
     segments: int
-    without_labels: int  # segments; they are left out
-    tokens_left_out: int  # of the first epoch: those of these segments, and of others where a sequence would have no label
+    without_labels: int  # segments that are left out
+    tokens_left_out: int  # in the first epoch: in these segments, and in sequences that would have no label
     sequences: int  # of the first epoch
-    wanted: int | None  # sequences of all epochs; None where steps are asked for
+    wanted: int | None  # sequences of all epochs; None if the number of steps is given
     batch: int  # sequences of a step
     steps: int
 
@@ -45,27 +45,27 @@ class Reading:
         )
 
     def remarks(self) -> Iterator[str]:
-        """What a user should know of it, as sentences."""
+        """Notes for the user, as sentences."""
         if self.without_labels:
             yield f"{self.without_labels:,} of {self.segments:,} segments have no token to learn and are left out"
         elif self.tokens_left_out:
-            yield f"{self.tokens_left_out:,} tokens of long segments are left out: no token to learn is in their sequence"
+            yield f"{self.tokens_left_out:,} tokens of long segments are left out: their sequence has no token to learn"
         read = self.steps * self.batch
         if self.sequences < self.batch:
             yield (
-                f"the corpus has {_count(self.sequences, 'sequence')} and a step takes {self.batch}: each step reads every document "
+                f"the corpus has {_count(self.sequences, 'sequence')}, but a step takes {self.batch}: each step reads every document "
                 f"{self.batch / self.sequences:.1f} times. Lower training.global_batch_size ({self.batch}) to {self.sequences} or less, or "
-                "take a larger corpus"
+                "use a larger corpus"
             )
         elif self.wanted is None and read > (1 + _WORTH_SAYING) * self.sequences:
             yield (
-                f"{_count(self.steps, 'step')} of {_count(self.batch, 'sequence')} read the corpus, which has "
-                f"{_count(self.sequences, 'sequence')}, {read / self.sequences:.1f} times"
+                f"{_count(self.steps, 'step')} of {_count(self.batch, 'sequence')} read the corpus "
+                f"({_count(self.sequences, 'sequence')}) {read / self.sequences:.1f} times"
             )
         elif self.wanted is not None and read > (1 + _WORTH_SAYING) * self.wanted:
             extra = read - self.wanted
             yield (
-                f"the epochs have {_count(self.wanted, 'sequence')}, and {_count(self.steps, 'step')} of {self.batch} read {read}: "
+                f"the epochs have {_count(self.wanted, 'sequence')}, but {_count(self.steps, 'step')} of {self.batch} read {read}: "
                 f"{_count(extra, 'sequence')} {'is' if extra == 1 else 'are'} read one extra time. Lower training.global_batch_size "
                 f"({self.batch})"
             )

@@ -1,14 +1,14 @@
-"""The small files of a run folder, apart from what is in its checkpoints. Light: imports neither torch nor Megatron-core.
+"""The small files of a run folder, except those in its checkpoints. Imports neither torch nor Megatron-core.
 
 job.json            what to train (config.TrainJob)
-machine.json        the number format that all of the run computes in, of which dtype, and how many threads a rank of its latest start has
+machine.json        the number format of the run's computation, its dtype, and the threads of a rank at its latest start
 metrics.jsonl       one record per optimizer step
 evaluations.jsonl   one record per evaluation of held-out text and domain
-checkpoints/step-00000010/    with a machine.json of its own
+checkpoints/step-00000010/    with its own machine.json
 checkpoints/latest  a link to the newest
 done.json           the run is finished and its model is exported
-logs/               what the ranks print
-tensorboard/        the metrics again, as events
+logs/               the output of the ranks
+tensorboard/        the metrics as events
 """
 
 import json
@@ -24,7 +24,7 @@ from ..store.machine import arithmetic_for, threads
 from ..store.trainings import EVALUATIONS, MACHINE, METRICS, checkpoint_folder, checkpoint_steps, read_machine, read_records
 
 Record = dict[str, Any]
-LATEST = "latest"  # for people and scripts: the trainer itself lists the checkpoints
+LATEST = "latest"  # for people and scripts; the trainer lists the checkpoints
 RECORD_FILES = (METRICS, EVALUATIONS)
 
 
@@ -34,7 +34,7 @@ def last_checkpoint(run_folder: Path) -> int | None:
 
 
 def cut(path: Path, *, step: int) -> None:
-    """Forget a file's records after `step`: a resumed run writes them again. The file is always a new one, which tells a follower so."""
+    """Remove a file's records after `step`: a resumed run writes them again. The file is always replaced, which a follower can detect."""
     kept = [record for record in read_records(path) if record["step"] <= step]
     temporary = durable.temporary_sibling(path)
     temporary.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
@@ -56,15 +56,15 @@ def read_done(run_folder: Path) -> Record | None:
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError) as error:
-        remedy = "Remove it and run the recipe again: the training then goes on from its last checkpoint."
+        remedy = "Remove it and run the recipe again: the training then continues from its last checkpoint."
         raise DamagedPart(f"{path} cannot be read ({reason_of(error)}).", remedy=remedy) from error
     return {**record, "identity": Facts(identity, path=path, what="identity", remedy=f"Remove {run_folder} to train again.")}
 
 
 def arithmetic_of(run_folder: Path, *, dtype: str) -> str:
-    """The number format that a run computes in, or would: as its newest checkpoint says, or `machine.json` if it was begun with `dtype`.
+    """The number format of a run's computation: from its newest checkpoint, or from `machine.json` if the run was begun with `dtype`.
 
-    Else it is what suits `dtype` on this machine; but a checkpoint from before this was written was computed in `dtype`.
+    Else it is the fastest for `dtype` on this machine; but a checkpoint of an earlier version, without a record, was computed in `dtype`.
     """
     step = last_checkpoint(run_folder)
     folders = [run_folder] if step is None else [checkpoint_folder(run_folder, step=step), run_folder]
@@ -75,12 +75,12 @@ def arithmetic_of(run_folder: Path, *, dtype: str) -> str:
 
 
 def _is_of(machine: Record, *, dtype: str) -> bool:
-    """Whether it says what a training in `dtype` computes in: damage shows, and a run without a checkpoint may have got another dtype."""
+    """Whether it is a valid record for a training in `dtype`; it may be damaged, or the dtype of a run without checkpoints was changed."""
     return machine.get("dtype", dtype) == dtype and machine.get("arithmetic") in (dtype, "float32")
 
 
 def write_machine(folder: Path, *, dtype: str, arithmetic: str) -> None:
-    """Write what a run, or a checkpoint, in `dtype` is computed in, and with how many threads this rank does."""
+    """Write the number format of a run or a checkpoint in `dtype`, and the number of threads of this rank."""
     durable.write_json(folder / MACHINE, {"dtype": dtype, "arithmetic": arithmetic, "threads": threads()})
 
 
@@ -90,8 +90,7 @@ def require_identity(run_folder: Path, *, stored: Mapping[str, Any], asked: Mapp
     if changed:
         lines = "\n  ".join(changed)
         raise FingerprintMismatch(
-            f"{run_folder} holds a run with other settings:\n  {lines}\n"
-            "Give the training another name, or remove that folder to start over."
+            f"{run_folder} holds a run with different settings:\n  {lines}\nRename the training, or remove that folder to start again."
         )
 
 

@@ -1,7 +1,7 @@
-"""Weights rounded to a 16-bit format, for a training that multiplies in float32 because that is faster (`store.machine`).
+"""Weights rounded to a 16-bit format, for a training that multiplies in float32 because it is faster (`store.machine`).
 
-As with bfloat16 arithmetic, every forward pass and the export use weights rounded to bfloat16, and the optimizer changes float32 masters.
-But here the parameters are float32 too. They hold the rounded weights in forward and backward passes, and the masters in between.
+As with bfloat16 arithmetic, every forward pass and the export use weights rounded to bfloat16, and the optimizer updates float32 masters.
+But here the parameters are float32 too: they hold the rounded weights in forward and backward passes, and the masters in between.
 """
 
 import contextlib
@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 
 class RoundedWeights:
-    """The weights of a model, rounded to `dtype` except where their masters are asked for. Does nothing where they are of that dtype."""
+    """The weights of a model, rounded to `dtype` except while their masters are in use. Does nothing if they already have that dtype."""
 
     def __init__(self, model: nn.Module, *, dtype: torch.dtype) -> None:
-        """Round the weights, which become the first masters: a training in bfloat16 arithmetic begins with them too."""
+        """Round the weights and use them as the first masters, as in bfloat16 arithmetic."""
         self._dtype = dtype
         self._masters: list[tuple[Tensor, Tensor]] = []
         for parameter in (parameter.detach() for parameter in model.parameters() if parameter.dtype != dtype):
@@ -24,7 +24,7 @@ class RoundedWeights:
 
     @contextlib.contextmanager
     def masters(self) -> Iterator[None]:
-        """Let the parameters be the masters: for the optimizer's step, and for a checkpoint to be written or read."""
+        """Let the parameters hold the masters, for the optimizer's step and for reading or writing a checkpoint."""
         for parameter, master in self._masters:
             parameter.copy_(master)
         try:

@@ -1,8 +1,8 @@
-"""The machine under the trainer: CPU ranks over gloo or CUDA ranks over NCCL. No other module asks which.
+"""The device layer of the trainer: CPU ranks over gloo or CUDA ranks over NCCL. No other module checks which.
 
-Megatron-core writes `cuda` as a literal in its gradient buffers, optimizers and checkpoint loader. On CPU ranks a few of its and torch's
-names are replaced for the life of the runtime, so that a run without a GPU exercises the same code as one with it. The replaced
-names are those of one exact version, which is checked.
+Megatron-core has the literal `cuda` in its gradient buffers, optimizers and checkpoint loader. On CPU ranks a few names of Megatron-core
+and torch are replaced while the runtime exists, so that a run without a GPU uses the same code as one with a GPU. The replaced names
+belong to one exact version, which is checked.
 """
 
 import contextlib
@@ -28,9 +28,9 @@ from .meeting import MEETING
 from .megatron import DistributedDataParallelConfig, parallel_state, random, require_version, tensor_parallel
 from .unpickling import known_classes_only
 
-_TIMEOUT = timedelta(minutes=30)  # of a message, which waits for the slowest rank
+_TIMEOUT = timedelta(minutes=30)  # for a message, which waits for the slowest rank
 
-# Dense bfloat16 operations per second by the makers' data sheets, by what a GPU's name contains; the first that fits counts.
+# Dense bfloat16 operations per second from the makers' data sheets, by a part of the GPU's name; the first match counts.
 _PEAK_FLOPS = (
     ("B200", 2250e12), ("H200", 989e12), ("H100 PCIe", 756e12), ("H100 NVL", 835e12), ("H100", 989e12), ("GH200", 989e12), ("A100", 312e12),
     ("L40S", 362e12), ("A40", 150e12), ("A10", 125e12), ("L4", 121e12), ("V100", 125e12),
@@ -39,7 +39,7 @@ _PEAK_FLOPS = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Runtime:
-    """One rank's place: its device, the dtype that it computes in and its process groups."""
+    """One rank's device, computation dtype and process groups."""
 
     device: torch.device
     dtype: torch.dtype
@@ -72,25 +72,25 @@ class Runtime:
 
     @property
     def host_data_group(self) -> dist.ProcessGroup:
-        """The same ranks as `data_group`, for tensors in the machine's memory."""
+        """The same ranks as `data_group`, for tensors in host memory."""
         return self.data_group if self.device.type == "cpu" else parallel_state.get_data_parallel_group_gloo(with_context_parallel=True)
 
     @property
     def leads(self) -> bool:
-        """Whether this is rank 0, the one that writes the run's files."""
+        """Whether this is rank 0, which writes the run's files."""
         return self.rank == 0
 
     @property
     def gradient_settings(self) -> DistributedDataParallelConfig:
-        """Gradients are summed in float32, while the backward pass goes on; each rank gets the share whose optimizer state it has.
+        """Gradients are summed in float32 during the backward pass; each rank gets the share for its optimizer state.
 
-        Overlapping also cuts the gradients into buckets, without which a checkpoint would hold a second copy of the whole on the device.
+        Overlapping also cuts the gradients into buckets. Without them a checkpoint would need a second full copy on the device.
         """
         return DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=True, overlap_grad_reduce=True)
 
     @property
     def peak_flops(self) -> float | None:
-        """Operations per second that the device can do at most in the training's dtype; None if it is not known."""
+        """The device's peak operations per second in the training's dtype; None if it is not known."""
         if self.device.type != "cuda" or self.dtype != torch.bfloat16:
             return None
         name = torch.cuda.get_device_name(self.device)
@@ -98,40 +98,40 @@ class Runtime:
 
     @property
     def free_memory(self) -> int:
-        """Bytes that this rank may take: of its GPU, or its share of the machine's memory."""
+        """Bytes that this rank may use: of its GPU, or its share of host memory."""
         if self.device.type == "cuda":
             return torch.cuda.mem_get_info(self.device)[0]
         return psutil.virtual_memory().available // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
     @property
     def pins_memory(self) -> bool:
-        """Whether batches should lie where the device can copy them from while it computes."""
+        """Whether batches should be in pinned memory, so that the device can copy them while it computes."""
         return self.device.type == "cuda"
 
     def begin_thread(self) -> None:
-        """To be called first in another thread that pins memory: which GPU is meant is each thread's own matter."""
+        """Call this first in another thread that pins memory, because each thread has its own current GPU."""
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
 
     def moved(self, tensor: Tensor) -> Tensor:
-        """A small tensor on the device; the copy does not wait for what the device is doing."""
+        """A small tensor on the device; the copy does not wait for the device."""
         return (tensor.pin_memory() if self.pins_memory else tensor).to(self.device, non_blocking=True)
 
     @property
     def loss_chunk_elements(self) -> int:
-        """Logits that the loss works on at a time: what a CPU's caches hold; a GPU wants few, large kernels (2 × 0.5 GB in float32)."""
+        """Logits that the loss processes at a time: on a CPU what its caches hold; on a GPU few, large kernels (2 × 0.5 GB in float32)."""
         return CHUNK_ELEMENTS if self.device.type == "cpu" else 1 << 27
 
     @property
     def peak_memory(self) -> int:
-        """Most bytes that this rank has held so far: on its GPU, or of the machine's memory."""
+        """Peak bytes of this rank so far: on its GPU, or of host memory."""
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device)
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
     @property
     def model_settings(self) -> Mapping[str, Any]:
-        """Fields of Megatron-core's TransformerConfig that depend on the machine.
+        """Fields of Megatron-core's TransformerConfig that depend on the device.
 
         Its fused kernels need CUDA extensions, so they are off on both kinds of device.
         """
@@ -152,7 +152,7 @@ class Runtime:
         }
 
     def has_flash_attention(self, head_dim: int) -> bool:
-        """Whether one kernel can do the attention of all packed segments: FlashAttention, for heads of `head_dim` channels."""
+        """Whether one kernel, FlashAttention, can compute the attention of all packed segments for heads of `head_dim` channels."""
         if self.device.type != "cuda" or self.dtype != torch.bfloat16 or head_dim % 8 or head_dim > 256:
             return False
         return torch.cuda.get_device_capability(self.device) >= (8, 0)
@@ -160,13 +160,13 @@ class Runtime:
 
 @contextlib.contextmanager
 def open_runtime(config: TrainingConfig, *, choose_arithmetic: Callable[[], str]) -> Iterator[Runtime]:
-    """Join the process group that `Ranks` or `torchrun` describe in the environment; leave it at the end.
+    """Join the process group that `Ranks` or `torchrun` set in the environment; leave it at the end.
 
-    `choose_arithmetic` gives the number format to compute in, for all ranks, and is called on the first.
+    `choose_arithmetic` returns the number format of the computation; it is called on the first rank, for all ranks.
 
     Raises:
         UsageError: the number of ranks or of GPUs does not fit the configuration.
-        FuselineError: another version of Megatron-core is installed than this code is written for.
+        FuselineError: the installed version of Megatron-core is not the one that this code is written for.
     """
     require_version()
     use_threads()
@@ -176,7 +176,7 @@ def open_runtime(config: TrainingConfig, *, choose_arithmetic: Callable[[], str]
             f"tensor_parallel ({config.tensor_parallel}) × data_parallel ({config.data_parallel}) "
             f"must equal the number of ranks ({world_size})"
         )
-    # Megatron-core overlaps its messages with its products by the order in which they are launched, which one queue keeps.
+    # Megatron-core overlaps its messages with its products by launch order, which needs a single queue.
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     cuda = torch.cuda.is_available()
     if cuda and local_rank >= torch.cuda.device_count():
@@ -198,13 +198,13 @@ def open_runtime(config: TrainingConfig, *, choose_arithmetic: Callable[[], str]
     )
     try:
         with warnings.catch_warnings(), known_classes_only(), contextlib.nullcontext() if cuda else without_cuda():
-            # Megatron-core calls torch's collectives by names that newer ones have.
+            # Megatron-core calls torch's collectives by deprecated names.
             warnings.filterwarnings("ignore", "`torch.distributed.* is deprecated", FutureWarning)
             parallel_state.initialize_model_parallel(config.tensor_parallel, create_gloo_process_groups=cuda)
             torch.manual_seed(config.seed)
             arithmetic = [choose_arithmetic() if rank == 0 else ""]
             dist.broadcast_object_list(arithmetic, device=device)
-            # There is no dropout, so no random numbers are drawn after initialisation; on CPU only the no-op tracker works.
+            # Without dropout, no random numbers are drawn after initialisation; on CPU only the no-op tracker works.
             tensor_parallel.model_parallel_cuda_manual_seed(config.seed, inference_rng_tracker=not cuda, force_reset_rng=True)
             yield Runtime(
                 device=device,
@@ -217,14 +217,14 @@ def open_runtime(config: TrainingConfig, *, choose_arithmetic: Callable[[], str]
                 data_rank=parallel_state.get_data_parallel_rank(with_context_parallel=True),
             )
     except BaseException:
-        if not cuda:  # NCCL may wait here for ranks that wait for this one: the process ends instead, and torchrun stops the others
+        if not cuda:  # NCCL may deadlock here with ranks that wait for this one; the process ends instead, and torchrun stops the others
             _leave()
         raise
     _leave()
 
 
 def _meeting(world_size: int) -> dist.Store | None:
-    """Where the ranks find each other: the file of `Ranks`; None where `torchrun` says it."""
+    """The ranks' rendezvous: the file of `Ranks`; None if `torchrun` sets it."""
     path = os.environ.get(MEETING)
     if path is None:
         return None
@@ -239,11 +239,11 @@ def _leave() -> None:
 
 
 def cpu_replacements() -> list[tuple[Any, str, Callable[..., Any]]]:
-    """(owner, name, stand-in) of everything that is replaced on CPU ranks besides device literals."""
+    """(owner, name, replacement) of everything that is replaced on CPU ranks, besides device literals."""
     return [
         (torch.cuda, "current_device", lambda: "cpu"),
         (torch.cuda, "synchronize", lambda *_, **__: None),
-        # Recomputing activations saves and restores the state of a CUDA generator that does not exist here.
+        # Recomputing activations saves and restores the state of a CUDA generator, which does not exist here.
         (random, "_get_cuda_rng_state", lambda *_, **__: torch.empty(0, dtype=torch.uint8)),
         (random, "_set_cuda_rng_state", lambda *_, **__: None),
     ]
@@ -251,7 +251,7 @@ def cpu_replacements() -> list[tuple[Any, str, Callable[..., Any]]]:
 
 @contextlib.contextmanager
 def without_cuda() -> Iterator[None]:
-    """Let Megatron-core's `cuda` literals mean the CPU."""
+    """Make Megatron-core's `cuda` literals mean the CPU."""
     replaced = [(owner, name, getattr(owner, name)) for owner, name, _ in cpu_replacements()]
     try:
         for owner, name, stand_in in cpu_replacements():

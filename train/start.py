@@ -1,7 +1,7 @@
-"""Whether the trainer's model starts as the model that the target's distributions were computed with: the same text, the same likelihoods.
+"""Checks that the trainer's starting model gives the same likelihoods as the model of the target's stored distributions.
 
-A model that is read in two ways (another output layer, another rotation, rounded norms) trains without an error, towards targets that are
-made for something else. So before the first step the trainer's likelihoods of some tokens are compared with the stored ones.
+If the two read the model differently (another output layer, another rotation, rounded norms), training has no error but its targets belong
+to another model. So before the first step, the trainer's likelihoods of some tokens are compared with the stored ones.
 
 Axes: T tokens of a probe.
 """
@@ -21,8 +21,8 @@ from .config import TrainingConfig, TrainJob
 from .loss import IGNORED
 from .runtime import Runtime
 
-_PROBED = 1024  # tokens at most: a tenth of a second for a model of 100M parameters on a CPU
-_LEAST = 100  # over which rounding averages out
+_PROBED = 1024  # most tokens: a tenth of a second for a model of 100M parameters on a CPU
+_LEAST = 100  # least tokens, so that rounding averages out
 _UNIT = {"float32": 2.0**-24, "float16": 2.0**-11, "bfloat16": 2.0**-8}  # largest relative error of one rounding
 _STORED = _UNIT["float16"]  # as `gold_logprob_T` is
 
@@ -33,26 +33,26 @@ class StartCheck:
 
     tokens: int
     difference: float  # mean of the absolute differences of log-probabilities, nats
-    tolerance: float  # what rounding explains
+    tolerance: float  # explained by rounding
 
     @property
     def warning(self) -> str | None:
-        """What to tell the user, if rounding does not explain the difference."""
+        """The warning for the user, if rounding does not explain the difference."""
         if self.difference <= self.tolerance:
             return None
         return (
-            f"The start of the training is not the model that the target's distributions were computed with: the log-probabilities of "
-            f"{self.tokens} tokens differ by {self.difference:.3g} nats on average, where rounding explains at most {self.tolerance:.3g}. "
+            f"The training does not start from the model of the target's stored distributions: the log-probabilities of {self.tokens} "
+            f"tokens differ by {self.difference:.3g} nats on average, but rounding explains at most {self.tolerance:.3g}. "
             "Stop the training. Compare config.json and the tensors of the model's folder, and report this if both are right"
         )
 
 
 def check_start(model: nn.Module, *, job: TrainJob, runtime: Runtime, n_layers: int) -> StartCheck | None:
-    """Compare the log-probabilities of some tokens with the stored ones; None where none are stored. Every rank must call it.
+    """Compare the log-probabilities of some tokens with the stored ones; None if none are stored. Every rank must call it.
 
     Args:
         model: a FusionModel before its first step.
-        job: says where the distributions of the start are.
+        job: has the folder of the start's distributions.
         runtime: the device.
         n_layers: of the model.
 
@@ -84,9 +84,9 @@ def check_start(model: nn.Module, *, job: TrainJob, runtime: Runtime, n_layers: 
 
 
 def _probe(dataset: Dataset, *, part: int, config: TrainingConfig) -> tuple[list[NDArray[np.int64]], list[NDArray[np.float64]]]:
-    """Token ids and stored log-probabilities of the first segments, each cut to what a training sees of it."""
+    """Token ids and stored log-probabilities of the first segments, each cut as in training."""
     token_ids_T, offsets, gold_T = dataset.read(part, "token_ids_T", "segment_offsets", "gold_logprob_T")
-    left = min(_PROBED, max(_LEAST + 1, config.micro_batch_size * config.sequence_length))  # as much as a step takes
+    left = min(_PROBED, max(_LEAST + 1, config.micro_batch_size * config.sequence_length))  # as many as a step takes
     ids, gold = [], []
     for start, end in pairwise(offsets.tolist()):
         stop = min(end, start + config.sequence_length, start + left)
@@ -107,11 +107,11 @@ def _batch(ids: list[NDArray[np.int64]]) -> MicroBatch:
 
 
 def _tolerance(dtypes: list[str], *, n_layers: int, mean_logprob: float) -> float:
-    """Nats by which rounding explains a mean absolute difference of log-probabilities.
+    """Mean absolute difference of log-probabilities, in nats, that rounding explains.
 
     A layer rounds the hidden states about four times (two normalisations, two sums), the output layer once more. The errors are
-    independent, so that they add up as a square root, in each of the two computations; relative to logits whose spread is about that of the
-    log-probabilities, and one nat at least. What is stored is rounded once more.
+    independent, so they add up as a square root, in each of the two computations. They are relative to logits, whose spread is about that
+    of the log-probabilities, at least one nat. The stored values are rounded again.
     """
     relative = math.hypot(*(_UNIT[dtype] * math.sqrt(4 * n_layers + 1) for dtype in dtypes))
     return relative * (1 + mean_logprob) + _STORED * mean_logprob

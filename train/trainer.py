@@ -1,6 +1,6 @@
-"""The training loop of one rank: micro-batches, gradients over all ranks, an optimizer step, metrics, checkpoints, and the export.
+"""The training loop of one rank: micro-batches, gradients over all ranks, optimizer step, metrics, checkpoints, export.
 
-Losses are sums over positions divided by the counts of the whole global batch, so they do not depend on how it is dealt to ranks.
+Losses are sums over positions divided by the counts of the whole global batch, so they do not depend on its division among ranks.
 """
 
 import contextlib
@@ -40,12 +40,12 @@ from .runtime import Runtime
 from .start import check_start
 from .watch import SPIKES, WINDOW, Watch
 
-_TELL_SECONDS = 10.0
+_PRINT_SECONDS = 10.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Losses:
-    """Of one global batch, in nats per position; the same on every rank."""
+    """The losses of one global batch, in nats per position; the same on every rank."""
 
     clm: float
     fusion: float | None
@@ -53,7 +53,7 @@ class _Losses:
 
 
 class Asked(IntEnum):
-    """What a run is asked for besides its schedule; the larger wins."""
+    """Requests to a run besides its schedule; the larger value wins."""
 
     TO_SAVE = 1
     TO_STOP = 2
@@ -72,7 +72,7 @@ class Trainer:
         self.architecture = read_architecture(job.model_folder, training=job.config)
         cost = Cost.of(job.model_folder, architecture=self.architecture, config=job.config, arithmetic=runtime.arithmetic)
         require_memory(cost, config=job.config, free=runtime.free_memory)
-        dist.barrier()  # all have looked at what is free before any takes of it
+        dist.barrier()  # all ranks have measured the free memory before any rank uses it
         self.data = TargetsData.of(job, vocab_size=self.architecture.vocab_size, pin_memory=runtime.pins_memory)
         self.objective = Objective(job.config, steps=self.data.steps)
         self.model = self._load_model()
@@ -93,11 +93,11 @@ class Trainer:
         """Train from the newest checkpoint to the end, and export the model.
 
         Raises:
-            FuselineError: the loss is not finite, or a SIGTERM or SIGUSR1 came: then a checkpoint was saved first.
+            FuselineError: the loss is not finite, or a SIGTERM or SIGUSR1 arrived; in that case a checkpoint was saved.
         """
-        for number in (signal.SIGTERM, signal.SIGUSR1):  # the second is how Slurm announces the end of a job's time
+        for number in (signal.SIGTERM, signal.SIGUSR1):  # Slurm announces the end of a job's time with SIGUSR1
             signal.signal(number, lambda *_: setattr(self, "_stop_asked", True))
-        started = self._saved_at = self._told_at = time.monotonic()
+        started = self._saved_at = self._printed_at = time.monotonic()
         with self.weights.masters():
             step = self.checkpoints.resume()
         self.scheduler.step(step)
@@ -127,30 +127,32 @@ class Trainer:
                         self.checkpoints.save(step, keep=self.config.keep_checkpoints)
                     self._saved_at = time.monotonic()
                 if asked is Asked.TO_STOP and step < self.data.steps:
-                    raise FuselineError(f"The training was stopped; a checkpoint of step {step} is saved. Run the same command to go on.")
+                    raise FuselineError(
+                        f"The training was stopped; a checkpoint of step {step} is saved. Run the same command to continue."
+                    )
         self._finish(seconds=time.monotonic() - started)
 
     def _check_start(self) -> None:
-        """Keep what is odd about the start for the first step's record. Every rank must call it."""
+        """Check the start, and keep a warning for the first step's record. Every rank must call it."""
         found = check_start(self.model.module, job=self.job, runtime=self.runtime, n_layers=self.architecture.n_layers)
         if found is not None and self.runtime.leads:
             durable.write_json(self.job.run_folder / "start.json", asdict(found))
             self._start_warning = found.warning
 
     def _tell(self, record: records.Record) -> None:
-        """A line now and then, for who started the ranks by hand; else it goes to the log."""
+        """Print a line at intervals, for users who started the ranks by hand; otherwise it goes to the log."""
         now = time.monotonic()
         if record["warning"] is not None:
             print(record["warning"], flush=True)
-        if now - self._told_at >= _TELL_SECONDS or record["step"] == self.data.steps:
+        if now - self._printed_at >= _PRINT_SECONDS or record["step"] == self.data.steps:
             print(records.figures(record), flush=True)
-            self._told_at = now
+            self._printed_at = now
 
     def _is_due(self, every: int | None, *, step: int) -> bool:
         return every is not None and (step % every == 0 or step == self.data.steps)
 
     def _asked(self) -> "Asked | None":
-        """What any rank was asked for by a signal, or the leading one by the clock; the same on every rank. Every rank must call it."""
+        """The request from a signal on any rank, or from the leading rank's clock; the same on every rank. Every rank must call it."""
         minutes = self.config.checkpoint_minutes
         is_time = self.runtime.leads and minutes is not None and time.monotonic() - self._saved_at >= 60 * minutes
         asked = torch.tensor(Asked.TO_STOP if self._stop_asked else Asked.TO_SAVE if is_time else 0, device=self.runtime.device)
@@ -158,7 +160,7 @@ class Trainer:
         return Asked(int(asked)) if asked else None
 
     def _evaluate(self, step: int, *, metrics: Metrics | None) -> float | None:
-        """Bits per byte of the held-out text, if there is some."""
+        """Bits per byte of the held-out text, if there is any."""
         found = self.held_out.evaluate(self.model.module, step=step)
         if metrics is not None:
             metrics.add_evaluation(found)
@@ -177,7 +179,7 @@ class Trainer:
         return DistributedDataParallel(model.config, self.runtime.gradient_settings, model)
 
     def train_step(self, step: int, batch: Sequence[MicroBatch], *, data_wait_seconds: float) -> records.Record:
-        """One optimizer step on this rank's share of a batch; returns the record of it. Every rank must call it."""
+        """One optimizer step on this rank's share of a batch; returns its record. Every rank must call it."""
         started = time.monotonic()
         losses, is_finite = self._backward(batch, step=step)
         loss = self.objective.total(clm=losses.clm, fusion=losses.fusion, step=step)
@@ -209,7 +211,7 @@ class Trainer:
         }
 
     def _utilisation(self, batch: Sequence[MicroBatch], *, seconds: float) -> float | None:
-        """Share of the device's peak that the model's operations take (MFU); None where the peak is not known."""
+        """Share of the device's peak that the model's operations use (MFU); None if the peak is not known."""
         if self.runtime.peak_flops is None:
             return None
         lengths = [length for micro_batch in batch for length in micro_batch.lengths]
@@ -217,7 +219,7 @@ class Trainer:
         return flops / (seconds * self.runtime.peak_flops)
 
     def _warning(self, step: int, **values: float) -> str | None:
-        """What is odd about a step, on the leading rank."""
+        """Warnings about a step, on the leading rank."""
         found = [
             f"{name} ({values[name]:.3g}) is {ratio:.1f} times the median of the steps before"
             for name, watch in self._watches.items()
@@ -227,13 +229,13 @@ class Trainer:
         return ". ".join(([self._start_warning] if self._start_warning and step == 0 else []) + odd) or None
 
     def _backward(self, batch: Sequence[MicroBatch], *, step: int) -> tuple[_Losses, list[Tensor]]:
-        """Gradients of this rank's micro-batches and losses of the global batch; also whether each micro-batch's loss is finite."""
+        """Gradients of this rank's micro-batches, losses of the global batch, and whether each micro-batch's loss is finite."""
         self.model.zero_grad_buffer()
         self.optimizer.zero_grad()
         total_weights = self._summed(torch.stack([self.objective.weights(micro_batch) for micro_batch in batch]).sum(0))
         sums = torch.zeros(3, dtype=torch.float64, device=self.runtime.device)
         sums[2] = sum(len(micro_batch.token_ids_T) for micro_batch in batch)
-        is_finite: list[Tensor] = []  # looked at only if something is wrong: a look makes a GPU wait
+        is_finite: list[Tensor] = []  # read only after a problem, because reading makes a GPU wait
         for i, micro_batch in enumerate(batch):
             with self.model.no_sync() if i + 1 < len(batch) else contextlib.nullcontext():
                 here = micro_batch.to(self.runtime.device)
@@ -249,7 +251,7 @@ class Trainer:
         ), is_finite
 
     def _summed(self, values: Tensor) -> Tensor:
-        """Sum over the data-parallel ranks. All ranks take part, so that all agree; equal values of tensor-parallel ranks average out."""
+        """Sum over the data-parallel ranks. All ranks take part, so that they agree; equal values of tensor-parallel ranks are averaged."""
         values = values.to(device=self.runtime.device, dtype=torch.float64)
         dist.all_reduce(values)
         return values / self.runtime.tensor_parallel
@@ -268,7 +270,7 @@ class Trainer:
         good = "there is no checkpoint yet" if saved is None else f"the last good checkpoint is that of step {saved}"
         return FuselineError(
             f"Step {step + 1}: {what} in a batch with {self.data.named(packs)}; {good}. "
-            "Lower learning_rate, or look at those segments in the targets and their models."
+            "Lower learning_rate, or check these segments in the targets and the models."
         )
 
     def _finish(self, *, seconds: float) -> None:
@@ -286,7 +288,7 @@ class Trainer:
 
 
 def _timed(batches: Iterator[Sequence[MicroBatch]]) -> Iterator[tuple[Sequence[MicroBatch], float]]:
-    """Batches with the seconds that were spent waiting for each."""
+    """Batches with the seconds of waiting for each."""
     while True:
         started = time.monotonic()
         try:

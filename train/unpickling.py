@@ -1,7 +1,7 @@
-"""What a rank unpickles: the descriptions of checkpoints, and the objects that ranks send each other. Nothing that runs code.
+"""Restricts what a rank unpickles to the metadata of checkpoints and the objects that ranks send each other, so that no code runs.
 
-torch and Megatron-core unpickle both without limits: whoever could write a checkpoint, or reach a rank's port, could run code in the rank.
-Here an unpickler takes their place that knows the few classes of which both consist.
+torch and Megatron-core unpickle both without limits, so anyone who can write a checkpoint, or reach a rank's port, could run code in the
+rank. This module replaces their unpickler with one that only allows the few classes in both.
 """
 
 import builtins
@@ -19,7 +19,7 @@ import torch
 from torch.distributed import distributed_c10d
 from torch.distributed.checkpoint import filesystem
 
-_WEIGHTS_ONLY = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"  # in the environment: torch.load then knows nothing but tensors, numbers, text and lists
+_WEIGHTS_ONLY = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"  # environment variable: torch.load then allows only tensors, numbers, text and lists
 _KNOWN = {
     "megatron.core.dist_checkpointing.mapping": {"ShardedObject", "ShardedTensor"},
     "torch": {"Size", *(str(value).removeprefix("torch.") for value in vars(torch).values() if isinstance(value, torch.dtype))},
@@ -35,13 +35,13 @@ _KNOWN = {
     "torch.distributed.checkpoint.storage": {"WriteResult"},
     "torch.serialization": {"_get_layout"},
     __name__: {"_Place"},
-    "traceback": {"StackSummary"},  # a rank that fails sends its error to the others, with the places in the code; see `_Place`
+    "traceback": {"StackSummary"},  # a failing rank sends its error with the traceback to the others; see `_Place`
     "builtins": {name for name, value in vars(builtins).items() if isinstance(value, type) and issubclass(value, Exception)},
 }  # fmt: skip
 
 
 class _Place:
-    """Stands for `traceback.FrameSummary`, which reads the file that it names."""
+    """Replaces `traceback.FrameSummary`, which would read the file that it names."""
 
     filename, lineno, name, line, locals, end_lineno, colno, end_colno = "", 0, "", "", None, None, None, None
 
@@ -50,20 +50,20 @@ class _Place:
 
 
 class KnownClasses(pickle.Unpickler):
-    """Raises UnpicklingError at the name of anything that is neither part of a checkpoint's description nor of the ranks' messages."""
+    """Raises UnpicklingError for every name that is not part of a checkpoint's metadata or the ranks' messages."""
 
     def find_class(self, module: str, name: str) -> Any:
-        """The class of that name, if it is known."""
+        """The class with that name, if it is allowed."""
         if (module, name) == ("traceback", "FrameSummary"):
             return _Place
         if name not in _KNOWN.get(module, ()):
-            raise pickle.UnpicklingError(f"it holds {module}.{name}, which no checkpoint of fuseline has")
+            raise pickle.UnpicklingError(f"it holds {module}.{name}, which is not in any checkpoint of fuseline")
         return super().find_class(module, name)
 
 
 @contextlib.contextmanager
 def known_classes_only() -> Iterator[None]:
-    """Unpickle nothing else in this process, whatever torch and Megatron-core load or receive."""
+    """Apply the restriction to everything that torch and Megatron-core load or receive in this process."""
     known = types.SimpleNamespace(**vars(pickle) | {"load": _read_description})
     before = distributed_c10d._unpickler, filesystem.pickle, os.environ.get(_WEIGHTS_ONLY)
     distributed_c10d._unpickler, filesystem.pickle, os.environ[_WEIGHTS_ONLY] = KnownClasses, known, "1"  # type: ignore[assignment]
@@ -76,15 +76,15 @@ def known_classes_only() -> Iterator[None]:
 
 
 def _read_description(file: IO[bytes]) -> Any:
-    """The `.metadata` of a checkpoint: which tensors lie where in its files.
+    """The `.metadata` of a checkpoint: the place of each tensor in its files.
 
     Raises:
-        UnpicklingError: it is something else, or names files outside the checkpoint's folder.
+        UnpicklingError: it is not valid metadata, or names files outside the checkpoint's folder.
     """
     data = file.read()
     for operation, value, _ in pickletools.genops(data):
-        if "PUT" in operation.name and isinstance(value, int) and value > len(data):  # memory is taken for as many objects
-            raise pickle.UnpicklingError(f"it numbers an object {value:,}, and has {len(data):,} bytes")
+        if "PUT" in operation.name and isinstance(value, int) and value > len(data):  # memory is allocated for that many objects
+            raise pickle.UnpicklingError(f"it has an object with number {value:,}, but only {len(data):,} bytes")
     description = KnownClasses(io.BytesIO(data)).load()
     for place in description.storage_data.values():
         name = place.relative_path

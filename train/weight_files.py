@@ -1,7 +1,7 @@
-"""The safetensors files of a Hugging Face folder, read slice by slice and written block by block, so that no model is ever in memory.
+"""The safetensors files of a Hugging Face folder, read slice by slice and written block by block, so that no whole model is in memory.
 
-The format is a length, a JSON header with the place of each tensor, and the tensors (https://github.com/huggingface/safetensors). All
-shapes are known before the first tensor is, so the header can be written first.
+The format is a length, a JSON header with the offsets of each tensor, and the tensors (https://github.com/huggingface/safetensors). All
+shapes are known before the first tensor, so the header can be written first.
 """
 
 import json
@@ -22,7 +22,7 @@ from ..store.errors import DataError
 from ..store.weights import tensors_of, weight_files
 
 FILE_BYTES = 5_000_000_000  # a larger model is split into files of at most this size
-# Ends of names of tensors in published folders that are no weights: transformers computes them itself.
+# Suffixes of tensors in published folders that are not weights: transformers computes them itself.
 BUFFERS = (".rotary_emb.inv_freq", ".attention.bias", ".attention.masked_bias")
 _HEADER_ALIGNMENT = 8
 _DTYPES = {
@@ -42,7 +42,7 @@ _CODES = {dtype: code for code, dtype in _DTYPES.items()}
 
 @dataclass(frozen=True, slots=True)
 class StoredTensor:
-    """A tensor in a file, in the dtype it is stored in; indexing reads no more than is asked for."""
+    """A tensor in a file, in its stored dtype; indexing reads only the requested part."""
 
     shape: tuple[int, ...]
     _slice: Any
@@ -71,31 +71,31 @@ class WeightFiles:
 
     @property
     def names(self) -> Collection[str]:
-        """Of all tensors that are stored."""
+        """The names of all stored tensors."""
         return self._file_of.keys()
 
     def __getitem__(self, name: str) -> StoredTensor:
         stored_name = stored_as(name, names=self.names)
         if stored_name is None:
-            raise DataError(f"{self.folder} has no tensor {name}, which its config.json describes. Download the model again.")
+            raise DataError(f"{self.folder} has no tensor {name}, but its config.json describes it. Download the model again.")
         stored = self._file_of[stored_name].get_slice(stored_name)
         return StoredTensor(tuple(stored.get_shape()), stored)
 
 
 def stored_as(name: str, *, names: Container[str]) -> str | None:
-    """The name under which a folder stores a tensor, None if it does not."""
+    """The name under which a folder stores a tensor; None if it does not."""
     return next((spelling for spelling in spellings(name) if spelling in names), None)
 
 
 def spellings(name: str) -> tuple[str, ...]:
-    """The names under which transformers finds a tensor: that of the base model before it may be missing (`layers.0…` for
-    `model.layers.0…`), and GPT-NeoX's output layer may be called as in other models."""
+    """The names under which transformers finds a tensor: the prefix of the base model may be missing (`layers.0…` for
+    `model.layers.0…`), and GPT-NeoX's output layer may have the name of other models."""
     return (name, name.partition(".")[2], name.replace("embed_out.", "lm_head."))
 
 
 @dataclass(frozen=True, slots=True)
 class FlatTensor:
-    """A tensor in a file, read in pieces by plain reads: unlike those of a mapped file, its pages are no memory of this process."""
+    """A tensor in a file, read in pieces with plain reads, because pages of a mapped file would count as this process's memory."""
 
     path: Path
     shape: tuple[int, ...]
@@ -105,27 +105,27 @@ class FlatTensor:
 
     @property
     def n_positions(self) -> int:
-        """Numbers in it."""
+        """Number of entries."""
         return math.prod(self.shape)
 
     def read(self, start: int, stop: int) -> Tensor:
-        """Positions `start` to `stop`, in the order of the file, (stop - start,)."""
+        """Positions `start` to `stop`, in file order, (stop - start,)."""
         piece = torch.empty(stop - start, dtype=self.dtype)
         buffer = memoryview(piece.view(torch.uint8).numpy().data)
         done = 0
         while done < len(buffer):
             n_bytes = os.preadv(self._descriptor, [buffer[done:]], self._offset + start * self.dtype.itemsize + done)
             if n_bytes == 0:
-                raise DataError(f"{self.path} became shorter while it was read. Is another program writing it?")
+                raise DataError(f"{self.path} became shorter while it was read. Wait until no other program writes it.")
             done += n_bytes
         return piece
 
 
 def flat_tensors(folder: Path, *, stack: ExitStack) -> dict[str, FlatTensor]:
-    """The tensors of a Hugging Face folder by name, of files that stay open until `stack` closes.
+    """The tensors of a Hugging Face folder by name, in files that stay open until `stack` closes.
 
     Raises:
-        DataError: there are no safetensors, one cannot be read, or a tensor has a dtype that is not known here.
+        DataError: there are no safetensors, one cannot be read, or the dtype of a tensor is not supported.
     """
     found = {}
     for path in weight_files(folder):
@@ -142,15 +142,15 @@ def flat_tensors(folder: Path, *, stack: ExitStack) -> dict[str, FlatTensor]:
 
 
 class WeightWriter:
-    """Writes tensors as `model.safetensors`, or as several files and their index, piece by piece, in any order and from several threads."""
+    """Writes tensors as `model.safetensors`, or as several files with an index, piece by piece, in any order and from several threads."""
 
     def __init__(self, *, shapes: Mapping[str, Sequence[int]], dtypes: Mapping[str, torch.dtype], folder: Path, stack: ExitStack) -> None:
-        """Write what is before the tensors, and give the files their lengths.
+        """Write the headers, and set the lengths of the files.
 
         Args:
-            shapes: of all tensors, in the order in which they are in the files.
+            shapes: of all tensors, in file order.
             dtypes: of all tensors.
-            folder: holds nothing of these names.
+            folder: has no files with these names.
             stack: closes the files.
         """
         self._dtypes = dtypes
@@ -187,13 +187,13 @@ class WeightWriter:
 def write_weights(
     tensors: Iterator[tuple[str, Tensor]], *, shapes: Mapping[str, Sequence[int]], dtypes: Mapping[str, torch.dtype], folder: Path
 ) -> None:
-    """Write whole tensors; one of them is in memory at a time.
+    """Write whole tensors; only one is in memory at a time.
 
     Args:
         tensors: all of `shapes`, on the CPU.
         shapes: of all tensors.
         dtypes: of all tensors.
-        folder: holds no weights.
+        folder: has no weights.
     """
     left = set(shapes)
     with ExitStack() as stack:

@@ -1,1 +1,1 @@
-"""Conversations: read from rows, rendered by a chat template, and read by any model's tokenizer with their control tokens and masks."""
+"""Conversations: read from rows, rendered by a chat template, and tokenized for any model with control tokens and masks."""

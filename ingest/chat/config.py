@@ -12,12 +12,12 @@ def _is_day(text: str) -> str:
     try:
         datetime.date.fromisoformat(text)
     except ValueError as error:
-        raise ValueError(f"must be a day as 2024-07-26, and is {text!r}") from error
+        raise ValueError(f"must be a day such as 2024-07-26, but is {text!r}") from error
     return text
 
 
 class ChatConfig(BaseModel):
-    """How conversations are read and written."""
+    """How conversations are read and rendered."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
@@ -27,8 +27,8 @@ class ChatConfig(BaseModel):
     )
     column: str | None = Field(None, description="column with the lists of messages; by default messages, conversations or conversation")
     template: str | None = Field(
-        None, description="file with the Jinja chat template that conversations are written in; by default the target's own"
+        None, description="file with the Jinja chat template that renders conversations; by default the target's own"
     )
     date: Annotated[str, AfterValidator(_is_day)] = Field(
-        "2024-07-26", description="the date (YYYY-MM-DD) for chat templates that ask for today's, so that runs can be repeated"
+        "2024-07-26", description="day (YYYY-MM-DD) that chat templates get when they ask for today's date, so that runs can be repeated"
     )

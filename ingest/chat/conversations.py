@@ -1,8 +1,8 @@
-"""Conversations as data sets hold them, brought to one form: a tuple of messages, each with a role and a text.
+"""Converts conversations of data sets to one form: a tuple of messages, each with a role and a text.
 
-messages    [{"role": "user", "content": "…"}, …], as chat APIs have it; content may be a list of text parts
+messages    [{"role": "user", "content": "…"}, …], as in chat APIs; content may be a list of text parts
 sharegpt    [{"from": "human", "value": "…"}, …]
-alpaca      columns instruction, input (may be empty or missing) and output, one exchange a row; a column system is taken too
+alpaca      columns instruction, input (may be empty or missing) and output, one exchange per row; a column system is read too
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -36,10 +36,10 @@ Conversation = tuple[Message, ...]
 
 @dataclass(frozen=True, slots=True)
 class ConversationReader:
-    """Which columns hold the conversations of a data set, and how."""
+    """Which columns hold the conversations of a data set, and in which format."""
 
     required: tuple[str, ...]
-    read: Callable[[Mapping[str, Any]], Conversation]  # raises ValueError with what is wrong with a row
+    read: Callable[[Mapping[str, Any]], Conversation]  # raises ValueError with the problem of a row
     optional: tuple[str, ...] = ()  # columns that may be missing
 
 
@@ -48,7 +48,7 @@ def find_reader(columns: Sequence[str], *, wanted: ConversationFormat | None, co
 
     Args:
         columns: names of the data set's columns.
-        wanted: the format; None to go by the columns' names.
+        wanted: the format; None to detect it from the columns' names.
         column: the column with the lists of messages; None to look for one.
         where: the data set, for messages.
 
@@ -62,7 +62,7 @@ def find_reader(columns: Sequence[str], *, wanted: ConversationFormat | None, co
         return ConversationReader(_ALPACA, read_alpaca, optional=_ALPACA_OPTIONAL)
     looked_for = column or f"{', '.join(_LISTS)}, or instruction and output"
     raise DataError(
-        f"{where} has no conversations: its columns are {', '.join(columns)}, and not {looked_for}. "
+        f"{where} has no conversations: its columns are {', '.join(columns)}, not {looked_for}. "
         "Name the column with corpus.chat.column, or remove [corpus.chat] if this is plain text."
     )
 
@@ -71,9 +71,9 @@ def read_messages(value: Any) -> Conversation:
     """A list of messages.
 
     Raises:
-        ValueError: it is none, with the message and the field that are wrong.
+        ValueError: it is invalid; the text names the message and the field.
     """
-    if isinstance(value, Mapping):  # a list of structs may come as a struct of lists
+    if isinstance(value, Mapping):  # a list of structs may be read as a struct of lists
         columns = {key: fields or () for key, fields in value.items()}
         if len({len(fields) for fields in columns.values()}) > 1:
             raise ValueError(f"the lists {', '.join(columns)} have different lengths")
@@ -89,7 +89,7 @@ def read_alpaca(row: Mapping[str, Any]) -> Conversation:
     """An instruction with its input and output as one exchange.
 
     Raises:
-        ValueError: a field is no text.
+        ValueError: a field is not text.
     """
     fields = {name: _text(row.get(name), field=name) for name in (*_ALPACA, *_ALPACA_OPTIONAL)}
     asked = "\n\n".join(text for text in (fields["instruction"], fields["input"]) if text)
@@ -100,15 +100,15 @@ def read_alpaca(row: Mapping[str, Any]) -> Conversation:
 def _message(message: Any, *, number: int) -> Message:
     if not isinstance(message, Mapping):
         raise ValueError(f"message {number} is {_kind(message)}, not an object with a role and a text")
-    named = message.get("role") or message.get("from")  # where rows differ, the keys of others are there as null
+    named = message.get("role") or message.get("from")  # rows may have the keys of other rows as null
     role = _ROLES.get(named.lower()) if isinstance(named, str) else None
     if role is None:
         raise ValueError(f"message {number}: the role ({named!r}) must be one of {', '.join(sorted(_ROLES))}")
     for key in ("tool_calls", "reasoning_content", "thinking"):
         if message.get(key):
-            raise ValueError(f"message {number} has {key}, which is not read; write it into the message's text")
+            raise ValueError(f"message {number} has {key}, which is not supported; write it into the message's text")
     if message.get("weight") == 0:
-        raise ValueError(f"message {number} has weight 0, and all answers are trained on; end the conversation before it")
+        raise ValueError(f"message {number} has weight 0, but all answers are trained on; end the conversation before it")
     content = message.get("value") if message.get("content") is None else message["content"]
     if isinstance(content, Sequence) and not isinstance(content, str):
         return Message(role, "".join(_part(part, number=number) for part in content))
@@ -117,7 +117,7 @@ def _message(message: Any, *, number: int) -> Message:
 
 def _part(part: Any, *, number: int) -> str:
     if not isinstance(part, Mapping) or part.get("type", "text") != "text":
-        raise ValueError(f"message {number} has a part that is no text ({part!r:.60})")
+        raise ValueError(f"message {number} has a part that is not text ({part!r:.60})")
     return _text(part.get("text"), field=f"message {number}")
 
 

@@ -1,9 +1,9 @@
-"""A rendered conversation, or a segment of one: its text, and which ranges of it are what.
+"""A rendered conversation, or a segment of one: its text, with marked ranges.
 
-Ranges are half-open, in characters in memory and in bytes of UTF-8 where they are stored, as columns of the corpus's parts:
+Ranges are half-open; in memory they count characters, in the columns of the corpus's parts bytes of UTF-8:
 
-    control_spans      control tokens that the template wrote: only these become control tokens, whatever the text of messages holds
-    assistant_spans    what the assistant has to write, its end-of-turn token included: what is trained on and evaluated
+    control_spans      control tokens that the template wrote: only these become control tokens, never the text of messages
+    assistant_spans    what the assistant writes, including its end-of-turn token: this is trained on and evaluated
     messages           role and range of each message's text, and whether it is all of the message
 """
 
@@ -21,7 +21,7 @@ _MESSAGES = pl.List(pl.Struct({"role": pl.String, "start": pl.UInt32, "end": pl.
 
 
 class MessageSpan(NamedTuple):
-    """Where the text of a message is."""
+    """The range of a message's text."""
 
     role: str
     start: int
@@ -39,7 +39,7 @@ class MarkedText:
     messages: tuple[MessageSpan, ...] = ()
 
     def cut(self, places: Sequence[int]) -> list["MarkedText"]:
-        """The pieces between the text's start, some ascending places inside, and its end. No control token may be cut."""
+        """Cut the text at some ascending places. No place may be inside a control token."""
         return [self._piece(start, end) for start, end in pairwise((0, *places, len(self.text)))]
 
     def _piece(self, start: int, end: int) -> "MarkedText":
@@ -55,7 +55,7 @@ class MarkedText:
         )
 
     def byte_offsets(self) -> Callable[[int], int]:
-        """The function from a place in characters to that in bytes."""
+        """The function from an offset in characters to the offset in bytes."""
         if self.text.isascii():
             return lambda place: place
         ends = np.cumsum([0, *(len(character.encode()) for character in self.text)]).tolist()

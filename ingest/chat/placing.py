@@ -1,7 +1,7 @@
-"""Where the tokens of a model's own rendering of a conversation lie in the text that all share.
+"""Maps the tokens of a model's own rendering of a conversation to the shared text.
 
-Inside the assistant's messages bytes are bytes. Elsewhere the two texts write different things; there only the beginnings and ends of turns
-are the same places.
+Inside the assistant's messages, both texts have the same bytes. Elsewhere they differ, and only the beginnings and ends of turns
+correspond.
 """
 
 import numpy as np
@@ -11,10 +11,10 @@ from .marked_text import MarkedText, Span
 
 
 def placed(ends_T: NDArray[np.int64], *, own: MarkedText, shared: MarkedText) -> NDArray[np.int64]:
-    """The byte of the shared text up to which a model has read, at the end of each of its tokens.
+    """The byte of the shared text up to which a model has read at the end of each of its tokens.
 
-    A token that ends between two such places has read as much as one that ends at the next of them. Of several tokens with one place the
-    last one speaks there (`align.positions`): so it is that which has just ended the turn, or is just about to begin one.
+    A token that ends between two such places counts as ending at the next one. If several tokens end at one place, the last one counts
+    there (`align.positions`): it is the one that has just ended a turn, or is about to begin one.
 
     Args:
         ends_T: the byte of its own rendering at which each token ends.
@@ -24,7 +24,7 @@ def placed(ends_T: NDArray[np.int64], *, own: MarkedText, shared: MarkedText) ->
     points: list[tuple[int, int, bool]] = []  # own byte, shared byte, whether a message's text ends there
     own_place, shared_place = own.byte_offsets(), shared.byte_offsets()
     for (own_turn, own_message), (turn, message) in zip(turns(own), turns(shared), strict=True):
-        skipped = shared.text[message[0] : message[1]].find(own.text[own_message[0] : own_message[1]])  # a template may trim
+        skipped = shared.text[message[0] : message[1]].find(own.text[own_message[0] : own_message[1]])  # a template may trim the text
         start = message[0] + max(skipped, 0)
         points += [(own_place(own_turn[0]), shared_place(turn[0]), False), (own_place(own_message[0]), shared_place(start), False)]
         points += [(own_place(own_message[1]), shared_place(start + own_message[1] - own_message[0]), True)]
@@ -42,7 +42,7 @@ def turns(segment: MarkedText) -> list[tuple[Span, Span]]:
 
 
 def has_whole_turns(segment: MarkedText) -> bool:
-    """Whether no message, and none of the assistant's turns, goes beyond the segment."""
+    """Whether all messages and all turns of the assistant end inside the segment."""
     messages = [each for each in segment.messages if each.role == "assistant"]
     return (
         all(each.is_whole for each in segment.messages)

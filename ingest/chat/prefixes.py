@@ -1,13 +1,13 @@
-"""Tokenizers of the SentencePiece kind put a space of their own before a text; in the middle of one they must not."""
+"""SentencePiece tokenizers add a space before a text. In the middle of a text they must not."""
 
 import json
 from typing import Any
 
 
 def without_dummy_prefix(definition: str, *, only_first: bool) -> str:
-    """A `tokenizer.json` that puts no space of its own before a text.
+    """A `tokenizer.json` that adds no space before a text.
 
-    With `only_first`, tokenizers that put one before every stretch of text between control tokens still do.
+    With `only_first`, tokenizers that add one before every stretch of text between control tokens still do so.
     """
     tokenizer = json.loads(definition)
     tokenizer["pre_tokenizer"] = _without(tokenizer.get("pre_tokenizer"), "pretokenizers", only_first=only_first)

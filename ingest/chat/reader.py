@@ -1,11 +1,11 @@
-"""Reads rendered conversations with a model's tokenizer: token ids, the byte at which each ends, and which are the assistant's.
+"""Tokenizes rendered conversations for a model: token ids, the byte at which each token ends, and which tokens are the assistant's.
 
-The text is read in runs. A run ends where the template wrote a control token, which becomes that token, and nothing else becomes one; and
-where the assistant begins and ends, as it does when a model answers a prompt. So no token holds both what is trained on and what is not.
+The text is read in runs. A run ends at a control token of the template, and only these become control tokens. It also ends where the
+assistant begins and ends, as when a model answers a prompt. So no token has both text that is trained on and text that is not.
 
-A model that reads another's template takes for a control token its own of the same spelling, else that of the same role (bos, eos, pad, end
-of turn), else reads it as text. Or it reads the conversation in its own template; its tokens are then placed in the shared text by what
-they hold of the assistant's messages.
+A model that reads another model's template replaces a control token with its own of the same spelling, else with that of the same role
+(bos, eos, pad, end of turn), else it reads it as text. Or it reads the conversation in its own template; its tokens are then mapped to the
+shared text by the assistant's messages.
 
 Axes: T tokens of many segments, S segments, B bytes of a segment.
 """
@@ -29,7 +29,7 @@ from .placing import has_whole_turns, placed
 from .prefixes import without_dummy_prefix
 from .template import ChatTemplate, RefusedConversation
 
-Rendering = Literal["own", "shared", "foreign"]  # the model's own; the corpus's, which is in its template; the corpus's, which is not
+Rendering = Literal["own", "shared", "foreign"]  # the model's own; the corpus's, in the model's template; the corpus's, in another template
 _Where = Literal["start", "after_control", "inside"]
 
 
@@ -39,13 +39,13 @@ class EncodedConversations:
 
     segments: EncodedSegments
     label_mask_T: NDArray[np.bool_]  # at position j: token j + 1 of the segment is the assistant's
-    scored_bytes_T: NDArray[np.int64]  # at position j: how many bytes of the assistant's text it has; control tokens are none
+    scored_bytes_T: NDArray[np.int64]  # at position j: bytes of the assistant's text in that token; 0 for control tokens
     reasons: Mapping[int, str]  # why segments are not lossless
 
 
 @dataclass(frozen=True, slots=True)
 class _Piece:
-    """A run of text, or a control token: `control` is its id, None where the model has none and needs none."""
+    """A run of text, or a control token: `control` is its id, None if the model has none and needs none."""
 
     start: int
     end: int
@@ -55,23 +55,23 @@ class _Piece:
 
 
 class ConversationsReader:
-    """How one model reads the conversations of a corpus."""
+    """Reads the conversations of a corpus for one model."""
 
     def __init__(self, tokenizer: Tokenizer, *, template: ChatTemplate, rendering: Rendering, own: ChatTemplate | None = None) -> None:
-        """Say how.
+        """Choose how to read.
 
         Args:
             tokenizer: the model's.
-            template: the one that wrote what it reads: with rendering `own` the model's, else the corpus's.
-            rendering: which text it reads, and whose template that is.
-            own: with rendering `foreign`, the model's own template if it has one: it says with which control token the model ends a turn,
-                by default its eos, and which of its tokens are no text.
+            template: the template of the text that it reads: with rendering `own` the model's, else the corpus's.
+            rendering: which text it reads, in which template.
+            own: with rendering `foreign`, the model's own template if it has one: it gives the control token with which the model ends a
+            turn (by default its eos), and the tokens that are not text.
         """
         self.tokenizer, self.template, self.rendering, self.own = tokenizer, template, rendering, own
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What determines the reading, beside the tokenizer and the corpus."""
+        """What determines the reading, besides the tokenizer and the corpus."""
         identity: dict[str, Any] = {"rendering": self.rendering, "end_of_turn": self.end_of_turn_id}
         if self.rendering == "own":
             identity |= self.template.identity
@@ -82,11 +82,11 @@ class ConversationsReader:
 
     @property
     def end_of_turn_id(self) -> int | None:
-        """The token with which the model ends a turn in what it reads."""
+        """The token with which the model ends a turn in the text that it reads."""
         return self._control_ids.get(self.template.end_of_turn or "")
 
     def require_known(self, vocab_size: int) -> None:
-        """Raise DataError where a control token of the template has an id that the model has no embedding for."""
+        """Raise DataError if a control token of the template has an id without an embedding in the model."""
         for token in self.template.written_controls:
             if self._control_ids.get(token, 0) >= vocab_size:
                 raise DataError(
@@ -136,12 +136,12 @@ class ConversationsReader:
 
     @property
     def _prepends_bos(self) -> bool:
-        """Templates say themselves where bos stands; models that read another's have it as they always have."""
+        """The model's own template places bos itself; with another template, bos is placed as in plain text."""
         return self.rendering == "foreign" and self.tokenizer.prepends_bos
 
     @cached_property
     def _control_ids(self) -> dict[str, int]:
-        """The token of each control token that the template may write; those without one are read as text."""
+        """The model's token for each control token of the template; those without one are read as text."""
         backend, roles = self.tokenizer.backend, self.tokenizer.roles
         if self.rendering != "foreign":
             ids = {token: backend.token_to_id(token) for token in self.template.controls}
@@ -154,7 +154,7 @@ class ConversationsReader:
             *((variables.get(f"{role}_token"), roles[role]) for role in ("eos", "pad")),
             (end_of_turn, roles["eos"]),
         ]
-        for token, token_id in by_role:  # of a token with several roles the first counts that the model has a token for
+        for token, token_id in by_role:  # of several roles, the first for which the model has a token counts
             if token is not None and token_id is not None:
                 found.setdefault(token, token_id)
         return {token: found[token] for token in self.template.controls if token in found}
@@ -168,24 +168,24 @@ class ConversationsReader:
             if token not in self._control_ids and not is_bos:
                 continue
             yield from _runs(segment, place, start)
-            own_bos = None if self._prepends_bos else self.tokenizer.roles["bos"]  # once is enough
+            own_bos = None if self._prepends_bos else self.tokenizer.roles["bos"]  # one bos is enough
             control = own_bos if is_bos else self._control_ids[token]
             place = end + (_stripped(segment, end) if control in self._right_stripping else 0)
-            # What the template wrote after the assistant's turn is the next token's: the turn ends to the byte.
+            # Text that the template wrote after the assistant's turn belongs to the next token: the turn ends exactly at its last byte.
             is_end_of_turn = any(turn_end == end for _, turn_end in segment.assistant_spans)
             yield _Piece(start, end if is_end_of_turn else place, True, control)
         yield from _runs(segment, place, len(segment.text))
 
     @cached_property
     def _right_stripping(self) -> frozenset[int]:
-        """Control tokens that take the white space after them."""
+        """Control tokens that absorb the white space after them."""
         return frozenset(token_id for token_id, token in self.tokenizer.backend.get_added_tokens_decoder().items() if token.rstrip)
 
     # ---- text --------------------------------------------------------------------------------------------------------------------------
 
     @cached_property
     def _tokenizers(self) -> dict[_Where, Tokenizer]:
-        """What reads a run at the text's start, after a control token, and after the end of another run; none makes control tokens."""
+        """The tokenizers for a run at the text's start, after a control token, and after another run, without control tokens."""
         definition = self.tokenizer.definition
         if not self.tokenizer.has_dummy_prefix:
             same = self._text_tokenizer(definition)
@@ -203,13 +203,13 @@ class ConversationsReader:
 
     @property
     def _unmarked(self) -> list[str]:
-        """Tokens that a template writes around messages, and that the tokenizer would also make of text."""
+        """Tokens that a template writes around messages, and that the tokenizer also makes from text."""
         added = self.tokenizer.backend.get_added_tokens_decoder().values()
         controls = self.template.controls | (self.own.controls if self.own else frozenset())
         return [token.content for token in added if not token.special and token.content in controls]
 
     def _encoded_runs(self, segments: Sequence[MarkedText], pieces: Sequence[Sequence[_Piece]]) -> dict[_Where, Iterator["_Run"]]:
-        """The runs of all segments, for each place in the order in which they stand."""
+        """The runs of all segments, in order."""
         texts: dict[_Where, list[str]] = {"start": [], "after_control": [], "inside": []}
         for segment, of_segment in zip(segments, pieces, strict=True):
             for piece in of_segment:
@@ -235,16 +235,16 @@ class ConversationsReader:
             elif piece.control is not None:
                 ids.append(piece.control)
                 ends.append(place(piece.end))
-            elif ends:  # the token before stands for it too
+            elif ends:  # the previous token covers it too
                 ends[-1] = place(piece.end)
         return np.array(ids, np.int64), np.array(ends, np.int64), is_lossless
 
     # ---- the model's own rendering -----------------------------------------------------------------------------------------------------
 
     def _rendered(self, s: int, segment: MarkedText, reasons: dict[int, str]) -> MarkedText:
-        """A segment's messages in the model's own template; nothing, with a reason, where that cannot be."""
+        """A segment's messages in the model's own template; None, with a reason, if that is not possible."""
         if not has_whole_turns(segment):
-            reasons[s] = "a message goes beyond the segment, and the model reads whole messages, in its own chat template"
+            reasons[s] = "a message goes beyond the segment, but the model reads whole messages, in its own chat template"
             return MarkedText(text="")
         try:
             return self.template.render(tuple(Message(each.role, segment.text[each.start : each.end]) for each in segment.messages))  # type: ignore[arg-type]
@@ -280,14 +280,14 @@ def _runs(segment: MarkedText, start: int, end: int) -> Iterator[_Piece]:
 
 
 def _stripped(segment: MarkedText, place: int) -> int:
-    """How much white space of the template follows a place."""
+    """How much of the template's white space follows a place."""
     starts = (*(each.start for each in segment.messages), *(start for start, _ in segment.assistant_spans))
     following = segment.text[place : min((start for start in starts if start >= place), default=len(segment.text))]
     return len(following) - len(following.lstrip())
 
 
 def _labels(segment: MarkedText, ends_T: NDArray[np.int64], *, has_bos: bool) -> tuple[NDArray[np.bool_], NDArray[np.int64]]:
-    """Which positions speak of a token of the assistant's, and how many bytes of the assistant's text it has."""
+    """Which positions predict a token of the assistant, and how many bytes of the assistant's text that token has."""
     place = segment.byte_offsets()
     n_bytes = place(len(segment.text))
     is_assistant_B = _covered(segment.assistant_spans, place=place, n_bytes=n_bytes)
@@ -295,7 +295,7 @@ def _labels(segment: MarkedText, ends_T: NDArray[np.int64], *, has_bos: bool) ->
     assistant_T, text_T = (np.concatenate([[0], np.cumsum(is_B)])[ends_T] for is_B in (is_assistant_B, is_text_B))
     labels_T = np.append(assistant_T[1:] > assistant_T[:-1], np.zeros(min(len(ends_T), 1), np.bool_))
     scored_T = np.append(np.diff(text_T), np.zeros(min(len(ends_T), 1), np.int64))
-    labels_T[: int(has_bos)] = False  # of a segment that begins inside an answer: bos does not speak of that
+    labels_T[: int(has_bos)] = False  # in a segment that begins inside an answer, bos does not predict its first token
     return labels_T, np.where(labels_T, scored_T, 0)
 
 

@@ -1,4 +1,4 @@
-"""Which chat template the conversations of a corpus are written in, and how each model of a recipe reads them."""
+"""Chooses the chat template of a corpus's conversations, and how each model of a recipe reads them."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,14 +15,14 @@ from .template import ChatTemplate
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CorpusTemplate:
-    """The chat template that conversations are written in, and the digest of the tokenizer whose control tokens it writes."""
+    """The chat template of the conversations, and the digest of the tokenizer whose control tokens it writes."""
 
     template: ChatTemplate
     tokenizer: str
 
     @classmethod
     def of(cls, config: ChatConfig, *, target: ModelFolder, base: Path) -> "CorpusTemplate":
-        """The target's own, or the one that the recipe names.
+        """The target's own template, or the one that the recipe names.
 
         Args:
             config: the recipe's.
@@ -31,7 +31,7 @@ class CorpusTemplate:
 
         Raises:
             UsageError: there is none, or it cannot be read.
-            DataError: it does not run.
+            DataError: it fails.
         """
         source = None
         if config.template is not None:
@@ -39,26 +39,26 @@ class CorpusTemplate:
         template = ChatTemplate.of_model(target.folder, tokenizer=target.tokenizer, date=config.date, source=source)
         if template is None:
             raise UsageError(
-                f"{target.folder} has no chat template to write conversations in (chat_template.jinja, or chat_template in "
+                f"{target.folder} has no chat template for conversations (chat_template.jinja, or chat_template in "
                 "tokenizer_config.json). Name a Jinja file with corpus.chat.template."
             )
         if template.end_of_turn is None:
             eos = template.variables.get("eos_token", "eos")
             raise UsageError(
-                f"{config.template or target.folder}: the chat template writes no control token of the target after an answer: the model "
-                f"would learn never to stop. With corpus.chat.template, name one that ends answers with {eos}, say."
+                f"{config.template or target.folder}: the chat template writes no control token of the target after an answer, so the "
+                f"model would never learn to stop. Name a template that ends answers, for example with {eos}, with corpus.chat.template."
             )
         return cls(template=template, tokenizer=target.tokenizer.digest)
 
     def readers(self, tokenizer: Tokenizer) -> list[ConversationsReader]:
-        """What reads the corpus as models with this tokenizer do, but for how sources end turns: to count tokens."""
+        """A reader that counts tokens for models with this tokenizer. It ignores how sources end turns."""
         renderings: list[Rendering] = ["foreign", "shared"] if tokenizer.digest == self.tokenizer else ["foreign"]
         return [ConversationsReader(tokenizer, template=self.template, rendering=rendering) for rendering in renderings]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ChatReading:
-    """How a model reads the conversations of a corpus; the arguments of `ConversationsReader`, but for the tokenizer."""
+    """How a model reads the conversations of a corpus: the arguments of `ConversationsReader` except the tokenizer."""
 
     template: ChatTemplate
     rendering: Rendering
@@ -66,21 +66,21 @@ class ChatReading:
 
     @classmethod
     def of_source(cls, model: ModelFolder, *, written: CorpusTemplate, date: str) -> "ChatReading":
-        """How a source does: what the corpus holds, or its own rendering of it if the recipe says so.
+        """How a source reads them: the corpus's text, or its own rendering if the recipe says so.
 
         Raises:
-            UsageError: it is to have a template of its own, and has none.
+            UsageError: the recipe says so, but it has no template of its own.
         """
         try:
             own = ChatTemplate.of_model(model.folder, tokenizer=model.tokenizer, date=date)
         except DataError:
             if model.config.chat_template == "own":
                 raise
-            own = None  # which only says how the model ends turns
+            own = None  # it is only needed for how the model ends turns
         if model.config.chat_template == "shared":
             return cls(template=written.template, rendering="foreign", own=own)
         if own is None:
-            raise UsageError(f"{model.config.name}: chat_template is 'own', and {model.folder} has no chat template. Remove the key.")
+            raise UsageError(f"{model.config.name}: chat_template is 'own', but {model.folder} has no chat template. Remove the key.")
         return cls(template=own, rendering="own")
 
     def reader(self, tokenizer: Tokenizer) -> ConversationsReader:

@@ -1,7 +1,7 @@
-"""Runs chat templates, which are programs of strangers, in a process of their own (`template_process`), with limits.
+"""Runs chat templates, which are untrusted programs, in a separate process (`template_process`) with limits.
 
-One such process serves all templates of this one, and ends with it. Conversations are sent many at a time, so that it renders while this
-process works on what came back.
+One such process serves all templates of this process, and ends with it. Conversations are sent in batches, so that it renders while this
+process handles the answers.
 """
 
 import atexit
@@ -19,12 +19,12 @@ from typing import Any
 from ...store.errors import DataError
 from .template_process import MEMORY, read_frame, write_frame
 
-TEMPLATE_SECONDS = 60  # for one conversation, which takes a millisecond or less
+TEMPLATE_SECONDS = 60  # for one conversation, which usually takes a millisecond or less
 TEMPLATE_BYTES = 4 << 30  # of memory
-TEMPLATE_TEXT = 64 << 20  # bytes of JSON that it may write for one conversation, beside what is in proportion to it
+TEMPLATE_TEXT = 64 << 20  # bytes of JSON that it may write for one conversation, plus a share in proportion to it
 TEMPLATE_TEXTS = 1 << 30  # the same for all conversations of a call
-TEMPLATE_FACTOR = 16  # times what the messages hold
-_GRACE_SECONDS = 2  # after which the process ends itself, where this one is no more
+TEMPLATE_FACTOR = 16  # times the size of the messages
+_GRACE_SECONDS = 2  # after which the process ends itself if this one has ended
 _JSON_BYTES = 12  # of a character at most
 _TIME, _MEMORY = f"{TEMPLATE_SECONDS} seconds", f"{TEMPLATE_BYTES >> 30} GiB of memory"
 _TEXT = f"{TEMPLATE_TEXT >> 20} MiB of text (and {TEMPLATE_FACTOR} times the length of its messages)"
@@ -35,7 +35,7 @@ Messages = Sequence[Mapping[str, str]]
 
 
 class EndlessTemplate(DataError):
-    """A template that needs more time, memory or text than a conversation may take; `index` is that of the conversation."""
+    """A template exceeded a limit of time, memory or text for a conversation; `index` is the conversation's."""
 
     def __init__(self, index: int, *, limit: str, of: str = "") -> None:
         problem = f"The chat template{of} needs more than {limit} for one conversation."
@@ -44,20 +44,20 @@ class EndlessTemplate(DataError):
 
 
 class Sandbox:
-    """The process that renders, started when it is first needed."""
+    """The rendering process, started when it is first needed."""
 
     def __init__(self) -> None:
         self._process: subprocess.Popen[bytes] | None = None
-        self._owner = 0  # a process that is forked from this one has pipes to a process that is not its own
+        self._owner = 0  # after a fork, the pipes lead to the parent's process
         self._lock = threading.Lock()
 
     def render(
         self, program: str, *, variables: Mapping[str, Any], conversations: Sequence[Messages], prompt: bool
     ) -> list[dict[str, str]]:
-        """What a template writes for each conversation: `{"text": …}`, or `{"refused": what it says}`.
+        """The template's output for each conversation: `{"text": …}`, or `{"refused": its message}`.
 
         Raises:
-            EndlessTemplate: it needs too long, or too much memory, or writes too much.
+            EndlessTemplate: it needs too much time or memory, or writes too much.
         """
         most = TEMPLATE_TEXTS + _in_proportion(*conversations)
         answers: list[dict[str, str]] = []
@@ -70,14 +70,14 @@ class Sandbox:
                         data = self._answer(len(answers), most=min(most, TEMPLATE_TEXT + _in_proportion(conversation)))
                         answers.append(json.loads(data))
                         most -= len(data)
-                except BaseException:  # also Ctrl-C: what is still to come would answer the next request
+                except BaseException:  # also on Ctrl-C: answers still to come would be read as those of the next request
                     self.close()
                     raise
         return answers
 
     def _send(self, data: bytes, *, index: int) -> None:
         if self._process is not None and self._owner == os.getpid() and self._process.poll() is not None:
-            self.close()  # the system ended it, while there was nothing to do
+            self.close()  # the system killed it while it was idle
         if self._process is None or self._owner != os.getpid():
             self._process, self._owner = _started(), os.getpid()
         assert self._process.stdin is not None
@@ -87,7 +87,7 @@ class Sandbox:
             raise EndlessTemplate(index, limit=_MEMORY) from error
 
     def _answer(self, index: int, *, most: int) -> bytes:
-        """The next answer, of no more than so many bytes."""
+        """The next answer, of at most so many bytes."""
         assert self._process is not None
         assert self._process.stdout is not None
         with selectors.DefaultSelector() as selector:
@@ -98,14 +98,14 @@ class Sandbox:
         except OverflowError as error:
             raise EndlessTemplate(index, limit=_TEXT) from error
         if not data:
-            # It was ended by its alarm, by the limit of its memory, or by the system.
+            # Its alarm, its memory limit, or the system ended it.
             raise EndlessTemplate(index, limit=_MEMORY if is_there else _TIME)
         if data == MEMORY:
             raise EndlessTemplate(index, limit=_MEMORY)
         return data
 
     def close(self) -> None:
-        """End the process; another one is started when it is needed."""
+        """End the process; a new one is started when it is needed."""
         process, self._process = self._process, None
         if process is None or self._owner != os.getpid():
             return
@@ -127,7 +127,7 @@ def _started() -> subprocess.Popen[bytes]:
 
 
 def _in_proportion(*conversations: Messages) -> int:
-    """Bytes of answers that are allowed for what the messages hold."""
+    """Bytes of answers that are allowed for the messages."""
     n_characters = sum(len(message["content"]) for conversation in conversations for message in conversation)
     return TEMPLATE_FACTOR * _JSON_BYTES * n_characters
 

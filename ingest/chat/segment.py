@@ -14,8 +14,8 @@ def segment_conversations(
 ) -> list[list[MarkedText]]:
     """Cut each conversation into segments of at most `context_length` tokens for each reader.
 
-    Concatenating a conversation's segments gives the conversation. A cut is made after an answer of the assistant; only where a question
-    and its answer do not fit, it is made as in any text.
+    Concatenating a conversation's segments gives the conversation. Cuts are made after an answer of the assistant; if a question and its
+    answer do not fit, they are cut like any text.
     """
     fits = np.ones(len(conversations), np.bool_)
     for reader in readers:
@@ -41,7 +41,7 @@ def _segment(conversation: MarkedText, *, readers: Sequence[ConversationsReader]
 
 
 def _n_fitting(growing: Sequence[MarkedText], *, readers: Sequence[ConversationsReader], context_length: int) -> int:
-    """How many of ever longer texts fit."""
+    """How many of these texts, ordered by length, fit."""
     low, high = 0, len(growing)
     while low < high:
         middle = (low + high + 1) // 2
@@ -66,7 +66,7 @@ def _cut_anywhere(piece: MarkedText, *, readers: Sequence[ConversationsReader], 
 
 
 class _Beginnings(Sequence[MarkedText]):
-    """The beginnings of a text, of 1, 2, … characters; those that would end inside a control token end before it."""
+    """The prefixes of a text, of 1, 2, … characters; a prefix that would end inside a control token ends before it."""
 
     def __init__(self, whole: MarkedText) -> None:
         self._whole = whole
@@ -79,7 +79,7 @@ class _Beginnings(Sequence[MarkedText]):
         return self._whole.cut([place])[0] if place < len(self) else self._whole
 
     def place(self, place: int) -> int:
-        """A place that is not inside a control token: the one before, or after one that the text begins with."""
+        """The nearest place that is not inside a control token: before it, or after it if the text begins with it."""
         for start, end in self._whole.control_spans:
             if start < place < end:
                 return start or end
@@ -87,7 +87,7 @@ class _Beginnings(Sequence[MarkedText]):
 
 
 def _end_of_exchange(conversation: MarkedText, end: int) -> int:
-    """Where a turn ends, with the template's white space after it."""
+    """The end of a turn, including the template's white space after it."""
     stops = [each.start for each in conversation.messages] + [start for start, _ in conversation.control_spans]
     stop = min((start for start in stops if start >= end), default=len(conversation.text))
     following = conversation.text[end:stop]

@@ -1,9 +1,9 @@
-"""Chat templates: how a model writes conversations down.
+"""Chat templates: how a model renders conversations.
 
-A template is a Jinja program that comes with the tokenizer; it runs in a process of its own (`sandbox`). Message text must never become
-a control token, and what is trained on must be known to the byte, so a conversation is rendered twice: once as it is, and once with a
-placeholder for each message, which tells what the template itself writes. In that alone control tokens are looked for; and the first
-rendering must be just that with the messages' texts filled in, or their texts without white space around.
+A template is a Jinja program that comes with the tokenizer; it runs in a separate process (`sandbox`). Message text must never become a
+control token, and the trained text must be known to the byte. So a conversation is rendered twice: once as it is, and once with a
+placeholder for each message, which shows what the template itself writes. Only that is searched for control tokens; and the first
+rendering must equal it with the messages' texts, with or without surrounding white space, filled in.
 """
 
 import datetime
@@ -26,35 +26,35 @@ from .marked_text import MarkedText, MessageSpan, Span
 from .sandbox import SANDBOX, EndlessTemplate, Messages
 
 _PLACEHOLDER = re.compile("\ue000(\\d+)\ue001")
-_TODAY = re.compile(r"strftime_now\(\s*(['\"])(.*?)\1\s*\)")  # formats that are written out
+_TODAY = re.compile(r"strftime_now\(\s*(['\"])(.*?)\1\s*\)")  # formats that are literals
 _LONGEST_REFUSAL = 1000  # characters of what a template says
 _ASKS_FOR_TODAY = "strftime_now("
 _PROBES: tuple[tuple[Role, ...], ...] = (("user", "assistant"), ("user", "assistant", "user", "assistant"), ("system", "user", "assistant"))
 
 
 class RefusedConversation(ValueError):
-    """A conversation that the template does not write; the text says why."""
+    """A conversation that the template cannot render; the text says why."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Layout:
-    """What a template writes for messages of given roles: literals[0] message[order[0]] literals[1] … literals[-1]."""
+    """The output of a template for messages of given roles: literals[0] message[order[0]] literals[1] … literals[-1]."""
 
     literals: list[str]
-    order: list[int]  # which message stands at each place
-    leads: list[int]  # at each place how many characters before it the model writes itself: from the end of its prompt on
-    trails: list[int]  # and how many after it, up to and with its end-of-turn token
+    order: list[int]  # the message at each place
+    leads: list[int]  # at each place, characters before it that the model writes itself: those after the prompt
+    trails: list[int]  # and characters after it, up to and including the end-of-turn token
 
 
 @dataclass(frozen=True)
 class ChatTemplate:
-    """A model's chat template, with what it takes to run it."""
+    """A model's chat template, with everything that is needed to run it."""
 
     source: str  # the Jinja program
     variables: Mapping[str, str]  # bos_token and the like
     special: frozenset[str]  # the tokenizer's special tokens
-    added: frozenset[str]  # its other added tokens: those that the template writes around messages are control tokens too
-    date: str  # the day that templates which ask for the date are told, YYYY-MM-DD
+    added: frozenset[str]  # its other added tokens, which are control tokens if the template writes them around messages
+    date: str  # the day that templates get as today's date, YYYY-MM-DD
     where: str = field(default="", compare=False)  # the model's folder, for messages
     _layouts: dict[tuple[Role, ...], "_Layout | str"] = field(default_factory=dict, repr=False, compare=False)
 
@@ -63,10 +63,10 @@ class ChatTemplate:
 
     @classmethod
     def of_model(cls, folder: Path, *, tokenizer: Tokenizer, date: str, source: str | None = None) -> "ChatTemplate | None":
-        """The template of a model folder, or None where it has none; `source` is another program to use instead.
+        """The template of a model folder, or None if it has none; `source` is another program to use instead.
 
         Raises:
-            DataError: it cannot be read, or does not run.
+            DataError: it cannot be read, or fails.
         """
         check_model_files(folder)
         path = folder / "tokenizer_config.json"
@@ -86,7 +86,7 @@ class ChatTemplate:
         for name, token in names.items():
             content = token.get("content") if isinstance(token, dict) else token
             if not isinstance(content, str):
-                raise DataError(f"{path}: {name} ({shown(token)}) must be a text. Correct it.")
+                raise DataError(f"{path}: {name} ({shown(token)}) must be a string. Correct it.")
             variables[name] = content
         added = tokenizer.backend.get_added_tokens_decoder().values()
         template = cls(
@@ -100,44 +100,44 @@ class ChatTemplate:
         try:
             template._layout(_PROBES[0])
         except RefusedConversation as error:
-            raise DataError(f"{folder}: its chat template does not write a question and an answer: {error}") from error
+            raise DataError(f"{folder}: its chat template cannot render a question and an answer: {error}") from error
         return template
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What of it determines a rendering, beside the tokenizer."""
+        """What determines a rendering, besides the tokenizer."""
         return {"template": self.source, "variables": dict(self.variables), "date": self.date if _ASKS_FOR_TODAY in self.source else None}
 
     @cached_property
     def controls(self) -> frozenset[str]:
-        """The tokens that are control tokens where the template writes them, and text everywhere else.
+        """The tokens that are control tokens if the template writes them, and text everywhere else.
 
-        All special tokens are, and those other added tokens that the template writes around messages (DeepSeek's `<｜User｜>`).
+        These are all special tokens, and other added tokens that the template writes around messages (DeepSeek's `<｜User｜>`).
         """
         return self.special | frozenset(token for token in self.added if any(token in literal for literal in self._probed_literals))
 
     @cached_property
     def end_of_turn(self) -> str | None:
-        """The control token with which the assistant's turn ends; None where the template writes none."""
+        """The control token that ends the assistant's turn; None if the template writes none."""
         found = self._control_pattern.match(self._split(_PROBES[0])[0][-1].lstrip())
         return found[0] if found else None
 
     @cached_property
     def bos_begins_turns(self) -> bool:
-        """Whether what the tokenizer has as its bos is but the mark at which turns begin, as `<|im_start|>` of SmolLM2 is."""
+        """Whether the tokenizer's bos only marks the beginning of turns, like `<|im_start|>` of SmolLM2."""
         bos = self.variables.get("bos_token")
         return bos is not None and sum(literal.count(bos) for literal in self._split(_PROBES[0])[0]) > 1
 
     @cached_property
     def written_controls(self) -> list[str]:
-        """The control tokens that it writes around messages of the usual roles, sorted."""
+        """The control tokens that the template writes around messages of the usual roles, sorted."""
         return sorted({found[0] for literal in self._probed_literals for found in self._control_pattern.finditer(literal)})
 
     def render(self, conversation: Conversation) -> MarkedText:
-        """Write a conversation down.
+        """Render a conversation.
 
         Raises:
-            RefusedConversation: the template does not take it, leaves out or repeats a message, or changes a message's text.
+            RefusedConversation: the template refuses it, leaves out or repeats a message, or changes a message's text.
         """
         (rendered,) = self.render_all([conversation])
         if isinstance(rendered, RefusedConversation):
@@ -145,10 +145,10 @@ class ChatTemplate:
         return rendered
 
     def render_all(self, conversations: Sequence[Conversation]) -> list[MarkedText | RefusedConversation]:
-        """Write many conversations down, which is quicker than one by one; where `render` would raise, the error stands instead.
+        """Render many conversations, which is faster than one by one. If `render` would raise, the result holds the error instead.
 
         Raises:
-            EndlessTemplate: one of them takes the template too long.
+            EndlessTemplate: the template exceeds a limit.
         """
         found: dict[int, MarkedText | RefusedConversation] = {}
         taken: list[tuple[int, _Layout]] = []
@@ -170,7 +170,7 @@ class ChatTemplate:
         return [found[index] for index in range(len(conversations))]
 
     def _marked(self, conversation: Conversation, text: str, *, layout: _Layout) -> MarkedText:
-        """What is what in the text that was written for a conversation."""
+        """The marked text of a rendered conversation."""
         controls: list[Span] = []
         assistant: list[Span] = []
         messages: list[MessageSpan] = []
@@ -196,10 +196,10 @@ class ChatTemplate:
         return MarkedText(text=text, control_spans=tuple(controls), assistant_spans=tuple(assistant), messages=tuple(messages))
 
     def prompt(self, conversation: Conversation) -> MarkedText:
-        """Write a conversation down up to where the assistant is to answer.
+        """Render a conversation up to the point where the assistant answers.
 
         Raises:
-            RefusedConversation: as of `render`.
+            RefusedConversation: as in `render`.
         """
         rendered = self.render((*conversation, Message("assistant", "answer")))
         return rendered.cut([rendered.assistant_spans[-1][0]])[0]
@@ -221,7 +221,7 @@ class ChatTemplate:
 
     @cached_property
     def _program(self) -> str:
-        """The program, told a fixed day where it asks for today's: else the same corpus would be another one tomorrow."""
+        """The program with a fixed date instead of today's, because otherwise the corpus would change every day."""
         if _ASKS_FOR_TODAY not in self.source:
             return self.source
         day = datetime.date.fromisoformat(self.date)
@@ -265,7 +265,7 @@ class ChatTemplate:
 
     @cached_property
     def _lead(self) -> str:
-        """White space before an answer that is not in its prompt: the model has to write it (` ` after Llama-2's `[/INST]`)."""
+        """White space before an answer that is not in its prompt, so the model must write it (` ` after Llama-2's `[/INST]`)."""
         literals, order = self._split(_PROBES[0])
         try:
             asked, asked_order = self._split(_PROBES[0][:1], prompt=True)
@@ -281,7 +281,7 @@ class ChatTemplate:
         for roles in _PROBES:
             try:
                 found += self._split(roles)[0]
-            except RefusedConversation:  # no system message, say
+            except RefusedConversation:  # for example, no system message allowed
                 continue
         return found
 
@@ -295,7 +295,7 @@ def _as_messages(conversation: Conversation) -> Messages:
 
 
 def _named_tokens(tokenizer: Tokenizer, *, program: str) -> dict[str, Any]:
-    """The tokens of the roles that a program names; others are no part of its identity."""
+    """The tokens of the roles that a program uses; others are not part of its identity."""
     found = {f"{role}_token": token_id for role, token_id in tokenizer.roles.items()}
     return {name: tokenizer.backend.id_to_token(token_id) for name, token_id in found.items() if token_id is not None and name in program}
 
@@ -308,7 +308,7 @@ def _stored_template(folder: Path, *, config: Mapping[str, Any]) -> str | None:
         except (OSError, UnicodeDecodeError) as error:
             raise DataError(f"{path} cannot be read: {error}.") from error
     stored = config.get("chat_template")
-    if isinstance(stored, list) and all(isinstance(each, dict) for each in stored):  # several, by name
+    if isinstance(stored, list) and all(isinstance(each, dict) for each in stored):  # several templates, by name
         stored = {each.get("name"): each.get("template") for each in stored}
     if isinstance(stored, dict):
         stored = stored.get("default")
@@ -318,25 +318,25 @@ def _stored_template(folder: Path, *, config: Mapping[str, Any]) -> str | None:
 
 
 def _text_of(answer: Mapping[str, str]) -> str | RefusedConversation:
-    """What the template wrote, if it is text."""
+    """The template's output, if it is text."""
     if "text" not in answer:
         said = answer["refused"][:_LONGEST_REFUSAL].encode(errors="replace").decode()
         return RefusedConversation(f"the chat template says: {said}")
     try:
         answer["text"].encode()
     except UnicodeEncodeError as error:
-        return RefusedConversation(f"the chat template writes half a character (U+{ord(answer['text'][error.start]):04X})")
+        return RefusedConversation(f"the chat template writes half a surrogate pair (U+{ord(answer['text'][error.start]):04X})")
     return answer["text"]
 
 
 def _trail(literal: str, *, end_of_turn: str | None) -> int:
-    """How many characters after an answer the model has to write: up to and with its end-of-turn token."""
+    """How many characters after an answer the model must write: up to and including its end-of-turn token."""
     blank = len(literal) - len(literal.lstrip())
     return blank + len(end_of_turn) if end_of_turn and literal.startswith(end_of_turn, blank) else 0
 
 
 def _as_written(message: str, *, text: str, place: int, following: str, is_last: bool) -> str | None:
-    """The message as the template wrote it at a place: whole, or without white space around."""
+    """The message as the template wrote it at a place: whole, or without surrounding white space."""
     for written in (message, message.strip(), message.rstrip(), message.lstrip()):
         end = place + len(written)
         if text.startswith(written + following, place) and (not is_last or end + len(following) == len(text)):
@@ -346,5 +346,5 @@ def _as_written(message: str, *, text: str, place: int, following: str, is_last:
 
 def _changed(conversation: Conversation, order: Sequence[int], number: int) -> str:
     if not 0 <= number < len(order):
-        return "the chat template writes something else before the first message than it does for other texts"
+        return "the chat template writes different text before the first message, depending on the message"
     return f"the chat template changes the text of message {order[number] + 1} ({conversation[order[number]].role})"

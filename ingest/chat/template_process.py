@@ -1,12 +1,12 @@
-"""Renders chat templates, as a program of its own: what a template does to this process, it does to nothing else.
+"""Renders chat templates as a separate program, so that a template can only harm this process.
 
-Run by `sandbox`, with the limits as arguments. It imports Jinja and nothing of fuseline, so that it starts in a tenth of a second. Requests
-come on the standard input, and answers go to the standard output: JSON, each after its length in 8 bytes.
+`sandbox` runs it with the limits as arguments. It imports Jinja and nothing of fuseline, so that it starts in a tenth of a second. Requests
+arrive on standard input, and answers go to standard output: JSON, each after its length in 8 bytes.
 
     request   {program, variables, conversations, prompt}
-    answers   for each conversation {text}, or {refused: what the template says}, or {memory: true}
+    answers   for each conversation {text}, or {refused: the template's message}, or {memory: true}
 
-The environment is that of transformers (`transformers.utils.chat_template_utils`); `tests/unit/test_template_process.py` compares them.
+The environment is that of transformers (`transformers.utils.chat_template_utils`); `tests/unit/test_template_process.py` compares both.
 """
 
 import contextlib
@@ -26,11 +26,11 @@ import jinja2.sandbox
 
 _LENGTH_BYTES = 8
 _PIECE_BYTES = 1 << 20
-MEMORY = b'{"memory": true}'  # the answer where the limit of memory is reached
+MEMORY = b'{"memory": true}'  # the answer if the memory limit is reached
 
 
 class _Generation(jinja2.ext.Extension):
-    """`{% generation %}`, which marks what the model writes: here it is written as it is."""
+    """`{% generation %}`, which marks what the model writes: its content is rendered unchanged."""
 
     tags = {"generation"}  # noqa: RUF012  # as the class above has it
 
@@ -44,7 +44,7 @@ class _Generation(jinja2.ext.Extension):
 
 
 class _Dict:
-    """`dict`, of which a template sees no more than this."""
+    """The part of `dict` that a template can use."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> dict[Any, Any]:
         return dict(*args, **kwargs)
@@ -56,7 +56,7 @@ class _Dict:
 class _Namespace(jinja2.utils.Namespace):
     """`namespace`, without names that begin with an underscore."""
 
-    def __init__(*args: Any, **kwargs: Any) -> None:  # as Jinja's own, so that `self` may be a name
+    def __init__(*args: Any, **kwargs: Any) -> None:  # as in Jinja's own, so that `self` may be a name
         self, args = args[0], args[1:]
         attributes = dict(*args, **kwargs)
         for name in attributes:
@@ -107,12 +107,12 @@ def _rendered(request: dict[str, Any], conversation: list[dict[str, str]]) -> by
         return json.dumps({"text": text}).encode()
     except MemoryError:
         return MEMORY
-    except Exception as error:  # templates raise what they like, and so does Jinja
+    except Exception as error:  # templates and Jinja raise any exception
         return json.dumps({"refused": str(error).splitlines()[0] if str(error) else type(error).__name__}).encode()
 
 
 def read_frame(stream: Any, *, most: int | None = None) -> bytes:
-    """The next message; empty at the end, and where the other side ended in the middle of one.
+    """The next message; empty at the end, and if the other side ended in the middle of one.
 
     Raises:
         OverflowError: it has more than `most` bytes.
@@ -144,14 +144,14 @@ def write_frame(stream: Any, data: bytes) -> None:
 
 def main(seconds: int, n_bytes: int) -> None:
     """Answer requests until there are no more."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, whose end is ours
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent; this process ends with it
     for kind in (resource.RLIMIT_AS, resource.RLIMIT_DATA):
-        with contextlib.suppress(OSError, ValueError):  # macOS knows them and does not set them
+        with contextlib.suppress(OSError, ValueError):  # macOS has them but cannot set them
             resource.setrlimit(kind, (n_bytes, n_bytes))
     while data := read_frame(sys.stdin.buffer):
         request = json.loads(data)
         for conversation in request["conversations"]:
-            signal.alarm(seconds)  # ends this process, also inside one long step, and where the parent is no more
+            signal.alarm(seconds)  # ends this process, even inside one long step, and after the parent's end
             answer = _rendered(request, conversation)
             signal.alarm(0)
             write_frame(sys.stdout.buffer, answer)

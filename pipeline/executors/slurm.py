@@ -244,4 +244,4 @@ def _hopeful_first(parts: Iterable[int], jobs: Sequence[_Job]) -> list[int]:
 
 def _interrupted(states: Iterable[journal.WorkerState]) -> Counter[int]:
     """How often a worker died, or was requeued, with each part at hand; those whose tasks are gone have what was at hand still at hand."""
-    return sum((state.interrupted + Counter(state.at_hand) for state in states), Counter())
+    return sum((state.interrupted + Counter(state.unfinished) for state in states), Counter())

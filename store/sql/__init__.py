@@ -1,1 +1,1 @@
-"""Everything that is stored as tables of DuckDB, read lazily from the parts on disk."""
+"""All stored data as DuckDB tables, read lazily from the parts on disk."""

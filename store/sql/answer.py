@@ -1,4 +1,4 @@
-"""The answer to a query, batch by batch, in types that every program reads."""
+"""The result of a query, batch by batch, in types that every program can read."""
 
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -10,22 +10,22 @@ import pyarrow as pa
 from ..errors import FuselineError, UsageError
 
 Result = TypeVar("Result")
-_SIGNAL_SECONDS = 0.2  # within which a Ctrl-C is heard: a wait without end may miss it
+_SIGNAL_SECONDS = 0.2  # delay until a Ctrl-C is noticed: an endless wait may miss it
 
 
 class Query:
-    """Runs the steps of one query in a thread, so that Ctrl-C, which Python gives to the main thread, ends it in the midst of a step."""
+    """Runs the steps of one query in a thread, so that Ctrl-C, which Python delivers to the main thread, can interrupt a step."""
 
     def __init__(self, connection: duckdb.DuckDBPyConnection, *, causes: list[BaseException]) -> None:
-        """`causes` collects what went wrong in scans of lazy tables, of which DuckDB passes on the text alone."""
+        """`causes` collects the errors of scans of lazy tables, because DuckDB passes on only their text."""
         self.connection, self._causes = connection, causes
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="query")
 
     def run(self, step: Callable[[], Result]) -> Result:
-        """What a step gives.
+        """The result of a step.
 
         Raises:
-            UsageError: DuckDB refuses it.
+            UsageError: DuckDB refuses the query.
             FuselineError: a scan failed.
             KeyboardInterrupt: the user ended it.
         """
@@ -53,20 +53,20 @@ class Query:
             raise UsageError(f"The query failed: {error}") from error
 
     def close(self) -> None:
-        """Let the thread end."""
+        """End the thread."""
         self._thread.shutdown()
 
 
 def _first_sentence(error: Exception) -> str:
-    """What DuckDB says before its hints, which name settings that are locked here."""
+    """DuckDB's message without its hints, which name settings that are locked here."""
     return str(error).split("\n")[0].strip().rstrip(".")
 
 
 class Answer:
-    """Batches of rows. DuckDB's sums of integers, 128 bits wide, are int64; of columns with the same name the later ones get a number."""
+    """Batches of rows. DuckDB's 128-bit sums of integers become int64; repeated column names get a number."""
 
     def __init__(self, reader: pa.RecordBatchReader, *, query: Query) -> None:
-        """Raises UsageError for a type that Arrow's readers do not know."""
+        """Raises UsageError for a type that Arrow readers do not know."""
         self._reader, self._query = reader, query
         taken: set[str] = set()
         self.schema = pa.schema([_readable(column, taken=taken) for column in reader.schema])
@@ -76,7 +76,7 @@ class Answer:
             yield batch
 
     def table(self) -> pa.Table:
-        """All of it."""
+        """The whole result."""
         return pa.Table.from_batches(self._query.run(lambda: list(iter(self._next, None))), self.schema)
 
     def _next(self) -> pa.RecordBatch | None:
@@ -90,7 +90,7 @@ class Answer:
 
 def _readable(column: pa.Field, *, taken: set[str]) -> pa.Field:
     if _has_interval(column.type):
-        raise UsageError(f"The column {column.name} is an interval: say its seconds, epoch({column.name}), or CAST(… AS VARCHAR).")
+        raise UsageError(f"The column {column.name} is an interval. Select its seconds, epoch({column.name}), or CAST(… AS VARCHAR).")
     name = column.name
     number = 1
     while name in taken:

@@ -1,11 +1,11 @@
-"""Tables that SQL sees and that nobody copies: DuckDB asks for columns and hands down a filter; what they need is read, no more.
+"""Tables for SQL without a copy of the data: DuckDB requests columns and passes a filter, and only what these need is read.
 
-A `pyarrow.dataset.Dataset` subclass is the one door through which DuckDB pushes projection and filters into Python. What cannot hold a row
-that the filter wants is left out level by level, before it is opened: datasets, then documents (and with them parts), then segments. Rows
-of neighbouring segments are read together, decoded, filtered and handed on as a stream, with two threads reading ahead.
+DuckDB pushes projection and filters into Python only through a `pyarrow.dataset.Dataset` subclass. Data that cannot match the filter is
+skipped level by level, before it is opened: datasets, then documents (and with them parts), then segments. Rows of neighbouring segments
+are read together, decoded, filtered and streamed, with two threads reading ahead.
 
-The levels share one test. The filter is evaluated over rows in which the columns of deeper levels are unknown (NULL); SQL's three-valued
-logic then says FALSE only where no value of the unknown columns could make it true.
+All levels use one test. The filter is evaluated over rows in which the columns of deeper levels are unknown (NULL). SQL's three-valued
+logic then gives FALSE only if no value of the unknown columns could make it true.
 """
 
 import re
@@ -24,20 +24,20 @@ from numpy.typing import NDArray
 
 from ..arrays import CHUNK_ROWS
 
-_READ_BYTES = 16 << 20  # decoded at once, about; _AHEAD as many may lie in memory
+_READ_BYTES = 16 << 20  # decoded at once, about; up to _AHEAD as many are in memory
 _THREADS = 2
-_AHEAD = 4  # reads that may lie finished and unasked for
+_AHEAD = 4  # finished reads that may wait for their reader
 LABEL = pa.dictionary(pa.int32(), pa.string())  # a text that many rows share
 
-# How DuckDB 2 hands down `column IN (…)`: unknown stays unknown. DuckDB 1.5 says `is_in` alone, which makes an unknown column FALSE.
+# How DuckDB 2 passes `column IN (…)`: unknown stays unknown. DuckDB 1.5 passes `is_in` alone, which makes an unknown column FALSE.
 _GUARDED_IN = re.compile(r"if_else\(is_valid\((\w+)\), is_in\(\1, ")
 _CALL = re.compile(r"(\w+)\((?=(\w*))")  # a function and what its first argument begins with
-_STRICT = frozenset({"invert"})  # functions of which the result for unknown is unknown
+_STRICT = frozenset({"invert"})  # functions whose result for unknown is unknown
 
 
 @dataclass(slots=True)
 class ScanStats:
-    """What one scan of one table read."""
+    """How much one scan of one table read."""
 
     table: str
     columns: list[str]  # those that were computed, for the result or for the filter
@@ -48,46 +48,46 @@ class ScanStats:
 
 
 class PartRows(Protocol):
-    """The rows of one part of one dataset, which a table's columns are computed from."""
+    """The rows of one part of one dataset, from which a table's columns are computed."""
 
     doc_id_S: NDArray[np.int64]
     segment_S: NDArray[np.int64]
-    n_rows_S: NDArray[np.int64]  # rows lie one segment after another in the part's arrays
+    n_rows_S: NDArray[np.int64]  # rows are stored segment after segment in the part's arrays
 
     def labels(self) -> dict[str, pa.Array]:
-        """The columns that are settled per segment, [S]."""
+        """The columns that are constant per segment, [S]."""
 
     def row_bytes(self, names: Iterable[str]) -> int:
-        """About how many bytes the named columns take for each of the part's rows."""
+        """About how many bytes the named columns take per row."""
 
     def columns(self, names: Iterable[str], *, segments: NDArray[np.int64]) -> dict[str, pa.Array]:
         """The named columns of the rows of some segments (ascending), one entry per row of the table."""
 
 
 class TableContent(Protocol):
-    """What a lazy table is over."""
+    """The data behind a lazy table."""
 
     name: str
     schema: pa.Schema
-    dataset_columns: Sequence[str]  # settled by the dataset alone
-    document_columns: Sequence[str]  # settled by the document
-    segment_columns: Sequence[str]  # settled by the segment, which includes both
+    dataset_columns: Sequence[str]  # constant per dataset
+    document_columns: Sequence[str]  # constant per document
+    segment_columns: Sequence[str]  # constant per segment, including both above
 
     def datasets(self) -> pa.Table:
         """A row per dataset: `dataset_columns`."""
 
     def documents(self) -> pa.Table:
-        """A row per document of every corpus: `document_columns`, among them corpus and part."""
+        """A row per document of every corpus: `document_columns`, including corpus and part."""
 
     def parts(self, *, datasets: NDArray[np.bool_], corpus_parts: set[tuple[str, int]] | None) -> Iterator[PartRows]:
-        """The parts of the datasets for which the mask holds, one after another; only those named, if any are."""
+        """The parts of the datasets for which the mask is true; only the named parts, if any are named."""
 
 
 class LazyTable(pads.Dataset):
-    """A table whose rows are made when they are asked for."""
+    """A table whose rows are made on request."""
 
     def __init__(self, content: TableContent, *, on_scan: Callable[[ScanStats], None], on_error: Callable[[BaseException], None]) -> None:
-        """`on_scan` is told of each scan; `on_error` of what went wrong in one, since DuckDB passes on the text alone."""
+        """`on_scan` receives each scan; `on_error` each error of a scan, because DuckDB passes on only its text."""
         self._content, self._on_scan, self._on_error = content, on_scan, on_error
 
     @property
@@ -96,7 +96,7 @@ class LazyTable(pads.Dataset):
         return self._content.schema
 
     def scanner(self, columns: Sequence[str] | None = None, filter: pc.Expression | None = None, **_: Any) -> "_Scan":  # noqa: A002
-        """Begin a scan; DuckDB calls it."""
+        """Begin a scan; called by DuckDB."""
         names = list(columns) if columns is not None else self.schema.names
         stats = ScanStats(
             table=self._content.name,
@@ -114,10 +114,10 @@ class LazyTable(pads.Dataset):
             raise
 
     def _batches(self, names: list[str], wanted: pc.Expression | None, stats: ScanStats) -> Iterator[pa.RecordBatch]:
-        """The rows, in order, as they are read; a few reads are under way ahead."""
+        """The rows, in order, as they are read, with a few reads ahead."""
         reads = self._reads(wanted, stats)
         first = list(islice(reads, 2))
-        if len(first) < 2:  # one document, say: threads would take longer to start than to read it
+        if len(first) < 2:  # for example one document: starting threads would take longer than reading it
             yield from (self._read(*read, names, wanted, stats) for read in first)
             return
         with ThreadPoolExecutor(_THREADS, thread_name_prefix="scan") as pool:
@@ -129,12 +129,12 @@ class LazyTable(pads.Dataset):
                         yield pending.popleft().result()
                 while pending:
                     yield pending.popleft().result()
-            finally:  # also where the query ends early
+            finally:  # also when the query ends early
                 for future in pending:
                     future.cancel()
 
     def _reads(self, wanted: pc.Expression | None, stats: ScanStats) -> Iterator[tuple[PartRows, NDArray[np.int64]]]:
-        """What to read: the segments of a part that may hold wanted rows, in runs that are read at once."""
+        """What to read: the segments of a part that may match, in runs that are read at once."""
         content = self._content
         datasets = _keep(wanted, content.datasets(), known=content.dataset_columns, schema=self.schema)
         corpus_parts = None
@@ -149,14 +149,14 @@ class LazyTable(pads.Dataset):
             kept_S &= rows.n_rows_S > 0
             stats.parts += bool(kept_S.any())
             stats.segments += int(kept_S.sum())
-            most_rows = max(CHUNK_ROWS, _READ_BYTES // max(1, rows.row_bytes(stats.columns)))  # rows of no entries have no bytes
+            most_rows = max(CHUNK_ROWS, _READ_BYTES // max(1, rows.row_bytes(stats.columns)))  # rows without entries have no bytes
             for run in runs(np.flatnonzero(kept_S), n_rows_S=rows.n_rows_S, most_rows=most_rows):
                 yield rows, run
 
     def _read(
         self, rows: PartRows, segments: NDArray[np.int64], names: list[str], wanted: pc.Expression | None, stats: ScanStats
     ) -> pa.RecordBatch:
-        # Where the filter speaks of whole segments only, choosing them was all there is to it.
+        # If the filter only uses columns of whole segments, the choice of segments has already applied it.
         rest = wanted if _mentioned(wanted, self.schema) - set(self._content.segment_columns) else None
         needed = {*names, *_mentioned(rest, self.schema)}
         columns = rows.columns([name for name in self.schema.names if name in needed], segments=segments)
@@ -169,7 +169,7 @@ class LazyTable(pads.Dataset):
 
 
 class _Scan:
-    """What DuckDB takes for a `pyarrow.dataset.Scanner`."""
+    """DuckDB uses it as a `pyarrow.dataset.Scanner`."""
 
     def __init__(self, schema: pa.Schema, batches: Callable[[], Iterator[pa.RecordBatch]]) -> None:
         self.schema = self.projected_schema = schema
@@ -180,7 +180,7 @@ class _Scan:
 
 
 def runs(segments: NDArray[np.int64], *, n_rows_S: NDArray[np.int64], most_rows: int) -> Iterator[NDArray[np.int64]]:
-    """Split chosen segments (ascending) of a part where a chunk or more lies between them, and after at most so many rows."""
+    """Split chosen segments (ascending) of a part at gaps of a chunk or more, and after at most `most_rows` rows."""
     ends_S = np.cumsum(n_rows_S)
     starts_S = ends_S - n_rows_S
     far = np.flatnonzero(starts_S[segments[1:]] - ends_S[segments[:-1]] >= CHUNK_ROWS) + 1
@@ -192,12 +192,12 @@ def runs(segments: NDArray[np.int64], *, n_rows_S: NDArray[np.int64], most_rows:
 
 
 def _mentioned(wanted: pc.Expression | None, schema: pa.Schema) -> set[str]:
-    """The columns that a filter speaks of; perhaps one more, where a text in it reads like a column's name."""
+    """The columns that a filter uses; perhaps also one whose name occurs as a text in the filter."""
     return set() if wanted is None else set(re.findall(r"\w+", str(wanted))) & set(schema.names)
 
 
 def _keep(wanted: pc.Expression | None, table: pa.Table, *, known: Sequence[str], schema: pa.Schema) -> NDArray[np.bool_]:
-    """Which rows may satisfy the filter, whatever the columns that are not known hold."""
+    """Which rows may satisfy the filter, for any values of the unknown columns."""
     if wanted is None or not _unknown_stays_unknown(wanted, known):
         return np.ones(len(table), np.bool_)
     unknown = {name: pa.nulls(len(table), schema.field(name).type) for name in schema.names if name not in known}
@@ -207,6 +207,6 @@ def _keep(wanted: pc.Expression | None, table: pa.Table, *, known: Sequence[str]
 
 
 def _unknown_stays_unknown(wanted: pc.Expression, known: Sequence[str]) -> bool:
-    """Whether the filter, of a column that is not known, makes NULL and not TRUE or FALSE, as `IS NULL` does."""
+    """Whether the filter gives NULL for an unknown column, and not TRUE or FALSE as `IS NULL` does."""
     text = _GUARDED_IN.sub("(", str(wanted))
     return all(function in _STRICT or argument in known for function, argument in _CALL.findall(text))

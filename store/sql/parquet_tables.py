@@ -16,18 +16,18 @@ _PartKey = tuple[str, int]  # name of the dataset, part
 
 
 class ParquetTable(pads.Dataset):
-    """All parts of one kind of dataset as one table. Parts that cannot hold wanted rows are not opened, others are first verified."""
+    """All parts of one kind of dataset as one table. Parts that cannot match are not opened; the others are verified first."""
 
     name: str
     kind: str
     columns: pa.Schema
 
     def __init__(self, store: StoreReader, *, on_scan: Callable[[ScanStats], None], on_error: Callable[[BaseException], None]) -> None:
-        """`on_scan` is told of each scan; `on_error` of what went wrong in one, since DuckDB passes on the text alone."""
+        """`on_scan` receives each scan; `on_error` each error of a scan, because DuckDB passes on only its text."""
         self.store, self._on_scan, self._on_error = store, on_scan, on_error
 
     def known(self) -> Iterator[tuple[_PartKey, pc.Expression, pc.Expression]]:
-        """Each part, the columns that it does not store but that are known of it, and what else is known of its rows."""
+        """Each part, with the values of columns that it does not store, and with a filter that its rows satisfy."""
         raise NotImplementedError
 
     @property
@@ -36,7 +36,7 @@ class ParquetTable(pads.Dataset):
         return self.columns
 
     def scanner(self, columns: Sequence[str] | None = None, filter: pc.Expression | None = None, **_: Any) -> pads.Scanner:  # noqa: A002
-        """Begin a scan; DuckDB calls it."""
+        """Begin a scan; called by DuckDB."""
         stats = ScanStats(table=self.name, columns=list(columns or self.schema.names), filter=None if filter is None else str(filter))
         self._on_scan(stats)
         try:
@@ -49,7 +49,7 @@ class ParquetTable(pads.Dataset):
         return self._over(fragments).scanner(columns=columns, filter=filter)
 
     def _chosen(self, wanted: pc.Expression | None) -> list[tuple[_PartKey, pc.Expression]]:
-        """The parts that may hold wanted rows, by what is known of them."""
+        """The parts that may match the filter."""
         parts = [(key, given, given & others) for key, given, others in self.known()]
         fragments = [_fragment(index, everything) for index, (_, _, everything) in enumerate(parts)]
         return [parts[int(fragment.path)][:2] for fragment in self._over(fragments).get_fragments(filter=wanted)]
@@ -86,7 +86,7 @@ class Texts(ParquetTable):
 
 
 class VocabMapEntries(ParquetTable):
-    """A row per source token of every vocabulary map; `target_id` is null where the map knows none."""
+    """A row per source token of every vocabulary map; `target_id` is null for unmapped tokens."""
 
     name, kind = "vocab_map_entries", "vocab_maps"
     columns = pa.schema(
@@ -103,7 +103,7 @@ class VocabMapEntries(ParquetTable):
 
 
 class TokenMatches(ParquetTable):
-    """A row per pair of tokens that a position map matches in a part of the corpus, with how often it does."""
+    """A row per pair of tokens that a position map matches in a part of the corpus, with the number of matches."""
 
     name, kind = "token_matches", "token_matches"
     columns = pa.schema(

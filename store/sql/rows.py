@@ -1,7 +1,7 @@
 """The rows of a part's arrays as columns of a table.
 
 Axes: T rows of a part's arrays (positions), K entries of a distribution, S segments of a part, R rows that one read gives. Position j of a
-segment speaks of token j + 1.
+segment predicts token j + 1.
 """
 
 from collections.abc import Callable, Iterable
@@ -24,7 +24,7 @@ Maker = Callable[["Rows"], pa.Array]
 
 
 class Rows:
-    """The rows of some segments of a part, read array by array when a column asks for them."""
+    """The rows of some segments of a part; each array is read when a column needs it."""
 
     def __init__(self, part: "Part", segments: NDArray[np.int64]) -> None:
         self.part, self.segments = part, segments
@@ -32,7 +32,7 @@ class Rows:
         starts_S = part.starts_S[segments]
         self._first, self._stop = int(starts_S[0]), int(starts_S[-1] + self.lengths_S[-1])
         before_R = np.repeat(np.cumsum(self.lengths_S) - self.lengths_S, self.lengths_S)
-        self.position_R: NDArray[np.int64] = np.arange(self.lengths_S.sum()) - before_R  # place of each row in its segment
+        self.position_R: NDArray[np.int64] = np.arange(self.lengths_S.sum()) - before_R  # index of each row in its segment
         is_dense = self._stop - self._first == len(self.position_R)
         self._place_R = None if is_dense else np.repeat(starts_S - self._first, self.lengths_S) + self.position_R
 
@@ -42,29 +42,29 @@ class Rows:
         return self.part.store.arrays(self.part.kind, self.part.name, self.part.index)
 
     def array(self, name: str, *, of: PartArrays | None = None) -> NDArray[Any]:
-        """An array over positions, at these rows; `of` another dataset's part with the same positions."""
+        """An array over positions, at these rows; `of` is another dataset's part with the same positions."""
         found = (of or self.arrays).read(name, self._first, self._stop)
         return found if self._place_R is None else found[self._place_R]
 
     def repeated(self, values_S: NDArray[Any]) -> NDArray[Any]:
-        """A value of each of the part's segments, at its rows."""
+        """A value per segment of the part, at these rows."""
         return np.repeat(values_S[self.segments], self.lengths_S)
 
     @cached_property
     def token_ids_R(self) -> NDArray[Any]:
-        """The tokens at these positions."""
+        """The token at each position."""
         return self.array("token_ids_T")
 
     @cached_property
     def is_last_R(self) -> NDArray[np.bool_]:
-        """Whether nothing follows the position in its segment."""
+        """Whether the position is the last of its segment."""
         is_last_R = np.zeros(len(self.position_R), np.bool_)
         is_last_R[np.cumsum(self.lengths_S) - 1] = True
         return is_last_R
 
     @cached_property
     def gold_ids_R(self) -> NDArray[Any]:
-        """The token that follows each position; anything at the last of a segment."""
+        """The token after each position; undefined at the last of a segment."""
         return np.append(self.token_ids_R[1:], self.token_ids_R[:1])
 
     @cached_property
@@ -74,22 +74,22 @@ class Rows:
 
     @cached_property
     def topk_logprobs_RK(self) -> NDArray[np.float32]:
-        """Log-probabilities of each position's distribution; -inf where there is no entry."""
+        """Log-probabilities of each position's distribution; -inf for missing entries."""
         return self.array("topk_logprobs_TK").astype(np.float32)
 
     @property
     def has_distributions(self) -> bool:
-        """Whether more is stored of each position than the likelihood of the token that follows."""
+        """Whether distributions are stored, and not only the likelihood of the next token."""
         return "topk_ids_TK" in self.arrays.names
 
     def nulls(self, kind: pa.DataType) -> pa.Array:
-        """A column of unknowns."""
+        """A column of nulls."""
         return pa.nulls(len(self.position_R), kind)
 
     def texts(self, ids: NDArray[Any], *, tokenizer: str | None = None) -> pa.Array:
-        """What tokens stand for."""
+        """The texts of tokens."""
         vocabulary = self.part.store.token_texts(tokenizer or self.part.tokenizer)
-        return vocabulary.take(pa.array(np.minimum(ids, len(vocabulary) - 1)))  # the last is null: what the tokenizer does not know
+        return vocabulary.take(pa.array(np.minimum(ids, len(vocabulary) - 1)))  # the last is null, for ids that the tokenizer does not know
 
 
 def id_column(ids: NDArray[Any], *, mask: NDArray[np.bool_] | None = None) -> pa.Array:
@@ -106,19 +106,19 @@ def _gold_token(rows: Rows) -> pa.Array:
 
 
 def _stored(name: str) -> Maker:
-    """A column that is an array of log-probabilities or the like; unknown where the dataset does not store it."""
+    """A column from an array of log-probabilities or similar values; null if the dataset does not store it."""
     return lambda rows: _floats(rows.array(name)) if name in rows.arrays.names else rows.nulls(pa.float32())
 
 
 def _is_label(rows: Rows) -> pa.Array:
-    """Whether the token that follows is trained on and scored: of conversations the assistant's, of plain text every one that follows."""
+    """Whether the next token is trained on and scored: in conversations the assistant's tokens, in plain text every next token."""
     if "label_mask_T" in rows.arrays.names:
         return pa.array(rows.array("label_mask_T").astype(np.bool_))
     return pa.array(~rows.is_last_R)
 
 
 def _lists(values: Callable[[Rows, NDArray[np.bool_]], pa.Array], kind: pa.DataType) -> Maker:
-    """A list for each position of what its distribution's entries hold; entries without mass are left out."""
+    """A list per position of its distribution's entries; entries without mass are left out."""
 
     def make(rows: Rows) -> pa.Array:
         if not rows.has_distributions:
@@ -149,7 +149,7 @@ MAKERS: dict[str, Maker] = {
 
 
 class Part:
-    """One part of a dataset, as the catalog knows it. Implements `PartRows`."""
+    """One part of a dataset, as listed in the catalog. Implements `PartRows`."""
 
     rows_class = Rows
     makers = MAKERS
@@ -162,13 +162,13 @@ class Part:
         self.segment_S: NDArray[np.int64] = segments["segment"]
         self.n_rows_S = segments["n_rows"].astype(np.int64)
         if len(self.n_rows_S) and not 0 <= self.n_rows_S.min() <= self.n_rows_S.max() <= MOST_SEGMENT_ROWS:
-            problem = f"The catalog says of a segment of {self.kind}/{self.name} that it has {self.n_rows_S.max():,} positions."
+            problem = f"The catalog gives a segment of {self.kind}/{self.name} {self.n_rows_S.max():,} positions, more than the limit."
             raise DamagedPart(problem, remedy=rebuild(self.store.layout.root))
         self.starts_S = np.cumsum(self.n_rows_S) - self.n_rows_S
         self.facts = segments
 
     def labels(self) -> dict[str, pa.Array]:
-        """The columns that are settled per segment, [S]."""
+        """The columns that are constant per segment, [S]."""
         documents = self.store.documents(self.row["corpus"])
         found: dict[str, pa.Array] = {"doc_id": pa.array(self.doc_id_S), "segment": pa.array(self.segment_S.astype(np.int32))}
         for name in self._content.segment_columns:
@@ -179,12 +179,12 @@ class Part:
         return found
 
     def row_bytes(self, names: Iterable[str]) -> int:
-        """About how many bytes the named columns take for each of the part's rows."""
+        """About how many bytes the named columns take per row."""
         return sum(12 * self.top_k if name.startswith("topk_") else 8 for name in names)
 
     @property
     def top_k(self) -> int:
-        """Entries of each of the dataset's distributions."""
+        """Number of entries of each distribution of the dataset."""
         return int(self.store.dataset(self.kind, self.name).identity["top_k"])
 
     def columns(self, names: Iterable[str], *, segments: NDArray[np.int64]) -> dict[str, pa.Array]:

@@ -1,7 +1,7 @@
-"""Which SQL may be run: one statement, and one that only reads. With external access a result may also be copied to a file.
+"""Which SQL may be run: a single statement that only reads. With external access, a result may also be copied to a file.
 
-The catalog is opened read-only, but DuckDB lets any statement write the files that belong to the open database, and since version 2 a
-`WITH` clause may hold statements that write. So the type of the statement decides, and what stands in its clauses.
+The catalog is opened read-only, but DuckDB lets any statement write the files of the open database, and since version 2 a `WITH` clause
+may hold statements that write. So the type of the statement and its clauses are checked.
 """
 
 import json
@@ -16,10 +16,10 @@ from ..output_file import require_outside_workspaces
 
 _TYPES = duckdb.StatementType
 _READING_NODES = frozenset({"SELECT_NODE", "SET_OPERATION_NODE", "RECURSIVE_CTE_NODE", "CTE_NODE"})
-_RUNS_TEXT = frozenset({"query", "query_table", "json_execute_serialized_sql"})  # functions that run what a text says
+_RUNS_TEXT = frozenset({"query", "query_table", "json_execute_serialized_sql"})  # functions that run a text as a query
 _WRITING = frozenset({"attach", "call", "copy", "create", "delete", "drop", "insert", "install", "load", "merge", "update"})
-_MAY_HIDE = re.compile(r"with|query|serialized", re.IGNORECASE)  # without these words there is nothing to look for
-_NODE = re.compile(r'"type":"(\w+_NODE)"')  # in a text, the quotes have backslashes before them
+_MAY_HIDE = re.compile(r"with|query|serialized", re.IGNORECASE)  # a query without these words needs no check
+_NODE = re.compile(r'"type":"(\w+_NODE)"')  # inside a text, the quotes are escaped
 _FUNCTION = re.compile(r'"function_name":"(\w+)"')
 _ONLY_READS = "Only statements that read can be run: SELECT, FROM, WITH, VALUES, PIVOT, DESCRIBE, SUMMARIZE, SHOW, and EXPLAIN of these"
 
@@ -29,14 +29,14 @@ class Statement:
     """A statement that may be run."""
 
     text: str
-    asks: str | None  # the query in it that `require_no_writing` is to look into
+    asks: str | None  # the query in it that `require_no_writing` checks
 
 
 def checked(query: str, *, external_access: bool, workspace: Path) -> Statement:
-    """The statement in a query, if it may be run.
+    """The statement of a query, if it may be run.
 
     Raises:
-        UsageError: there is none or there are several, it is wrong, or it does more than read.
+        UsageError: there is no statement or more than one, it is invalid, or it does more than read.
     """
     asked = query
     type_ = _type_of(query)
@@ -61,7 +61,7 @@ def checked(query: str, *, external_access: bool, workspace: Path) -> Statement:
 
 
 def require_no_writing(connection: duckdb.DuckDBPyConnection, statement: Statement) -> None:
-    """Raise UsageError if a clause of a query holds a statement that writes, or a function that runs a text as one."""
+    """Raise UsageError if a clause of a query holds a statement that writes, or a function that runs a text as a query."""
     if statement.asks is None or not _MAY_HIDE.search(statement.asks):
         return
     ((text,),) = connection.execute("SELECT system.main.json_serialize_sql($query::VARCHAR)", {"query": statement.asks}).fetchall()
@@ -72,11 +72,11 @@ def require_no_writing(connection: duckdb.DuckDBPyConnection, statement: Stateme
         raise UsageError(f"{_ONLY_READS}. A clause of the query holds another one ({writing[0].split('_')[0]}).")
     running = sorted({name.lower() for name in _FUNCTION.findall(text)} & _RUNS_TEXT)
     if running:
-        raise UsageError(f"The function {running[0]} is not available here. Write the query itself.")
+        raise UsageError(f"The function {running[0]} is not available here. Write out its query.")
 
 
 def _type_of(query: str) -> object:
-    """The type of the one statement in a query; None of one that duckdb's Python has no name for."""
+    """The type of a query's single statement; None if duckdb's Python has no name for it."""
     try:
         query.encode()
         statements = duckdb.extract_statements(query)
@@ -111,7 +111,7 @@ def _tokens(query: str) -> list[_Token]:
 
 
 def _explained(query: str) -> str:
-    """The statement that an EXPLAIN explains; with ANALYZE it is run."""
+    """The statement that an EXPLAIN explains; with ANALYZE it is also run."""
     data, tokens = query.encode(), _tokens(query)[1:]
     if tokens and tokens[0].text.lower() in {"analyze", "analyse"}:
         return data[tokens[1].start :].decode() if len(tokens) > 1 else ""
@@ -124,12 +124,12 @@ def _explained(query: str) -> str:
 
 
 def _require_no_hidden(query: str) -> None:
-    """As `require_no_writing`, of statements that DuckDB cannot describe: a look at their words, which may refuse too much."""
+    """As `require_no_writing`, for statements that DuckDB cannot describe: checks their words, and may refuse too much."""
     before = ""
     for token in _tokens(query):
         word = token.text.strip('"').lower()
         if (before == "(" and word in _WRITING) or word in _RUNS_TEXT:
-            raise UsageError(f"{_ONLY_READS}. {token.text} cannot stand here.")
+            raise UsageError(f"{_ONLY_READS}. {token.text} is not allowed here.")
         before = token.text
 
 
@@ -141,7 +141,7 @@ def _is_query(text: str) -> bool:
 
 
 def _require_target_outside(query: str, *, workspace: Path) -> None:
-    """Raise UsageError unless a COPY writes to a file that is given as a plain text and lies in no workspace."""
+    """Raise UsageError unless a COPY writes to a file that is given as a plain text and lies outside all workspaces."""
     depth, tokens = 0, _tokens(query)
     for token, after in zip(tokens, [*tokens[1:], _Token(0, "", is_text=False)], strict=True):
         depth += token.text.count("(") - token.text.count(")") if not token.is_text else 0
@@ -151,6 +151,6 @@ def _require_target_outside(query: str, *, workspace: Path) -> None:
             target = Path(after.text[1:-1].replace("''", "'"))
             require_outside_workspaces(target, what="COPY … TO")
             if workspace.resolve().is_relative_to(target.absolute().resolve()):
-                raise UsageError(f"COPY … TO ({target}) holds the workspace {workspace}. Choose another place.")
+                raise UsageError(f"COPY … TO ({target}) is a folder that contains the workspace {workspace}. Choose another path.")
             return
     raise UsageError("COPY must be COPY (SELECT …) TO 'FILE', with the name of the file as a plain text.")

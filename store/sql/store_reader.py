@@ -1,4 +1,4 @@
-"""What the lazy tables read from: the catalog as it is now, and the parts of datasets, which are opened once."""
+"""The input of the lazy tables: the current catalog, and the parts of datasets, which are opened once."""
 
 import re
 from collections import OrderedDict
@@ -56,7 +56,7 @@ class StoreReader:
         return self.connection.cursor().sql(query).pl().to_dicts()
 
     def catalog_arrays(self, query: str, parameters: Mapping[str, Any]) -> dict[str, NDArray[Any]]:
-        """Columns of the catalog; of the parameters, those that the query names are taken."""
+        """Columns of the catalog; parameters that the query does not name are ignored."""
         named = {name: parameters[name] for name in _PARAMETER.findall(query)}
         return dict(self.connection.cursor().execute(query, named).fetchnumpy())
 
@@ -88,7 +88,7 @@ class StoreReader:
         return self._datasets[kind, name]
 
     def arrays(self, kind: str, name: str, part: int) -> PartArrays:
-        """The arrays of a part, opened once and kept open while others are not asked for more."""
+        """The arrays of a part, opened once and kept open while the part is among the most recently used."""
         key = (kind, name, part)
         with self._lock:
             if key in self._parts:
@@ -109,6 +109,6 @@ class StoreReader:
 
 
 def _require_name(name: str, *, root: Path) -> None:
-    """Raise DamagedPart unless a name from the catalog can be the name of a folder in the workspace."""
+    """Raise DamagedPart unless a name from the catalog is a valid name of a folder in the workspace."""
     if "/" in name or not is_plain_name(name):
-        raise DamagedPart(f"The catalog names {shown(name)}, which is no name of a dataset.", remedy=rebuild(root))
+        raise DamagedPart(f"The catalog names {shown(name)}, which is not a valid name of a dataset.", remedy=rebuild(root))

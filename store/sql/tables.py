@@ -1,7 +1,7 @@
 """The lazy tables over stored arrays: `distributions`, `positions`, `alignments`, `targets`.
 
-Axes: R rows that one read gives, K entries of a distribution. `token` is the token at a position, `gold_token` the one that follows it, of
-which the distribution at the position speaks.
+Axes: R rows of one read, K entries of a distribution. `token` is the token at a position, `gold_token` the next one, which the distribution
+at the position predicts.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -20,7 +20,7 @@ from .lazy_table import LABEL
 from .rows import MAKERS, Part, Rows, id_column
 from .store_reader import StoreReader
 
-_KNOWN_PARTS = 1024  # of which the places of segments are remembered: about 50 kB each
+_KNOWN_PARTS = 1024  # parts whose segment offsets are cached: about 50 kB each
 _DOCUMENT = [("corpus", LABEL), ("domain", LABEL), ("split", LABEL), ("part", pa.int32()), ("doc_id", pa.int64())]
 _PLACE = [*_DOCUMENT, ("segment", pa.int32()), ("position", pa.int32())]
 _TOKEN = [("token_id", pa.uint32()), ("token", pa.string())]
@@ -29,14 +29,14 @@ _TOPK = [("topk_ids", pa.list_(pa.uint32())), ("topk_tokens", pa.list_(pa.string
 
 
 class ArrayTable:
-    """Common to the tables. Implements `TableContent`."""
+    """The base of the tables. Implements `TableContent`."""
 
     name: str
     part_class: type[Part] = Part
     own_columns: Sequence[tuple[str, pa.DataType]]  # of the dataset
     row_columns: Sequence[tuple[str, pa.DataType]]
     parts_query: str  # (kind, name, part, corpus, tokenizer, …) of all parts
-    segments_query: str  # (doc_id, segment, n_rows, …) of one, in order
+    segments_query: str  # (doc_id, segment, n_rows, …) of one part, in order
 
     def __init__(self, store: StoreReader) -> None:
         self.store = store
@@ -70,7 +70,7 @@ class ArrayTable:
         return self.store.all_documents()
 
     def parts(self, *, datasets: NDArray[np.bool_], corpus_parts: set[tuple[str, int]] | None) -> Iterator[Part]:
-        """The parts of some datasets, one after another."""
+        """The parts of some datasets."""
         chosen = {key for key, keep in zip(self._datasets, datasets, strict=True) if keep}
         for row in self._parts:
             if (row["kind"], row["name"]) in chosen and (corpus_parts is None or (row["corpus"], row["part"]) in corpus_parts):
@@ -91,7 +91,7 @@ _FORWARD_SEGMENTS = """
 
 
 class Positions(ArrayTable):
-    """A row per position of every model: of its distributions, and of its likelihoods of held-out text."""
+    """A row per position of every model, from its distributions and its likelihoods of held-out text."""
 
     name = "positions"
     own_columns = (("model", LABEL),)
@@ -149,7 +149,7 @@ def _fusion_source(rows: Rows) -> pa.Array:
 
 
 def _fused_gold_logprob(rows: Rows) -> pa.Array:
-    """Of the token that follows, under the fused distribution; -inf where it is not among its entries."""
+    """Log-probability of the next token under the fused distribution; -inf if it is not among the entries."""
     logprobs_RK = np.where(rows.topk_ids_RK == rows.gold_ids_R[:, None], rows.topk_logprobs_RK, -np.inf)
     return pa.array(logprobs_RK.max(axis=1, initial=-np.inf).astype(np.float32), mask=rows.is_last_R)
 
@@ -168,7 +168,7 @@ class Targets(ArrayTable):
         *_TOKEN, *_GOLD, ("gold_logprob", pa.float32()), ("is_label", pa.bool_()), ("source", LABEL),
         ("tail_logprob", pa.float32()), *_TOPK,
     )  # fmt: skip
-    # A model may be there under two names, with one fingerprint.
+    # A model may be stored under two names, with one fingerprint.
     parts_query = """
         SELECT p.kind, p.name, p.part, (d.description->>'$.corpus') AS corpus, (own.identity->>'$.tokenizer') AS tokenizer
         FROM parts p JOIN datasets d USING (kind, name)
@@ -180,7 +180,7 @@ class Targets(ArrayTable):
 
 
 class _AlignmentRows(Rows):
-    """The positions of the target's part, with those of the source's part that lie to them."""
+    """The positions of the target's part, with the aligned positions of the source's part."""
 
     @cached_property
     def token_ids_R(self) -> NDArray[Any]:
@@ -189,7 +189,7 @@ class _AlignmentRows(Rows):
 
     @cached_property
     def source_index_R(self) -> NDArray[Any]:
-        """Index of the source position in the source's part, -1 where there is none."""
+        """Index of the source position in the source's part, -1 if there is none."""
         return self.array("source_position_T")
 
     @property
@@ -199,7 +199,7 @@ class _AlignmentRows(Rows):
 
     @cached_property
     def source_token_ids_R(self) -> NDArray[Any]:
-        """The source's tokens there; anything where there is none."""
+        """The source's token at that position; undefined if there is none."""
         index_R = self.source_index_R[~self.is_unaligned_R]
         ids_R = np.zeros(len(self.source_index_R), np.uint32)
         if len(index_R):
@@ -210,7 +210,7 @@ class _AlignmentRows(Rows):
     def _of_model(self, role: str) -> PartArrays:
         model = self.part.row[f"{role}_name"]
         if model is None:
-            raise DataError(f"alignments/{self.part.name} speaks of distributions of its {role} that are gone: their tokens are not known.")
+            raise DataError(f"alignments/{self.part.name} was made from distributions of its {role} that do not exist any more.")
         return self.part.store.arrays("distributions", model, self.part.index)
 
 
@@ -240,7 +240,7 @@ class _AlignmentsPart(Part):
 
 
 class Alignments(ArrayTable):
-    """A row per position of a target, with the position of a source that speaks there, if there is one."""
+    """A row per position of a target, with the aligned position of a source, if there is one."""
 
     name = "alignments"
     part_class = _AlignmentsPart

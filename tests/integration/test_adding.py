@@ -180,9 +180,9 @@ def test_weights_of_a_domain_that_the_corpus_has_not_are_told_before_anything_is
     fixed += '[training]\nname = "fixed"'
     code, output = fuseline("run", write(project, ("[training]", fixed % "nowhere")), models=models)
     assert (code, made(output)) == (2, set())
-    assert "fusion.domain_weights: nowhere must be among the corpus's domains: even, odd." in output
+    assert "fusion.domain_weights: nowhere must be domains of the corpus: even, odd." in output
     code, output = fuseline("run", write(project, ("[training]", "[training.domain_weights]\nelsewhere = 2\n[training]")), models=models)
     assert (code, made(output)) == (2, set())
-    assert "training.domain_weights: elsewhere must be among the corpus's domains: even, odd." in output
+    assert "training.domain_weights: elsewhere must be domains of the corpus: even, odd." in output
     code, output = fuseline("fuse", write(project, ("[training]", fixed % "even")), models=models)
     assert code == 0, output

@@ -161,7 +161,7 @@ def test_each_map_is_shown_as_the_targets_are_that_were_fused_with_it(several, d
 def test_a_map_that_does_not_know_what_is_left_of_tokens_is_refused_for_cover(several, doc_id):
     code, output = command(several, "--doc", doc_id, "--alignment", "source--target", "--map", "source--target--exact")
     assert code == 2
-    assert "that tell what is left of a token, as cover needs, are: source--target--prefix." in " ".join(output.split())
+    assert "with rests of tokens, which cover needs, there are: source--target--prefix." in " ".join(output.split())
 
 
 def test_of_warped_strings_it_is_said_that_they_are_matched(several, doc_id, workspace):
@@ -230,7 +230,7 @@ def test_a_document_of_another_split_and_a_part_that_is_gone_are_told(workspace)
     first = "SELECT min(doc_id) AS doc_id FROM documents WHERE split = $split"
     held_out, trained = (workspace.sql(first, {"split": split})["doc_id"].item() for split in ("test", "train"))
     code, output = command(workspace, "--doc", held_out)
-    assert (code, f"Document {held_out} is of the split test" in output) == (2, True)
+    assert (code, f"Document {held_out} is in the split test" in output) == (2, True)
     part = workspace.sql("SELECT part FROM documents WHERE doc_id = $d", {"d": trained})["part"].item()
     manifest = workspace.root / "alignments" / "source--target" / f"part-{part:05d}.json"
     aside = Path(f"{manifest}.aside")

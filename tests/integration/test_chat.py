@@ -215,7 +215,7 @@ def test_sql_says_which_tokens_are_labels(project):
         ("[corpus.chat]\n", "[corpus.chat]\ndate = 'today'\n", "corpus.chat.date"),
         ("[corpus.chat]\n", "", "'own' needs [corpus.chat]. Remove it"),
         ('model = "models/smollm2"\n', 'model = "models/smollm2"\nchat_template = "own"\n', "'own' is for sources"),
-        ('model = "models/smollm2"', 'model = "models/plain"', "has no chat template to write conversations in"),
+        ('model = "models/smollm2"', 'model = "models/plain"', "has no chat template for conversations"),
     ],
 )
 def test_a_mistake_is_told(project, tmp_path, old, new, said):
@@ -317,7 +317,7 @@ def test_a_template_that_never_ends_a_turn_is_refused_and_one_of_the_recipes_goe
     recipe.write_text(
         RECIPE.replace("[corpus.chat]\n", "[corpus.chat]\ntemplate = 'endless.jinja'\n") + "[training]\nsequence_length = 256\n"
     )
-    assert "would learn never to stop" in refused("ingest", "corpus", recipe, "-w", tmp_path / "endless")
+    assert "would never learn to stop" in refused("ingest", "corpus", recipe, "-w", tmp_path / "endless")
     written = (
         "{% for m in messages %}{{ m.role }}: {{ m.content }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
     )

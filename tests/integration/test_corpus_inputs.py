@@ -90,22 +90,27 @@ def test_everything_is_read_as_it_is_written(tmp_path, models_dir, write, corpus
 @pytest.mark.parametrize(
     ("write", "corpus", "code", "messages"),
     [
-        (files(a__jsonl=lines(TEXTS) + '{"text": 5}\n'), "", 1, ["a.jsonl, line 13: the text column is of type int", "corpus.text_column"]),
+        (files(a__jsonl=lines(TEXTS) + '{"text": 5}\n'), "", 1, ["a.jsonl, line 13: the text column has type int", "corpus.text_column"]),
         (files(a__jsonl=lines(TEXTS), side__json='{"name": "x"}'), "", 1, ["side.json has no column 'text'; it has: name"]),
         (files(a__jsonl=lines(TEXTS), b__txt="x"), "", 1, ["mixes files of several kinds (json, txt)", "[corpus.splits]"]),
         (files(a__csv="text;kind\nx;y\n"), "", 1, ["a.csv has one column", "Separate them by commas"]),
         (files(a__csv=b"text\n" + "café\n".encode("latin-1")), "", 1, ["a.csv, line 2: the text is not valid UTF-8", "iconv"]),
         (files(a__jsonl=lines(TEXTS).encode("utf-16")), "", 1, ["a.jsonl is in UTF-16, not UTF-8", "iconv"]),
-        (files(a__jsonl=lines(TEXTS)), 'splits = {train = "b.jsonl"}', 1, ["corpus.splits.train: 'b.jsonl' names no data file", "a.jsonl"]),
-        (files(a__jsonl=lines(TEXTS)), 'revision = "main"', 2, ["corpus.revision ('main') is for datasets of the hub", "Remove"]),
-        (files(a__jsonl=lines(TEXTS)), 'configuration = "en"', 2, ["corpus.configuration ('en') is for datasets of the hub"]),
+        (
+            files(a__jsonl=lines(TEXTS)),
+            'splits = {train = "b.jsonl"}',
+            1,
+            ["corpus.splits.train: 'b.jsonl' matches no data file", "a.jsonl"],
+        ),
+        (files(a__jsonl=lines(TEXTS)), 'revision = "main"', 2, ["corpus.revision ('main') is only for datasets of the hub", "Remove"]),
+        (files(a__jsonl=lines(TEXTS)), 'configuration = "en"', 2, ["corpus.configuration ('en') is only for datasets of the hub"]),
         (
             files(a__jsonl=lines(TEXTS)),
             "",
             2,
             ["evaluation.split ('test') must be one of the corpus's splits (train)", "held_out_fraction"],
         ),
-        (files(notes__md="x"), "", 1, ["texts holds no data file", "notes.md (another kind of file)"]),
+        (files(notes__md="x"), "", 1, ["texts holds no data files", "notes.md (another kind of file)"]),
     ],
 )
 def test_what_cannot_be_read_gives_one_message_with_the_file_and_what_to_do(tmp_path, models_dir, write, corpus, code, messages):

@@ -87,7 +87,7 @@ def killed_at_random(process: subprocess.Popen, workspace: Path, kind: str, *, t
     """Kill random workers that have a part at hand, until the process ends; returns how many."""
     generator, kills = random.Random(seed), 0
     while process.poll() is None:
-        busy = [state for state in workers_of(workspace, kind) if state.at_hand and state.is_alive]
+        busy = [state for state in workers_of(workspace, kind) if state.unfinished and state.is_alive]
         if busy and kills < times:
             time.sleep(generator.random() * 0.05)
             with contextlib.suppress(ProcessLookupError):
@@ -165,7 +165,7 @@ def test_status_shows_from_the_files_what_runs_and_ctrl_c_ends_all_quietly(proje
     process = start("align", project, "-w", workspace, "--models", models_dir, "--workers", 2, log=log)
     watch = start("status", "-w", workspace, "--watch", log=watched)
     try:
-        wait_for(lambda: sum(bool(state.at_hand) for state in workers_of(workspace, "alignments")) == 2, process=process)
+        wait_for(lambda: sum(bool(state.unfinished) for state in workers_of(workspace, "alignments")) == 2, process=process)
         pids = [state.pid for state in workers_of(workspace, "alignments")]
         for pid in pids:
             os.kill(pid, signal.SIGSTOP)  # in the midst of a part, for as long as it takes to look
@@ -353,8 +353,8 @@ def test_slurm_with_a_requeued_task_makes_the_bits_of_one_process(project, model
     aligned(workspace, reference)
     log = tmp_path / "log"
     process = start("fuse", project, *options, log=log)
-    wait_for(lambda: any(state.at_hand for state in workers_of(workspace, "targets")), process=process)
-    running = next(state for state in workers_of(workspace, "targets") if state.at_hand)
+    wait_for(lambda: any(state.unfinished for state in workers_of(workspace, "targets")), process=process)
+    running = next(state for state in workers_of(workspace, "targets") if state.unfinished)
     os.kill(running.pid, signal.SIGSTOP)  # it must not get done meanwhile, nor in the time that Slurm leaves it
     task = running.worker.removeprefix("slurm-")
     slurm_command(slurm, "scontrol", "requeue", task)

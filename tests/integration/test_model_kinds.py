@@ -121,7 +121,7 @@ def pointer(folder: Path) -> None:
             other_width,
             ["the shape of model.layers.0.mlp.down_proj.weight in the weights [32, 64] must be", "[32, 48]", "Correct config.json"],
         ),
-        (pointer, ["is a pointer of git-lfs", "git lfs pull"]),
+        (pointer, ["is a git-lfs pointer", "git lfs pull"]),
     ],
 )
 def test_a_folder_that_cannot_be_used_is_refused_when_it_is_opened(project, models, damage, messages):
@@ -138,7 +138,7 @@ def test_tensors_that_a_target_does_not_have_are_refused_before_anything_is_made
     change(models / "tiny-target", lambda tensors: tensors.update({"vision.weight": torch.zeros(2)}))
     code, output = run("run", project, "-w", project.parent / "workspace", "--models", models)
     assert code == 1
-    assert "has 1 tensors that its config.json does not describe, and that training would drop: vision.weight. Use it as a source" in output
+    assert "has 1 tensors that its config.json does not describe; training would drop them: vision.weight. Use it as a source" in output
     code, output = ingest(project, models)
     assert code == 0  # as a source it can be used
     assert "Beware: model target: 1 tensors in its weights are not used" in output
@@ -151,8 +151,8 @@ def test_what_is_odd_about_a_folder_is_told_each_time_and_found_once(project, mo
     for _ in range(2):
         code, output = ingest(project, models)
         assert code == 0
-        assert "Beware: model source: config.json says tie_word_embeddings = true, but an output layer is stored that differs" in output
-        assert "Beware: model target: its texts start with [1], and those of AutoTokenizer of transformers with no token" in output
+        assert "Beware: model source: config.json says tie_word_embeddings = true, but the stored output layer differs" in output
+        assert "Beware: model target: its texts start with [1], but those of AutoTokenizer of transformers with no token" in output
         assert "set prepends_bos = false for this model in the recipe" in output
     assert len(list((project.parent / "workspace" / "models").glob("*.json"))) == 2
 
@@ -173,7 +173,7 @@ def test_models_of_two_owners_that_are_one_folder(project, models):
     project.write_text(RECIPE.replace('"tiny-target"', '"one/tiny-source"').replace('"tiny-source"', '"two/tiny-source"'))
     code, output = ingest(project, models)
     assert code == 1
-    assert "The models target (one/tiny-source) and source (two/tiny-source) are different ones" in output
+    assert "The models target (one/tiny-source) and source (two/tiny-source) are different, but" in output
 
 
 def test_byte_order_marks_in_a_model_folder_change_nothing(project, models, corpus_texts):
@@ -198,8 +198,8 @@ def test_what_was_made_with_another_reading_of_the_tokenizer_is_refused_with_bot
     code, output = run("ingest", "distributions", *arguments)
     assert code == 1
     assert "distributions/source was made from different inputs" in output
-    assert "Earlier the tokenizer was read as (bos 1, eos 2, pad None, unk 0, no bos). Now it is read as (bos 1, " in output
-    assert "Set prepends_bos = false for the model in the recipe to keep the old reading, or use another --workspace." in output
+    assert "Earlier, fuseline read the tokenizer as (bos 1, eos 2, pad None, unk 0, no bos). Now it reads it as (bos 1, " in output
+    assert "To keep the earlier reading, set prepends_bos = false for the model in the recipe; or use another --workspace." in output
 
 
 def test_what_was_made_when_fewer_roles_were_read_is_kept(project, models):
@@ -218,5 +218,5 @@ def test_what_was_made_when_fewer_roles_were_read_is_kept(project, models):
     path.write_text(json.dumps(config | {"unk_token": None, "eos_token": "<unk>"}))  # another eos is another reading
     code, output = run("ingest", "distributions", *arguments)
     assert code == 1
-    assert "Now it is read as (bos 1, eos 0, pad None, unk None, " in output
+    assert "Now it reads it as (bos 1, eos 0, pad None, unk None, " in output
     assert "). Use another --workspace." in output

@@ -101,7 +101,7 @@ def test_the_run_folder_is_complete(alone):
 def test_a_start_that_is_another_model_than_that_of_the_distributions_is_told(alone, data_parallel):
     job, found = data_parallel
     assert [record["warning"] is not None for record in found] == [True] + [False] * (len(found) - 1)
-    assert "The start of the training is not the model that the target's distributions were computed with" in found[0]["warning"]
+    assert "The training does not start from the model of the target's stored distributions" in found[0]["warning"]
     check = json.loads((job.run_folder / "start.json").read_text())
     assert check["difference"] > check["tolerance"]
     assert not (alone[0].run_folder / "start.json").exists()  # no distributions were named
@@ -224,7 +224,7 @@ def test_a_signal_saves_a_checkpoint_and_a_second_trainer_is_kept_out(inputs, tm
         [sys.executable, "-m", "fuseline.train", job.run_folder], env=os.environ | place, capture_output=True, text=True, check=False
     )
     assert other.returncode == 1
-    assert other.stderr == f"fuseline.train: error: Another trainer is at work in {job.run_folder}. Wait for it, or stop it.\n"
+    assert other.stderr == f"fuseline.train: error: Another trainer is running in {job.run_folder}. Wait for it, or stop it.\n"
     process.send_signal(signal.SIGUSR1)
     assert process.wait(timeout=60) == 128 + signal.SIGUSR1
     assert not ranks_of(job.run_folder)
@@ -264,13 +264,13 @@ def test_a_damaged_checkpoint_is_told(inputs, alone, tmp_path):
         (byte,) = file.read(1)
         file.seek(-1, os.SEEK_CUR)
         file.write(bytes([byte ^ 1]))
-    reason = rf"\({re.escape(shard.name)} is not what was written\)"
+    reason = rf"\({re.escape(shard.name)} has changed since it was written\)"
     with pytest.raises(
-        FuselineError, match=rf"The checkpoint {damaged} cannot be read {reason}\. Remove it to go on from the one before\."
+        FuselineError, match=rf"The checkpoint {damaged} cannot be read {reason}\. Remove it to continue from the previous one\."
     ):
         train(job)
     os.truncate(shard, shard.stat().st_size // 2)
-    assert re.fullmatch(r"\S+ has \d+ bytes, and had \d+", checkpoint_damage(damaged, full=False))
+    assert re.fullmatch(r"\S+ has \d+ bytes, but had \d+", checkpoint_damage(damaged, full=False))
 
 
 def test_a_checkpoint_takes_what_was_foretold(alone):

@@ -341,7 +341,7 @@ def test_what_is_fused_is_found_in_order_and_a_share_that_is_off_is_told(three, 
     damaged = Dataset.create(tmp_path / "targets" / "damaged", identity={})
     data = content.data | {"share_SN": content.data["share_SN"] + np.float32(0.1)}
     damaged.commit(0, content=dataclasses.replace(content, counts=counts, data=data), seconds=0)
-    with pytest.raises(DamagedPart, match="share_SN must be 1 in sum"):
+    with pytest.raises(DamagedPart, match="share_SN must sum over the sources to 1"):
         check_content(damaged, 0)
 
 

@@ -153,7 +153,7 @@ def test_half_characters_are_refused_and_whole_ones_are_not(folder, name):
     (folder / name).write_text(json.dumps(original | {"note": "\U0001f600"}))
     ModelFolder(ModelConfig(name="m", model="m"), folder).check()
     (folder / name).write_text(json.dumps(original | {"note": "\ud83d"}))
-    with pytest.raises(DataError, match="half a character"):
+    with pytest.raises(DataError, match="half a surrogate pair"):
         ModelFolder(ModelConfig(name="m", model="m"), folder).check()
 
 

@@ -171,7 +171,7 @@ def test_the_weights_are_in_the_files_that_transformers_reads(sources, fresh, n_
         model, missing = None, {"all"}
     if missing:
         with pytest.raises(
-            DataError, match=r"(lacks weights|has shards of a model and no|has no model\.safetensors|has no \*\.safetensors)"
+            DataError, match=r"(lacks weights|has shards of a model but no|has no model\.safetensors|has no \*\.safetensors)"
         ):
             opened(folder)
         return
@@ -284,7 +284,7 @@ def test_a_byte_level_llama_tokenizer_that_asks_for_bos_gets_it_and_the_differen
     config = {"tokenizer_class": "LlamaTokenizerFast", "add_bos_token": True, "bos_token": "<|im_start|>", "eos_token": "<|endoftext|>"}
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
     (said,) = opened(folder)
-    assert "its texts start with [1], and those of AutoTokenizer of transformers with no token" in said
+    assert "its texts start with [1], but those of AutoTokenizer of transformers with no token" in said
     assert "set prepends_bos = false for this model in the recipe" in said
     told = ModelFolder(ModelConfig(name="m", model="m", prepends_bos=False), folder)
     assert list(disagreements(told, cache=tmp_path / "told")) == []

@@ -48,7 +48,7 @@ def test_alpaca_rows():
         (["text"], "message 1 is of type str, not an object with a role and a text"),
         ([{"role": "user", "content": "a"}, {"role": "<|im_end|>", "content": "b"}], "message 2: the role ('<|im_end|>') must be one of"),
         ([{"role": "user", "content": 3}], "message 1: the text is of type int"),
-        ([{"role": "user", "content": [{"type": "image", "url": "x"}]}], "message 1 has a part that is no text"),
+        ([{"role": "user", "content": [{"type": "image", "url": "x"}]}], "message 1 has a part that is not text"),
         ([{"role": "assistant", "content": "", "tool_calls": [{}]}], "message 1 has tool_calls"),
         ([{"role": "assistant", "content": "x", "weight": 0}], "message 1 has weight 0"),
         ([{"role": "assistant", "content": "x", "reasoning_content": "hm"}], "message 1 has reasoning_content"),
@@ -65,9 +65,9 @@ def test_columns_say_the_format_and_a_missing_one_is_told():
     assert find_reader(["id", "conversations"], wanted=None, column=None, where="d").required == ("conversations",)
     assert find_reader(["instruction", "output", "messages"], wanted="alpaca", column=None, where="d").required == ("instruction", "output")
     assert find_reader(["turns"], wanted=None, column="turns", where="d").required == ("turns",)
-    with pytest.raises(DataError, match=r"its columns are text, and not messages.*corpus\.chat\.column"):
+    with pytest.raises(DataError, match=r"its columns are text, not messages.*corpus\.chat\.column"):
         find_reader(["text"], wanted=None, column=None, where="d")
-    with pytest.raises(DataError, match="and not turns"):
+    with pytest.raises(DataError, match="messages, not turns"):
         find_reader(["messages"], wanted=None, column="turns", where="d")
 
 

@@ -258,7 +258,7 @@ def llama(**change) -> PretrainedConfig:
     [
         (llama(hidden_act="mish"), "activation (mish) must be one of silu, gelu"),
         (llama(rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}), "rope_type 'dynamic' cannot be trained"),
-        (llama(max_position_embeddings=64), "sequence_length (128) must not exceed the positions that"),
+        (llama(max_position_embeddings=64), "sequence_length (128) must be at most the number of positions of"),
         (llama(rope_parameters={"rope_type": "yarn", "factor": 2.0, "rope_theta": 1e4}), "rope_type 'yarn' cannot be trained"),
         (llama(num_key_value_heads=1), "tensor_parallel (2) must divide the model's key/value heads (1)"),
         (Gemma3TextConfig(**GEMMA, final_logit_softcapping=30.0), "final_logit_softcapping (30.0) must be None"),

@@ -42,13 +42,13 @@ def loaded_by_transformers(folder: Path, *, tmp_path: Path):
         (
             None,
             {"hidden_size": 16_384, "num_hidden_layers": 1000},
-            r"describes [\d,]{12,} parameters, but the weights hold [\d,]{5,7}\. Get",
+            r"describes [\d,]{12,} parameters, but the weights hold [\d,]{5,7}\. Download",
         ),
         (None, {"hidden_size": 65_536, "intermediate_size": 65_536}, r"describes [\d,]{14,} parameters, but the weights hold"),
         (
             GPTNeoConfig(vocab_size=600, hidden_size=16, num_layers=2, num_heads=2, attention_types=[[["global"], 2]]),
             {"max_position_embeddings": 40_000},
-            r"describes buffers .* of 3,200,000,000 bytes, but the weights have [\d,]+\. Get",
+            r"describes buffers .* of 3,200,000,000 bytes, but the weights have [\d,]+\. Download",
         ),
         (GPT2Config(vocab_size=600, n_embd=32, n_layer=2, n_head=2), {"n_positions": 1 << 24}, r"describes [\d,]{11,} parameters"),
     ],
@@ -82,5 +82,5 @@ def test_values_that_transformers_cannot_use_are_told_with_the_file_and_what_to_
             load()
         message = str(caught.value)
         assert message.startswith(f"{folder}/config.json: ")
-        assert message.endswith("; fix the file or get the model again.")
+        assert message.endswith("; fix the file or download the model again.")
         assert "\n" not in message

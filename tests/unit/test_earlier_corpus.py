@@ -90,11 +90,9 @@ def test_splits_that_names_of_files_said_are_kept_where_the_recipe_says_them_too
         durable.remove(path)
     earlier = Dataset.create(stage.dataset.folder, identity=identity)
     assert opened(tmp_path / "texts", splits=splits, **keys).dataset.fingerprint == earlier.fingerprint
-    with pytest.raises(
-        DataError, match=r"5 documents of the files are missing from it.*5 of its documents are not in the files.*\[corpus\.splits\]"
-    ):
+    with pytest.raises(DataError, match=r"it lacks 5 documents of the files.*5 documents that are not in the files.*\[corpus\.splits\]"):
         opened(tmp_path / "texts", **keys)
-    with pytest.raises(DataError, match="not as its files say"):
+    with pytest.raises(DataError, match="differently from its files"):
         opened(tmp_path / "texts", splits={"train": "test.jsonl", "test": "train.jsonl"}, **keys)
 
 
@@ -113,7 +111,7 @@ def test_what_was_read_wrongly_is_refused_with_the_reason_and_stays(tmp_path, to
     made_before(stage, documents=wrong)
     before = read_plan(stage.dataset.folder)
     n = 10 if what == "domains" else 3
-    with pytest.raises(DataError, match=rf"was read by an earlier version.*: {n} documents of the files are missing from it.*--workspace"):
+    with pytest.raises(DataError, match=rf"An earlier version read.*: it lacks {n} documents of the files.*--workspace"):
         opened(tmp_path / "texts", **keys)
     assert read_plan(stage.dataset.folder) == before
 

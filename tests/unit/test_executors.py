@@ -230,7 +230,7 @@ class TestWorker:
             assert [outcome.part for outcome in own.step(1)] == [0]
             (state,) = journal.read_journals(run_folder)
             assert state.is_alive
-            assert state.at_hand == [1]
+            assert state.unfinished == [1]
             assert [outcome.part for outcome in own.step(None)] == [1]
             assert own.step(None) == []
         (state,) = journal.read_journals(run_folder)
@@ -274,7 +274,7 @@ class TestWorker:
         assert "No space left on device" in outcome.reason
 
     def test_a_machine_that_does_not_see_the_workspace_makes_none(self, run_folder):
-        with pytest.raises(FileNotFoundError, match="storage that all share"):
+        with pytest.raises(FileNotFoundError, match="shared storage"):
             journal.Journal(run_folder.with_name("elsewhere"), worker="w")
         assert not run_folder.with_name("elsewhere").exists()
 
@@ -287,7 +287,7 @@ class TestJournal:
         own.committed(3)
         own.begun(4)
         (state,) = journal.read_journals(run_folder)
-        assert (state.interrupted, state.at_hand, state.begun) == ({3: 1}, [4], {3: 2, 4: 1})
+        assert (state.interrupted, state.unfinished, state.begun) == ({3: 1}, [4], {3: 2, 4: 1})
         journal.end_of(run_folder, worker="w")
         (state,) = journal.read_journals(run_folder)
         assert not state.is_alive

@@ -163,7 +163,7 @@ def test_an_index_of_another_shape_is_refused(folder, weight_map):
 def test_a_pipe_is_not_waited_for(folder):
     (folder / "tokenizer_config.json").unlink()
     os.mkfifo(folder / "tokenizer_config.json")
-    with pytest.raises(DataError, match="must be a file"):
+    with pytest.raises(DataError, match="must be a regular file"):
         find(folder)
 
 

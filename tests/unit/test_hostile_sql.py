@@ -206,7 +206,7 @@ def test_whatever_lies_where_duckdb_keeps_its_files_a_run_makes_the_catalog_agai
     else:
         path.symlink_to(outside / ("file" if kind == "link" else "nothing"))
     if suffix != ".tmp":
-        with pytest.raises(ForeignCatalog, match="must be a file"):
+        with pytest.raises(ForeignCatalog, match="must be a regular file"):
             workspace.sql("SELECT 1")
     catalog.fold(workspace)
     assert workspace.sql("SELECT count(*) AS n FROM segments")["n"].item() > 0
@@ -218,7 +218,7 @@ def test_the_names_in_a_catalog_lead_nowhere_else(workspace, tmp_path):
     with duckdb.connect(workspace.catalog_path) as connection:
         for table in ("datasets", "parts", "segments"):
             connection.execute(f"UPDATE {table} SET name = '../../../elsewhere' WHERE name = 'alpha-first'")
-    with pytest.raises(FuselineError, match=r"'\.\./\.\./\.\./elsewhere', which is no name"):
+    with pytest.raises(FuselineError, match=r"'\.\./\.\./\.\./elsewhere', which is not a valid name"):
         workspace.sql("SELECT sum(entropy) FROM positions WHERE corpus = 'first' AND model = 'alpha'")
 
 

@@ -118,21 +118,21 @@ def file(name: str, text: str) -> Callable[[Path], None]:
         (lambda folder: (folder / "tokenizer.json").unlink(), r"model has no tokenizer\.json\. Save the model's fast tokenizer"),
         (pickle_only, r"model has no \*\.safetensors file\. .*pickles.* convert them"),
         (config(vocab_size=500), r"vocab_size of config\.json \(500\) must equal the rows of model\.embed_tokens\.weight .*\(600\)"),
-        (config(vocab_size="600"), r"config\.json says no vocab_size"),
+        (config(vocab_size="600"), r"config\.json has no vocab_size"),
         (lambda folder: (folder / "config.json").unlink(), r"model is not a model folder: config\.json cannot be read"),
         (gguf_only, r"model is not a model folder: it holds GGUF, .* Name a folder with config\.json and safetensors"),
         (file("config.json", '{"vocab'), r"model is not a model folder: config\.json cannot be read"),
         (file("config.json", "[]"), r"model is not a model folder: config\.json cannot be read"),
-        (file("config.json", "{}"), r"config\.json says no vocab_size"),
+        (file("config.json", "{}"), r"config\.json has no vocab_size"),
         (file("tokenizer.json", "{}"), r"model: tokenizer\.json cannot be read"),
         (file("tokenizer_config.json", "{"), r"model: .*line 1"),
         (cut(0), r"model\.safetensors is cut short"),
         (cut(5), r"model\.safetensors is cut short"),
         (cut(8), r"model\.safetensors is cut short"),
         (cut(300), r"model\.safetensors is cut short"),
-        (cut(-1), r"model\.safetensors must have \d+ bytes, and has \d+: it was cut short"),
-        (cut(-40_000), r"model\.safetensors must have \d+ bytes, and has \d+: it was cut short"),
-        (weights(POINTER), r"model\.safetensors is a pointer of git-lfs.*Run `git lfs pull`"),
+        (cut(-1), r"model\.safetensors must have \d+ bytes, but has \d+: it was cut short"),
+        (cut(-40_000), r"model\.safetensors must have \d+ bytes, but has \d+: it was cut short"),
+        (weights(POINTER), r"model\.safetensors is a git-lfs pointer.*Run `git lfs pull`"),
         (weights(struct.pack("<Q", 2) + b"[]"), r"model\.safetensors is cut short, or not a safetensors file"),
         (weights(struct.pack("<Q", 9) + b'{"a": {}}'), r"model\.safetensors is cut short, or not a safetensors file"),
         (without_a_file_of_two, r"lacks weights: .*names model-00002-of-00002\.safetensors\. Download"),
@@ -209,7 +209,7 @@ def test_a_model_that_is_nowhere_is_told_with_the_ways_to_name_it(places):
     with pytest.raises(DataError) as error:
         find(places)
     text = str(error.value)
-    assert text.startswith("The model m (org/tiny) is not a folder here")
+    assert text.startswith("The model m (org/tiny) is not a local folder")
     assert str(places["models"]) in text
     assert "as tiny and name that with --models" in text
     assert "\n" not in text

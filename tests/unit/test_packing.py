@@ -275,7 +275,7 @@ def test_only_what_is_left_out_makes_another_training(tmp_path):
 
 def test_data_without_any_label_is_refused(tmp_path):
     dataset = write(tmp_path / "targets", make_offsets(parts=2), label_mask_T=lambda ends: np.zeros(ends[-1], np.uint8))
-    with pytest.raises(DataError, match=r"none of its \d+ segments has a token to learn.* is corpus\.context_length too short"):
+    with pytest.raises(DataError, match=r"its \d+ segments have no token to learn.* corpus\.context_length may be too short"):
         make_data(dataset)
 
 
@@ -283,12 +283,12 @@ def test_data_without_any_label_is_refused(tmp_path):
     ("settings", "remark"),
     [
         ({"global_batch_size": 5}, None),
-        ({"global_batch_size": 40}, r"has 10 sequences and a step takes 40: each step reads every document 4\.0 times\. Lower "),
-        ({"global_batch_size": 2, "steps": 50}, r"50 steps of 2 sequences read the corpus, which has 10 sequences, 10\.0 times"),
+        ({"global_batch_size": 40}, r"has 10 sequences, but a step takes 40: each step reads every document 4\.0 times\. Lower "),
+        ({"global_batch_size": 2, "steps": 50}, r"50 steps of 2 sequences read the corpus \(10 sequences\) 10\.0 times"),
         ({"global_batch_size": 2, "steps": 5}, None),
         (
             {"global_batch_size": 8, "epochs": 1},
-            r"epochs have 10 sequences, and 2 steps of 8 read 16: 6 sequences are read one extra time\. Lower",
+            r"epochs have 10 sequences, but 2 steps of 8 read 16: 6 sequences are read one extra time\. Lower",
         ),
         ({"global_batch_size": 8, "epochs": 4}, None),
     ],
@@ -308,7 +308,7 @@ def test_positions_weigh_what_the_domain_of_their_document_does(tmp_path):
     for batch, pack in zip(batches, packs, strict=True):
         expected = [[3.0, 1.0, 0.5][piece.segment // 4 % 3] for piece in pack for _ in range(piece.length)]
         assert batch.weights_T.tolist() == expected
-    with pytest.raises(UsageError, match=r"training\.domain_weights: prose must be among the corpus's domains: code, law, news\."):
+    with pytest.raises(UsageError, match=r"training\.domain_weights: prose must be domains of the corpus: code, law, news\."):
         make_data(dataset, domains=domains, domain_weights={"prose": 2.0})
 
 
@@ -346,7 +346,7 @@ def test_an_id_beyond_the_vocabulary_is_refused(dataset):
 
 
 def test_missing_parts_are_named_as_ranges(dataset):
-    with pytest.raises(DataError, match=r"lacks 4 of the 6 parts to train on \(97-99, 101\)\. Finish the fusion first\."):
+    with pytest.raises(DataError, match=r"lacks 4 of the 6 parts to train on \(97-99, 101\)\. Run the recipe again\."):
         TargetsData(dataset, parts=[10, 11, 97, 98, 99, 101], vocab_size=VOCAB, config=TrainingConfig())
     assert as_ranges([12, 3, 4, 6, 7, 5]) == "3-7, 12"
     assert as_ranges([]) == ""

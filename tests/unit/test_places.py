@@ -64,7 +64,7 @@ def test_a_model_of_the_owner_comes_before_one_of_the_name(models_dir, models):
 def test_models_of_two_owners_in_one_folder_are_refused(models_dir, models):
     put(models_dir, models / "tiny")
     both = [find(models, "org/tiny", name="one"), find(models, "other/tiny", name="two")]
-    with pytest.raises(DataError, match=r"one \(org/tiny\) and two \(other/tiny\) are different ones, .*Rename it to .*/<owner>--tiny"):
+    with pytest.raises(DataError, match=r"one \(org/tiny\) and two \(other/tiny\) are different, .*Rename it to .*/<owner>--tiny"):
         require_different_folders(both)
     revisions = [find(models, "org/tiny", name="one"), find(models, "org/tiny", name="two", revision=COMMIT)]
     with pytest.raises(DataError, match=rf"two \(org/tiny, revision {COMMIT}\)"):
@@ -85,7 +85,7 @@ def test_a_revision_of_a_named_folder_must_be_known(models_dir, models):
         assert find(models, str(folder), revision=revision).notes == ()
     with pytest.raises(DataError, match=rf"revision \('{OTHER}'\) of the model m must be that of its folder .*tiny \({COMMIT}\)"):
         find(models, str(folder), revision=OTHER)
-    with pytest.raises(UsageError, match=rf"its files are of the commit {COMMIT}\. Set revision to it\."):
+    with pytest.raises(UsageError, match=rf"its files are from the commit {COMMIT}\. Set revision to it\."):
         find(models, str(folder), revision="v1.0")
     notes = folder / ".cache" / "huggingface" / "download"
     (folder / "README.md").write_text("of another commit")
@@ -93,16 +93,14 @@ def test_a_revision_of_a_named_folder_must_be_known(models_dir, models):
         (notes / f"{name}.metadata").write_text(f"{OTHER}\nsome-etag\n1700000000.0\n")
     assert find(models, str(folder), revision=COMMIT).notes == ()
     (notes / "tokenizer.json.metadata").write_text(f"{OTHER}\nsome-etag\n1700000000.0\n")
-    with pytest.raises(UsageError, match=rf"of the commits {COMMIT} and {OTHER}\. Download all of them again"):
+    with pytest.raises(UsageError, match=rf"from the commits {COMMIT} and {OTHER}\. Download all of them again"):
         find(models, str(folder), revision="main")
 
 
 def test_a_revision_of_a_model_in_the_models_folder_is_compared_or_told(models_dir, models):
     folder = put(models_dir, models / "tiny")
     (note,) = find(models, "org/tiny", revision=COMMIT).remarks
-    assert re.search(
-        rf"tiny is used as it is, and whether it is revision '{COMMIT}' is not known: nothing in it says .*Remove revision", note
-    )
+    assert re.search(rf"tiny, but does not know whether it is revision '{COMMIT}': nothing in it says .*Remove revision", note)
     note_commit(folder, COMMIT)
     assert list(find(models, "org/tiny", revision=COMMIT).remarks) == []
     with pytest.raises(DataError, match="must be that of its folder"):

@@ -67,7 +67,7 @@ def test_the_demo_says_how_long_it_takes_before_it_looks_for_its_models(machine,
 @pytest.mark.parametrize(
     ("models", "code", "message"),
     [
-        (["alice/tiny-source", "bob/tiny-source"], 1, "are different ones, and both are found in the same folder"),
+        (["alice/tiny-source", "bob/tiny-source"], 1, "are different, but both are found in the same folder"),
         (["alice/nowhere"], 2, "To plan without it, set expected_parameters and expected_vocab_size"),
     ],
 )

@@ -99,13 +99,13 @@ def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(folder, tmp_path
 
 
 def test_a_disk_without_room_is_refused(folder):
-    with pytest.raises(UsageError, match=r"GB free, and the training fused needs .*1000000000001 checkpoints .* lower keep_checkpoints"):
+    with pytest.raises(UsageError, match=r"GB free, but the training fused needs .*1000000000001 checkpoints .* lower keep_checkpoints"):
         preflight(make_job(folder, keep_checkpoints=10**12))
 
 
 def test_more_state_than_memory_is_refused():
     cost = Cost(parameters=1, state_bytes=2 * 10**9, activation_bytes=0, checkpoint_bytes=0, export_bytes=0)
-    text = r"of a rank take 2\.0 GB, and it has 1\.0 GB free: raise tensor_parallel \(1\) or data_parallel \(1\)"
+    text = r"of a rank take 2\.0 GB, but it has 1\.0 GB free: raise tensor_parallel \(1\) or data_parallel \(1\)"
     with pytest.raises(UsageError, match=text):
         require_memory(cost, config=TrainingConfig(), free=10**9)
 

@@ -409,10 +409,13 @@ def test_a_recipe_that_is_not_there_is_told(tmp_path):
 @pytest.mark.parametrize(
     ("alignment", "what"),
     [
-        ('vocabulary = "mined"', 'positions ("cover") needs vocabulary = "prefix", which maps what is left of tokens, and it is "mined"'),
-        ('positions = "span"\ndtw_match = "em"', 'dtw_match ("em") is of positions = "dtw", and they are "span". Remove it'),
-        ('collisions = "first"', 'positions ("cover") sums what several source tokens bring, and collisions is "first". Set'),
-        ("gold_anchor = false", 'positions ("cover") has the gold anchor built in: set gold_anchor = true'),
+        ('vocabulary = "mined"', 'positions ("cover") needs vocabulary = "prefix", which maps the rests of tokens, but it is "mined"'),
+        (
+            'positions = "span"\ndtw_match = "em"',
+            'dtw_match ("em") is only for positions = "dtw", but positions is "span". Remove dtw_match',
+        ),
+        ('collisions = "first"', 'positions ("cover") sums the mass of several source tokens, but collisions is "first". Set'),
+        ("gold_anchor = false", 'positions ("cover") always has the gold anchor: set gold_anchor = true'),
         ('positions = "dtw"\ngold_anchor = true', "gold_anchor (true) needs positions whose prefixes end at the same byte"),
     ],
 )

@@ -62,5 +62,5 @@ def test_the_remedy_of_a_catalog_names_the_workspace(workspace):
 def test_a_workspace_whose_record_is_none_is_refused(workspace, text):
     (workspace.root / "workspace.json").write_text(text)
     for use in (Workspace.open, Workspace.create):
-        with pytest.raises(DamagedPart, match=r"workspace\.json cannot be read .* replace the file's text by \{\}\."):
+        with pytest.raises(DamagedPart, match=r"workspace\.json cannot be read .* replace the file's content with \{\}\."):
             use(workspace.root)

@@ -184,7 +184,7 @@ def test_half_a_character_is_refused(small, source):
     (found,) = template(source).render_all([(Message("user", "a"), Message("assistant", "b"))])
     assert isinstance(found, RefusedConversation)
     assert str(found).isprintable()
-    assert "half a character" in str(found) or "says: ?" in str(found)
+    assert "half a surrogate pair" in str(found) or "says: ?" in str(found)
 
 
 def test_the_process_is_used_again_and_started_again(small):

@@ -115,7 +115,7 @@ def test_a_part_that_the_catalog_knows_and_that_is_gone_is_told(workspace):
     shutil.rmtree(workspace.root / "distributions" / "source" / "part-00001.zarr")
     found = verify(workspace)
     assert found.lost_parts == {("targets", "fused", 0), ("distributions", "source", 1)}
-    assert "is gone: the catalog knows this part" in dict(problems(workspace))["targets/fused/part-00000.json"]
+    assert "is missing: the catalog lists this part" in dict(problems(workspace))["targets/fused/part-00000.json"]
 
 
 @pytest.mark.parametrize("share", [None, 0, 0.001, 0.02, 0.3, 0.6, 0.9])
@@ -138,7 +138,7 @@ def test_datasets_that_do_not_fit_together_are_told(workspace):
     catalog.fold(workspace)
     found = dict(problems(workspace))
     for name in ("alignments/source--target", "targets/fused"):
-        assert "was made from a dataset that is not here" in found[f"{name}/dataset.json"]
+        assert "was made from a dataset that no longer exists here" in found[f"{name}/dataset.json"]
     shutil.rmtree(next((workspace.root / "tokenizers").glob("*/")))
     assert any("needs the tokenizer" in problem for _, problem in problems(workspace))
 
@@ -148,7 +148,7 @@ def test_another_corpus_of_the_same_name_is_told(workspace):
     workspace.dataset("corpus", "corpus", identity={"context_length": 32, "segmented_for": []})
     catalog.fold(workspace)
     texts = [problem for where, problem in problems(workspace) if where == "distributions/target/dataset.json"]
-    assert any("was made from another corpus than corpus/corpus is now" in text for text in texts)
+    assert any("was made from a different corpus than the current corpus/corpus" in text for text in texts)
 
 
 def recommit(workspace: Workspace, path: str, **changes) -> None:
@@ -167,7 +167,7 @@ def test_targets_with_other_counts_than_the_target_models_are_told(workspace):
     recommit(workspace, "targets/fused", tokens=3)
     ((where, problem),) = problems(workspace)
     assert where == "targets/fused/part-00000.json"
-    assert "has 3 tokens, and distributions/target has" in problem
+    assert "has 3 tokens, but distributions/target has" in problem
 
 
 def test_contents_that_make_no_sense_are_told_by_reading_everything(workspace):
@@ -194,10 +194,10 @@ def test_sources_of_targets_that_make_no_sense_are_told_by_reading_everything(wo
     names = ("weight_SN", "lost_SN", "source_S")
     weight_SN, lost_SN, source_S = dataset(workspace, "targets/fused").read(0, *names)
     for change, message in [
-        ({"weight_SN": weight_SN / 2}, "weight_SN must be 1 in sum over the sources"),
-        ({"lost_SN": lost_SN + 0.25}, "mapped_SN, merged_SN, lost_SN and tail_SN must be 1 in sum"),
-        ({"source_S": np.full_like(source_S, 7)}, "source_S has the source 7, and there are 2"),
-        ({"weight_SN": weight_SN[:, :1]}, "weight_SN has 1 columns, and there are 2 sources"),
+        ({"weight_SN": weight_SN / 2}, "weight_SN must sum to 1 over the sources"),
+        ({"lost_SN": lost_SN + 0.25}, "mapped_SN, merged_SN, lost_SN and tail_SN must sum to 1"),
+        ({"source_S": np.full_like(source_S, 7)}, "source_S has the source 7, but there are 2 sources"),
+        ({"weight_SN": weight_SN[:, :1]}, "weight_SN has 1 columns, but there are 2 sources"),
         ({"lost_SN": lost_SN[:1]}, "the array lost_SN cannot be read (it has 1 rows"),
     ]:
         recommit(workspace, "targets/fused", **dict(zip(names, (weight_SN, lost_SN, source_S), strict=True)) | change)
@@ -244,14 +244,17 @@ def test_a_map_whose_matches_are_gone_is_told(workspace):
     matches = counted_matches(workspace, [(1, 2, 3)])
     shutil.rmtree(matches.folder)
     catalog.fold(workspace)
-    assert "was made from a dataset that is not here" in dict(problems(workspace))["vocab_maps/source--target--stat-span/dataset.json"]
+    assert (
+        "was made from a dataset that no longer exists here"
+        in dict(problems(workspace))["vocab_maps/source--target--stat-span/dataset.json"]
+    )
 
 
 @pytest.mark.parametrize(
     ("columns", "message"),
     [
         ({"source_id": [0, 2], "target_id": [0, None], "rule": ["exact", "none"]}, "source_id must count from 0 to 1"),
-        ({"source_id": [0, 1], "target_id": [0, None], "rule": ["exact", "mined"]}, "token 1 has a target_id or not"),
+        ({"source_id": [0, 1], "target_id": [0, None], "rule": ["exact", "mined"]}, "token 1 has a target_id that contradicts"),
     ],
 )
 def test_a_vocabulary_map_that_makes_no_sense_is_told(workspace, columns, message):
@@ -284,7 +287,7 @@ def test_a_manifest_of_another_part_or_of_the_future_is_told(workspace):
     assert "was written by a newer fuseline" in found["targets/fused/part-00001.json"]
     assert ("targets", "fused", 1) not in verify(workspace).lost_parts, "what this version cannot read is not damaged"
     (newer,) = [finding for finding in verify(workspace).findings if finding.path.name == "part-00001.json"]
-    assert newer.remedy == "Use that one."
+    assert newer.remedy == "Use that version."
 
 
 def test_a_finding_says_its_path_once(workspace):
@@ -313,11 +316,11 @@ def test_a_record_of_a_run_that_lacks_something_is_told(workspace, text):
 
 
 def test_an_error_keeps_its_remedy_on_its_way_from_a_worker():
-    error = pickle.loads(pickle.dumps(NewerPart("x was written by a newer fuseline.", remedy="Use that one.")))
+    error = pickle.loads(pickle.dumps(NewerPart("x was written by a newer fuseline.", remedy="Use that version.")))
     assert (str(error), error.problem, error.remedy) == (
-        "x was written by a newer fuseline. Use that one.",
+        "x was written by a newer fuseline. Use that version.",
         "x was written by a newer fuseline.",
-        "Use that one.",
+        "Use that version.",
     )
 
 
@@ -326,7 +329,7 @@ def test_damaged_tokenizers_are_told(workspace):
     table = pl.read_parquet(folder / "token_bytes.parquet")
     table.with_columns(bytes=pl.lit(b"x")).write_parquet(folder / "token_bytes.parquet")
     assert problems(workspace) == []
-    assert "token_bytes.parquet does not have the bytes" in problems(workspace, full=True)[0][1]
+    assert "token_bytes.parquet does not match" in problems(workspace, full=True)[0][1]
     settings = (folder / "settings.json").read_text()
     (folder / "settings.json").write_text(settings.replace("false", "true"))
     assert "not to its name" in problems(workspace)[0][1]

@@ -1,7 +1,7 @@
-"""The families of models that can be trained, one module each: what of `config.json` means what, and which tensor goes where.
+"""The model families that can be trained, one module each: how to read `config.json`, and where each tensor goes.
 
-To add one, write a module with a `read` that gives the `Architecture` of a configuration and refuses by name what the trainer would get
-wrong, list it in `FAMILIES`, and add tiny configurations to `tests/unit/test_convert.py`, which compares it with transformers.
+To add a family, write a module with a `read` that returns the `Architecture` of a configuration and refuses unsupported fields by name,
+list it in `FAMILIES`, and add tiny configurations to `tests/unit/test_convert.py`, which compares it with transformers.
 """
 
 from collections.abc import Callable, Mapping
@@ -34,12 +34,12 @@ FAMILIES: Mapping[str, Callable[[PretrainedConfig], Architecture]] = {
 
 
 def read_architecture(model_folder: Path, *, training: TrainingConfig) -> Architecture:
-    """Read `config.json` and check that this trainer can train such a model, cut over `training.tensor_parallel` ranks.
+    """Read `config.json` and check that the model can be trained on `training.tensor_parallel` ranks.
 
     Whether the output layer is the embeddings depends on the stored tensors too (`store.tied`).
 
     Raises:
-        DataError: the folder has no readable config.json, or the model has a part that is not supported.
+        DataError: the folder has no readable config.json, or the model is not supported.
         UsageError: tensor_parallel or sequence_length does not fit the model.
     """
     path = model_folder / "config.json"
@@ -72,18 +72,18 @@ def _require_fit(architecture: Architecture, *, model_folder: Path, training: Tr
             raise UsageError(f"tensor_parallel ({training.tensor_parallel}) must divide the model's {name} ({size}): {model_folder}")
     if training.sequence_length > architecture.max_length:
         raise UsageError(
-            f"sequence_length ({training.sequence_length}) must not exceed the positions that {model_folder} was made for "
+            f"sequence_length ({training.sequence_length}) must be at most the number of positions of {model_folder} "
             f"({architecture.max_length})"
         )
 
 
 def _require_known_tensors(architecture: Architecture, *, model_folder: Path) -> None:
-    """Raise DataError for tensors that the model does not have by its configuration: the trainer would drop them."""
+    """Raise DataError for tensors that the configuration does not describe: the trainer would drop them."""
     known = {spelling for name in architecture.tensor_names for spelling in spellings(name)}
     stored = [name for path in weight_files(model_folder) for name in tensors_of(path)]
     unknown = sorted(name for name in stored if name not in known and not name.endswith(BUFFERS))
     if unknown:
         raise DataError(
-            f"{model_folder} has {len(unknown)} tensors that its config.json does not describe, and that training would drop: "
+            f"{model_folder} has {len(unknown)} tensors that its config.json does not describe; training would drop them: "
             f"{', '.join(unknown[:5])}. Use it as a source, or save the model again without them."
         )

@@ -1,4 +1,4 @@
-"""Readings of configuration fields that several families share. A ValueError says which field cannot be trained, and what could."""
+"""Reads configuration fields that several families share. A ValueError names the unsupported field and the supported values."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -12,17 +12,17 @@ _ACTIVATIONS = ("silu", "gelu", "gelu_new", "gelu_fast", "gelu_pytorch_tanh", "r
 
 
 def require(hf: object, **wanted: Any) -> None:
-    """Raise unless each field has the one value that the trainer knows; a field that is absent has it."""
+    """Raise unless each field has the one value that the trainer supports; a missing field counts as that value."""
     for name, value in wanted.items():
         found = getattr(hf, name, value)
         if found != value:
-            raise ValueError(f"{name} ({found}) must be {value}: models with another cannot be trained.")
+            raise ValueError(f"{name} ({found}) must be {value}: models with other values cannot be trained.")
 
 
 def activation(name: str) -> str:
-    """A name of `transformers.activations.ACT2FN`, if it is a function without parameters that the parity tests know."""
+    """A name in `transformers.activations.ACT2FN`, if it is a function without parameters that the parity tests cover."""
     if name not in _ACTIVATIONS:
-        raise ValueError(f"The activation ({name}) must be one of {', '.join(_ACTIVATIONS)}: models with another cannot be trained.")
+        raise ValueError(f"The activation ({name}) must be one of {', '.join(_ACTIVATIONS)}: models with others cannot be trained.")
     return name
 
 
@@ -32,7 +32,7 @@ def head_dim(hf: PretrainedConfig) -> int:
 
 
 def rope(parameters: Mapping[str, Any], *, head_dim: int) -> Rope:
-    """The rotary embedding that one entry of `rope_parameters` describes."""
+    """The rotary embedding of one entry of `rope_parameters`."""
     kind = parameters["rope_type"]
     channels = int(head_dim * parameters.get("partial_rotary_factor", 1.0))
     if kind == "default":
@@ -50,7 +50,7 @@ def rope(parameters: Mapping[str, Any], *, head_dim: int) -> Rope:
 
 
 def layers_by_type(hf: PretrainedConfig, *, rope: Rope) -> tuple[Attention, ...]:
-    """Attention of layers that are alike but for the window, which those have that `layer_types` calls sliding."""
+    """Attention of layers that only differ in the window, which the layers have that are sliding in `layer_types`."""
     unknown = set(hf.layer_types) - {"sliding_attention", "full_attention"}
     if unknown:
         raise ValueError(f"layer_types ({', '.join(sorted(unknown))}) must be sliding_attention or full_attention.")

@@ -1,4 +1,4 @@
-"""Gemma 1: Llama with scaled embeddings, norm weights stored less 1, and a gelu."""
+"""Gemma 1: Llama with scaled embeddings, norm weights stored minus 1, and a gelu."""
 
 from transformers import PretrainedConfig
 
@@ -8,7 +8,7 @@ from .llama import like_llama
 
 
 def read(hf: PretrainedConfig) -> Architecture:
-    """Gemma 1; transformers takes `gelu` in old configurations for its tanh approximation, as their models were trained."""
+    """Gemma 1; transformers reads `gelu` in old configurations as its tanh approximation, with which these models were trained."""
     fields.require(hf, use_bidirectional_attention=None)
     return like_llama(
         hf,

@@ -20,7 +20,7 @@ RULES = LLAMA | {
 
 
 def read(hf: PretrainedConfig) -> Architecture:
-    """Layers with a window and global ones rotate by frequencies of their own."""
+    """Windowed and global layers have separate rotary frequencies."""
     fields.require(hf, use_bidirectional_attention=False, attn_logit_softcapping=None, final_logit_softcapping=None)
     return like_llama(
         hf,

@@ -1,4 +1,4 @@
-"""GPT-NeoX and Pythia: LayerNorm, biases, part of each head rotated, attention and MLP side by side or one after the other."""
+"""GPT-NeoX and Pythia: LayerNorm, biases, part of each head rotated, attention and MLP in parallel or in sequence."""
 
 from transformers import PretrainedConfig
 
@@ -12,7 +12,7 @@ RULES = {
     for rule in (
         Rule("embedding.word_embeddings", VOCABULARY, ("gpt_neox.embed_in",)),
         Rule("decoder.layers.{}.input_layernorm", REPLICATED, (f"{_LAYER}.input_layernorm",)),
-        # Queries, keys and values lie head after head in it, as in Megatron-core.
+        # Queries, keys and values are interleaved by head, as in Megatron-core.
         Rule("decoder.layers.{}.self_attention.linear_qkv", ROWS, (f"{_LAYER}.attention.query_key_value",)),
         Rule("decoder.layers.{}.self_attention.linear_proj", COLUMNS, (f"{_LAYER}.attention.dense",)),
         Rule("decoder.layers.{}.pre_mlp_layernorm", REPLICATED, (f"{_LAYER}.post_attention_layernorm",)),
@@ -25,7 +25,7 @@ RULES = {
 
 
 def read(hf: PretrainedConfig) -> Architecture:
-    """GPT-NeoX; `use_parallel_residual` tells the two forms apart."""
+    """GPT-NeoX; `use_parallel_residual` distinguishes the two forms."""
     head_dim = hf.hidden_size // hf.num_attention_heads
     return Architecture(
         model_type=hf.model_type,

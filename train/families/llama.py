@@ -1,4 +1,4 @@
-"""Llama 1 to 3, and the models that are built like it."""
+"""Llama 1 to 3, and models with the same architecture."""
 
 from typing import Any
 
@@ -34,7 +34,7 @@ def read(hf: PretrainedConfig) -> Architecture:
 
 
 def like_llama(hf: PretrainedConfig, **differences: Any) -> Architecture:
-    """A decoder like Llama's but for some fields of its Architecture."""
+    """Llama's architecture with some fields replaced."""
     head_dim = fields.head_dim(hf)
     as_llama: dict[str, Any] = {
         "model_type": hf.model_type,

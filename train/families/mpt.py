@@ -1,4 +1,4 @@
-"""MPT: no position embedding but ALiBi, LayerNorm without biases, queries, keys and values stacked in one tensor."""
+"""MPT: ALiBi instead of position embeddings, LayerNorm without biases, queries, keys and values stacked in one tensor."""
 
 import math
 
@@ -26,7 +26,7 @@ RULES = {
 
 
 def read(hf: PretrainedConfig) -> Architecture:
-    """MPT as transformers runs it, which is less than its configuration can say."""
+    """MPT as transformers runs it, which supports only part of its configuration."""
     attention = hf.attn_config
     fields.require(hf, expansion_ratio=4, no_bias=True, logit_scale=None)
     fields.require(attention, attn_type="multihead_attention", clip_qkv=None, prefix_lm=False, qk_ln=False, alibi=True)
@@ -51,7 +51,7 @@ def read(hf: PretrainedConfig) -> Architecture:
 
 
 def alibi_slopes(n_heads: int, *, largest_exponent: int) -> tuple[float, ...]:
-    """Negative powers of 2 with evenly spaced exponents; where the heads are no power of 2, every other one comes first."""
+    """Negative powers of 2 with evenly spaced exponents; if the number of heads is not a power of 2, every other one comes first."""
     n = 2 ** math.ceil(math.log2(n_heads))
     slopes = [2.0 ** -(largest_exponent * (i + 1) / n) for i in range(n)]
     return tuple(slopes if n == n_heads else (slopes[1::2] + slopes[::2])[:n_heads])

@@ -1,1 +1,1 @@
-"""Merges models of one architecture in parameter space, block by block, so that memory does not grow with the models."""
+"""Merges models of one architecture in parameter space, block by block, so that memory does not depend on their size."""

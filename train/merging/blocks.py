@@ -13,10 +13,10 @@ from .rule import Block
 
 
 class FileBlocks:
-    """The blocks of one tensor in all models. They are read anew each time: what was read before is in the system's cache of files."""
+    """The blocks of one tensor in all models. Each iteration reads them again, usually from the system's file cache."""
 
     def __init__(self, tensor: PlannedTensor, *, has_base: bool, models: Sequence[str], stopped: threading.Event) -> None:
-        """`models` are their names, for messages; when `stopped` is set no more is read."""
+        """`models` are their names, for messages; reading ends when `stopped` is set."""
         self._tensor, self._has_base, self._models, self._stopped = tensor, has_base, models, stopped
         all_dtypes = {tensor.reference.dtype, *(model.dtype for model in tensor.models)}
         self._dtype = torch.float64 if torch.float64 in all_dtypes else torch.float32
@@ -40,10 +40,10 @@ class FileBlocks:
         for label, values_N in rows:
             if not is_finite(values_N):
                 kind = "NaN" if values_N.isnan().any() else "an infinite number"
-                raise DataError(f"{self._tensor.name} of {label} holds {kind}: such weights cannot be merged. Was its training stable?")
+                raise DataError(f"{self._tensor.name} of {label} holds {kind} and cannot be merged. Check whether its training was stable.")
 
 
 def is_finite(values_N: Tensor) -> bool:
-    """Whether there is no NaN and no infinite number."""
+    """Whether all numbers are finite."""
     least, most = torch.aminmax(values_N)
     return bool(torch.isfinite(least) & torch.isfinite(most))

@@ -1,4 +1,4 @@
-"""What a merge is asked to do. Light: does not import torch, so the command line can read it at once."""
+"""The settings of a merge. Does not import torch, so the command line loads fast."""
 
 from typing import Annotated, Any, Literal, Self
 
@@ -8,7 +8,7 @@ Method = Literal["linear", "slerp", "task_arithmetic", "ties", "dare_linear", "d
 
 _WEIGHTED = ("linear", "task_arithmetic", "ties", "dare_linear", "dare_ties")
 _DARE = ("dare_linear", "dare_ties")
-# The methods that read a key; keys that are not here are for all of them.
+# The methods that use a key; other keys are for all methods.
 _OF_METHODS: dict[str, tuple[str, ...]] = {
     "variant": ("sce",),
     "density": ("ties", *_DARE, "sce"),
@@ -27,34 +27,34 @@ Finite = Annotated[float, Field(allow_inf_nan=False)]
 
 
 class MergeConfig(BaseModel):
-    """How models of one architecture are merged into one, in parameter space.
+    """How models of one architecture are merged in parameter space.
 
-    The default is FuseChat's (arXiv:2408.07990, section 3.3): `sce` with the highest 10 % of the variances, in the form of its code.
+    The default is FuseChat's (arXiv:2408.07990, section 3.3): `sce` with the highest 10 % of the variances, as in its code.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
     name: str = Field("merged", min_length=1, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="names the merged model")
-    method: Method = Field("sce", description="how the tensors of the models become one; `docs/merging.md` has the formulas")
+    method: Method = Field("sce", description="how the models' tensors are merged; `docs/merging.md` has the formulas")
     variant: Literal["fuseai", "mergekit"] = Field(
         "fuseai",
-        description="of sce: positions of low variance are left out of the models' weights only, as in the code of the published results; "
-        "or they do not move at all, as in mergekit",
+        description="for sce: positions of low variance are left out of the models' weights only, as in the code of the published results; "
+        "or they do not change at all, as in mergekit",
     )
     density: Density | None = Field(
-        None, description="share of the positions of each tensor that are kept or selected; by default 0.1, and 0.2 for ties"
+        None, description="share of the positions of each tensor to keep or select; by default 0.1, for ties 0.2"
     )
-    densities: dict[str, Density] = Field({}, description="density of some models, as `[merge.densities]`")
-    weights: dict[str, Finite] = Field({}, description="weight of some models, as `[merge.weights]`; 1 for the others")
+    densities: dict[str, Density] = Field({}, description="density for some models, as `[merge.densities]`")
+    weights: dict[str, Finite] = Field({}, description="weight of some models, as `[merge.weights]`; 1 for other models")
     normalize: bool | None = Field(None, description="divide by the sum of the weights; by default for linear and ties")
     scale: Finite = Field(1.0, description="multiplies the merged task vector (λ in the papers)")
-    t: Annotated[float, Field(ge=0, le=1)] = Field(0.5, description="of slerp: 0 is the base, 1 the other model")
-    seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(0, description="of what DARE drops")
+    t: Annotated[float, Field(ge=0, le=1)] = Field(0.5, description="for slerp: 0 is the base, 1 the other model")
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(0, description="of the positions that DARE drops")
     vocabulary: Literal["same", "common"] = Field(
-        "same", description="vocabularies must have one size; or the rows that all models have are merged, and the others are the base's"
+        "same", description="`same`: vocabularies must have one size; `common`: rows that all models have are merged, others are the base's"
     )
     dtype: Literal["float32", "bfloat16", "float16"] | None = Field(
-        None, description="number format that is written; by default the models'"
+        None, description="number format of the merged model; by default that of the models"
     )
 
     @model_validator(mode="after")
@@ -72,12 +72,12 @@ class MergeConfig(BaseModel):
 
     @property
     def least_models(self) -> int:
-        """Models that the method needs, beside the base."""
+        """Models that the method needs, besides the base."""
         return 2 if self.method in {"varm", "sce"} else 1
 
     @property
     def most_models(self) -> int | None:
-        """Models that the method can take, beside the base; None: any number."""
+        """Models that the method can take, besides the base; None: any number."""
         return 1 if self.method == "slerp" else None
 
     @property
@@ -86,15 +86,15 @@ class MergeConfig(BaseModel):
         return self.method in _NORMALIZED if self.normalize is None else self.normalize
 
     def density_of(self, model: str) -> float:
-        """Of one model: its own, else `density`, else the method's default."""
+        """The density of one model: its own, else `density`, else the method's default."""
         return self.densities.get(model, self.density or _DENSITIES[self.method])
 
     def weight_of(self, model: str) -> float:
-        """Of one model."""
+        """The weight of one model."""
         return self.weights.get(model, 1.0)
 
     def determines(self, models: list[str]) -> dict[str, Any]:
-        """The settings that change what comes out, of a merge of these models: equal for equal merges, however they were said."""
+        """The settings that determine the result of a merge of these models; equivalent settings are equal."""
         settings: dict[str, Any] = {"method": self.method, "vocabulary": self.vocabulary, "dtype": self.dtype}
         for key in ("variant", "scale", "t", "seed"):
             if self.method in _OF_METHODS[key]:

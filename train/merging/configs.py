@@ -1,4 +1,4 @@
-"""Whether the configurations and the tokenizers of models allow to merge them."""
+"""Checks that the configurations and tokenizers of models allow a merge."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from ...store.model_json import read_json, without_mark
 from ...store.shown import shown
 from ...store.transformers_folder import completed_config
 
-# Ends of keys that say nothing of what a weight means: where a model is from, how it is trained or sampled.
+# Suffixes of keys that do not affect the meaning of weights: the origin of a model, its training or sampling.
 _NOTES = (
     "_name_or_path",
     "transformers_version",
@@ -28,11 +28,11 @@ _OF_VOCABULARY = "vocab_size"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelSettings:
-    """What `config.json` says of a model."""
+    """The configuration of a model from `config.json`."""
 
     label: str  # for messages
     folder: Path
-    flat: Mapping[str, Any]  # by dotted key, as transformers completes them
+    flat: Mapping[str, Any]  # by dotted key, completed by transformers
     is_complete: bool  # transformers knows the model
 
     @property
@@ -47,7 +47,7 @@ class ModelSettings:
 
 
 def read_settings(folder: Path, *, label: str) -> ModelSettings:
-    """Read `config.json`; keys that it leaves out, or has under an old name, are completed where transformers knows the model.
+    """Read `config.json`. If transformers knows the model, missing keys are completed and old key names are replaced.
 
     Raises:
         DataError: it cannot be read.
@@ -69,7 +69,7 @@ def read_settings(folder: Path, *, label: str) -> ModelSettings:
 
 
 def require_one_architecture(reference: ModelSettings, other: ModelSettings) -> None:
-    """Raise DataError unless both say the same, but for notes and the size of the vocabulary."""
+    """Raise DataError unless both are equal, except for notes and the size of the vocabulary."""
     for key in ("model_type", *sorted(reference.flat.keys() | other.flat.keys())):
         if key.endswith((*_NOTES, _OF_VOCABULARY)):
             continue
@@ -77,20 +77,20 @@ def require_one_architecture(reference: ModelSettings, other: ModelSettings) -> 
         if expected != found:
             raise DataError(
                 f"{key} of {other.label} ({shown(found)}) must equal that of {reference.label} ({shown(expected)}): "
-                "only models of one architecture can be merged. If config.json says it wrongly, correct it."
+                "only models of one architecture can be merged. If config.json is wrong, correct it."
             )
 
 
 def compare_tokenizers(reference: ModelSettings, other: ModelSettings) -> list[str]:
-    """What a user should know of two tokenizers that are used as one.
+    """Notes for the user on differences between two tokenizers in one merge.
 
     Raises:
-        DataError: a row of the embeddings means one token to the one, and another to the other.
+        DataError: a row of the embeddings is a different token in each of them.
     """
     paths = [settings.folder / "tokenizer.json" for settings in (reference, other)]
     lacking = [settings.label for settings, path in zip((reference, other), paths, strict=True) if not path.exists()]
     if lacking:
-        return [f"{' and '.join(lacking)} has no tokenizer.json: whether the tokenizers agree is not known"]
+        return [f"the tokenizers cannot be compared: {' and '.join(lacking)} has no tokenizer.json"]
     contents = [without_mark(path) for path in paths]
     if contents[0] == contents[1]:
         return []
@@ -101,13 +101,13 @@ def compare_tokenizers(reference: ModelSettings, other: ModelSettings) -> list[s
         if tokens[index] != other_tokens[index]:
             raise DataError(
                 f"Token {index} of {other.label} ({shown(other_tokens[index])}) must be that of {reference.label} "
-                f"({shown(tokens[index])}): their tokenizers differ, so a row of their embeddings means different "
-                "things. Such models cannot be merged."
+                f"({shown(tokens[index])}): their tokenizers differ, so the same row of their embeddings is a different "
+                "token. Such models cannot be merged."
             )
     differing = [index for index in sorted(added.keys() | other_added.keys()) if added.get(index) != other_added.get(index)]
     if tokens != other_tokens:
         return [
-            f"the tokenizers of {reference.label} and {other.label} know different numbers of tokens ({len(tokens)}, {len(other_tokens)})"
+            f"the tokenizers of {reference.label} and {other.label} have different numbers of tokens ({len(tokens)}, {len(other_tokens)})"
         ]
     if differing:
         index = differing[0]
@@ -119,7 +119,7 @@ def compare_tokenizers(reference: ModelSettings, other: ModelSettings) -> list[s
 
 
 def _tokens(content: bytes, *, label: str) -> tuple[dict[int, str], dict[int, str]]:
-    """Tokens by id: of the vocabulary, and those that were added to it."""
+    """Tokens by id: those of the vocabulary, and added tokens."""
     try:
         definition = parse_json(content)
         vocabulary = definition["model"]["vocab"]

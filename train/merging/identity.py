@@ -1,4 +1,4 @@
-"""What identifies a merge, and where a merged folder says it. Light: does not import torch."""
+"""The identity of a merge, and where a merged folder stores it. Does not import torch."""
 
 import json
 from collections.abc import Mapping
@@ -12,7 +12,7 @@ _STAGE = "merge/1"
 
 
 def merge_identity(config: MergeConfig, *, base: str | None, models: Mapping[str, str]) -> dict[str, Any]:
-    """What determines the merged weights, as JSON holds it.
+    """What determines the merged weights, as JSON values.
 
     Args:
         config: the method and its settings.
@@ -23,7 +23,7 @@ def merge_identity(config: MergeConfig, *, base: str | None, models: Mapping[str
 
 
 def merged_before(output: Path, *, identity: Mapping[str, Any]) -> bool:
-    """Whether `output` is the result of the merge with this identity. A merge appears in one step, so its report says it all."""
+    """Whether `output` is the result of the merge with this identity. A merge appears atomically, so its report is enough."""
     try:
         report = json.loads((output / REPORT).read_text(encoding="utf-8"))
     except (OSError, ValueError):

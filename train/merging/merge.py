@@ -1,7 +1,7 @@
 """Merges the models of several folders into a new one, tensor by tensor and block by block.
 
-Each tensor is the work of one thread, from reading to writing, and torch itself uses no others meanwhile: its operations are too short to
-be shared, and where other work was going on, threads that wait for each other took many times as long.
+One thread handles each tensor, from reading to writing, and torch uses no other threads meanwhile: its operations are too short to be
+shared, and beside other work, threads that wait for each other took many times as long.
 """
 
 import shutil
@@ -27,24 +27,24 @@ from .identity import REPORT
 from .methods import rule_of
 from .plan import MergePlan, PlannedTensor, pieces_of, plan_merge
 
-_SPARE_BYTES = 64 << 20  # for what is written beside the weights
-_MOST_THREADS = 16  # each takes the memory of some blocks
+_SPARE_BYTES = 64 << 20  # for the files beside the weights
+_MOST_THREADS = 16  # each needs memory for some blocks
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TensorReport:
-    """What became of one tensor."""
+    """The result for one tensor."""
 
     name: str
     shape: tuple[int, ...]
     dtype: str
-    weights: dict[str, float]  # of the models in this tensor; empty for one that was copied
-    moved: float | None  # share of the positions at which it is not the base's; None without a base
+    weights: dict[str, float]  # of the models in this tensor; empty if it was copied
+    moved: float | None  # share of the positions that differ from the base; None without a base
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MergeReport:
-    """What a merge did; `merge_report.json` in the folder holds it, with identity and lineage."""
+    """The report of a merge, stored as `merge_report.json` in its folder, with identity and lineage."""
 
     output: Path
     n_bytes: int
@@ -63,25 +63,25 @@ def merge(
     tokenizer_of: Path | None = None,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> MergeReport:
-    """Merge models into a new Hugging Face folder, which appears in one step. The order of the models does not matter.
+    """Merge models into a new Hugging Face folder, which appears atomically. The order of the models does not matter.
 
-    Computes in float32 (of float64 weights in float64) and rounds once. Memory is that of a few blocks.
+    Computes in float32 (float64 weights in float64) and rounds once. Needs memory for a few blocks.
 
     Args:
         config: the method and its settings.
-        base: folder of the model that the others were trained from. Every method but linear needs it; the config of the merged model
-            and the rows of its vocabulary that not all models have are the base's.
+        base: folder of the model that the others were trained from. Every method except linear needs it; the merged model gets its
+            config, and its rows of the vocabulary that not all models have.
         models: their folders by name.
-        output: the new folder; nothing may be there.
-        identity: what `merge_identity` says of this merge; kept in the report, for `merged_before`.
+        output: the new folder; it must not exist.
+        identity: the result of `merge_identity`; stored in the report, for `merged_before`.
         lineage: what the models were made from, for the model card.
-        tokenizer_of: folder that the tokenizer's files are copied from; by default the base, without one the first model by name.
-        on_progress: told the bytes that are written and those that there will be, by one thread at a time.
+        tokenizer_of: folder to copy the tokenizer's files from; by default the base, without a base the first model by name.
+        on_progress: called with the bytes written so far and in total, by one thread at a time.
 
     Raises:
-        UsageError: the settings do not fit the models that were named.
-        DataError: the models do not fit each other, or hold what cannot be merged; nothing is left behind.
-        FileExistsError: there is something at `output`.
+        UsageError: the settings do not fit the models.
+        DataError: the models do not fit each other, or cannot be merged; nothing is left behind.
+        FileExistsError: `output` exists.
     """
     if output.exists():
         raise FileExistsError(f"{output} exists")
@@ -126,9 +126,9 @@ class _Work:
         self._done, self._lock, self._stopped = 0, threading.Lock(), threading.Event()
 
     def run(self) -> tuple[TensorReport, ...]:
-        """Do it all; what became of the tensors, in the order of the plan."""
+        """Merge all tensors; return their results, in the order of the plan."""
         threads = torch.get_num_threads()
-        torch.set_num_threads(1)  # also of the threads that are started now
+        torch.set_num_threads(1)  # also in the threads that are started now
         largest_first = sorted(self._plan.tensors, key=lambda tensor: -tensor.reference.n_positions)
         try:
             with ThreadPoolExecutor(min(threads, _MOST_THREADS)) as pool:
@@ -159,7 +159,7 @@ class _Work:
         return self._copied(tensor, weights=dict(zip(self._models, rule.weights, strict=True)), n_moved=n_moved)
 
     def _copied(self, tensor: PlannedTensor, *, weights: dict[str, float], n_moved: int = 0) -> TensorReport:
-        """Copy what is not merged, and report."""
+        """Copy a tensor that is not merged, and return its result."""
         start = tensor.n_merged
         for piece_N in pieces_of(tensor.reference, start=start):
             self._write(tensor, _rounded(piece_N, tensor=tensor), start=start)
@@ -184,7 +184,7 @@ def _rounded(values_N: Tensor, *, tensor: PlannedTensor) -> Tensor:
 
 
 def _clear_leftovers(output: Path) -> None:
-    """Remove what a merge into the same folder left that was killed."""
+    """Remove files of a killed merge into the same folder."""
     output.parent.mkdir(parents=True, exist_ok=True)
     for path in output.parent.glob(f"{durable.TEMPORARY}*@{escape(output.name)}"):
         if durable.is_abandoned(path):
@@ -216,7 +216,7 @@ def _write_reports(
     write_model_card(
         folder,
         name=config.name,
-        text=f"Merged by fuseline from {', '.join(models)} ({config.method}). `{REPORT}` says what became of each tensor.",
+        text=f"Merged by fuseline from {', '.join(models)} ({config.method}). `{REPORT}` has the result for each tensor.",
         tags="fuseline, merge",
         sections={"Lineage": lineage, "Settings": settings},
     )

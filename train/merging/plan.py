@@ -1,4 +1,4 @@
-"""What a merge will write, tensor by tensor, found from headers and configurations; everything that cannot be merged is refused here."""
+"""Plans a merge, tensor by tensor, from headers and configurations. Models that cannot be merged are refused here."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
@@ -14,7 +14,7 @@ from ..weight_files import BUFFERS, FlatTensor, flat_tensors
 from .config import MergeConfig
 from .configs import ModelSettings, compare_tokenizers, read_settings, require_one_architecture
 
-BLOCK = 1 << 18  # positions of a tensor that are in memory at a time; even, as draws for DARE serve two
+BLOCK = 1 << 18  # positions of a tensor in memory at a time; even, because each draw for DARE serves two
 _NAMED = 3  # tensors that a message names
 
 
@@ -25,16 +25,16 @@ class PlannedTensor:
     name: str
     shape: tuple[int, ...]
     dtype: torch.dtype
-    reference: FlatTensor  # the base's, without a base that of the first model
+    reference: FlatTensor  # the base's; without a base, the first model's
     models: tuple[FlatTensor, ...]  # empty: it is copied
-    n_merged: int  # positions that are merged; the others are the reference's
+    n_merged: int  # positions that are merged; the others are copied from the reference
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MergePlan:
-    """A merge that is possible."""
+    """The plan of a possible merge."""
 
-    reference: Path  # folder whose config the merged model has
+    reference: Path  # folder with the merged model's config
     tensors: tuple[PlannedTensor, ...]
     warnings: tuple[str, ...]
 
@@ -65,11 +65,11 @@ class _Model:
 def plan_merge(
     config: MergeConfig, *, base: Path | None, models: Mapping[str, Path], tokenizer_of: Path | None, stack: ExitStack
 ) -> MergePlan:
-    """Compare all models with each other, and say what is to be written. Files stay open until `stack` closes.
+    """Compare all models, and plan what to write. Files stay open until `stack` closes.
 
     Raises:
-        UsageError: the settings do not fit the models that were named.
-        DataError: the models do not fit each other, or hold what cannot be merged.
+        UsageError: the settings do not fit the models.
+        DataError: the models do not fit each other, or cannot be merged.
     """
     _require_fit(config, has_base=base is not None, names=list(models))
     folders = ([("the base", base)] if base else []) + [(f"model {name}", models[name]) for name in sorted(models)]
@@ -92,8 +92,8 @@ def plan_merge(
 def _left_out(settings: ModelSettings) -> Iterator[str]:
     if not settings.is_complete and any(key.startswith("auto_map") for key in settings.flat):
         yield (
-            f"config.json of {settings.label} names Python code of the model's own (auto_map), which is not copied. To load the merged "
-            "model, copy auto_map and the *.py files into it, if you trust them"
+            f"config.json of {settings.label} names the model's own Python code (auto_map), which is not copied. If you trust the code, "
+            "copy auto_map and the *.py files into the merged model to load it"
         )
 
 
@@ -102,18 +102,18 @@ def _require_fit(config: MergeConfig, *, has_base: bool, names: list[str]) -> No
         for name in getattr(config, key).keys() - set(names):
             raise UsageError(f"merge.{key}: {name!r} must be one of the models: {', '.join(sorted(names))}.")
     if config.needs_base and not has_base:
-        raise UsageError(f"merge.base must be given for method = {config.method!r}: it is the model that the others were trained from.")
+        raise UsageError(f"merge.base must be given for method = {config.method!r}. Name the model that the others were trained from.")
     if config.vocabulary == "common" and not has_base:
-        raise UsageError("merge.base must be given for vocabulary = 'common': the rows that not all models have are the base's.")
+        raise UsageError("merge.base must be given for vocabulary = 'common', because rows that not all models have come from the base.")
     if len(names) < config.least_models:
         raise UsageError(f"The models ({len(names)}) must be at least {config.least_models} for method = {config.method!r}.")
     if config.most_models is not None and len(names) > config.most_models:
         raise UsageError(
-            f"The models ({len(names)}) must be {config.most_models} for method = {config.method!r}, beside the base: "
-            "it goes from the base to that model."
+            f"The models ({len(names)}) must be {config.most_models} for method = {config.method!r}, besides the base: "
+            "it interpolates between the base and that model."
         )
     if config.normalizes and not sum(map(config.weight_of, names)):
-        raise UsageError(f"merge.weights of {', '.join(sorted(names))} must not add up to 0 where normalize is true.")
+        raise UsageError(f"merge.weights of {', '.join(sorted(names))} must not sum to 0 if normalize is true.")
 
 
 def _read(folder: Path, *, label: str, stack: ExitStack) -> _Model:
@@ -122,19 +122,19 @@ def _read(folder: Path, *, label: str, stack: ExitStack) -> _Model:
     heads = [name for name in tensors if name.endswith(HEADS)]
     if settings.is_complete and not settings.is_tied and not heads and any(name.endswith(EMBEDDINGS) for name in tensors):
         raise DataError(
-            f"{label} has no output layer, and its config.json does not say that it is the embeddings. Download its weights again, or set "
+            f"{label} has no output layer, but its config.json does not tie it to the embeddings. Download its weights again, or set "
             "tie_word_embeddings = true in config.json."
         )
     if settings.is_tied and heads:
         if has_own_head(folder):
             raise DataError(
-                f"{label} stores an output layer, {heads[0]}, that differs from its embeddings, and its config.json says "
+                f"{label} stores an output layer, {heads[0]}, that differs from its embeddings, but its config.json says "
                 "tie_word_embeddings = true. transformers uses the stored one. Set tie_word_embeddings = false in config.json, or remove "
                 f"{heads[0]} from the weights if the embeddings are the output layer."
             )
         if any(name.endswith(EMBEDDINGS) for name in tensors):
             for head in heads:
-                del tensors[head]  # a copy, which readers of the model make themselves
+                del tensors[head]  # a copy that readers of the model make themselves
     return _Model(settings=settings, tensors=tensors)
 
 
@@ -144,26 +144,26 @@ def _require_same_names(reference: _Model, other: _Model) -> None:
         if names:
             shown = ", ".join(names[:_NAMED]) + (f" and {len(names) - _NAMED} more" if len(names) > _NAMED else "")
             raise DataError(
-                f"{lacks.label} must have the tensors that {has.label} has, and lacks {shown}: only models of one architecture can be "
+                f"{lacks.label} must have the tensors of {has.label}, but lacks {shown}: only models of one architecture can be "
                 "merged (an adapter must be merged into its model first)."
             )
 
 
 def _planned(name: str, *, reference: _Model, models: list[_Model], has_base: bool, config: MergeConfig) -> PlannedTensor:
     tensor = reference.tensors[name]
-    holders = [model for model in models if name in model.tensors]  # a buffer may be in some only
+    holders = [model for model in models if name in model.tensors]  # a buffer may be in only some models
     found = tuple(model.tensors[name] for model in holders)
     for model, other in zip(holders, found, strict=True):
         _require_shape(name, reference=reference, model=model, config=config)
         if other.dtype.is_floating_point != tensor.dtype.is_floating_point:
             raise DataError(
-                f"{name}: the dtype of {model.label} ({other.dtype}) must be of the kind of {reference.label}'s ({tensor.dtype})."
+                f"{name}: the dtype of {model.label} ({other.dtype}) must be of the kind of {reference.label} ({tensor.dtype})."
             )
     if name.endswith(BUFFERS) or not tensor.dtype.is_floating_point:
         for model, other in zip(holders, found, strict=True):
             if not _equal(tensor, other):
                 raise DataError(
-                    f"{name}, which holds no weights ({tensor.dtype}), must be equal in all models, and differs between "
+                    f"{name} ({tensor.dtype}) does not hold weights and must be equal in all models, but differs between "
                     f"{reference.label} and {model.label}: it cannot be merged."
                 )
         found = ()
@@ -204,7 +204,7 @@ def _equal(one: FlatTensor, other: FlatTensor) -> bool:
 
 
 def pieces_of(tensor: FlatTensor, *, start: int = 0) -> Iterator[torch.Tensor]:
-    """The positions of a tensor from one on, in blocks."""
+    """The positions of a tensor from `start` on, in blocks."""
     for first, last in ranges(start, tensor.n_positions):
         yield tensor.read(first, last)
 

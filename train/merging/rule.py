@@ -1,6 +1,6 @@
-"""What every method of merging is: a look at all of a tensor, if it needs one, and a rule that is then applied block by block.
+"""The interface of merge methods: a first pass over a tensor, if needed, and a rule that is then applied block by block.
 
-Axes: M models, N positions (of a tensor, flat), or those of one block of it.
+Axes: M models, N positions of a flat tensor or of one of its blocks.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -15,16 +15,16 @@ from torch import Tensor
 class Block(NamedTuple):
     """The same positions of one tensor in all models, in one floating-point dtype."""
 
-    base_N: Tensor  # without a base, the first model's
+    base_N: Tensor  # without a base, the first model
     models_MN: Tensor
 
     @property
     def deltas_MN(self) -> Tensor:
-        """What training added to the base: the task vectors (arXiv:2212.04089, section 2)."""
+        """The task vectors, which are the changes from the base (arXiv:2212.04089, section 2)."""
         return self.models_MN - self.base_N
 
 
-Blocks = Iterable[Block]  # of one tensor, in order; can be gone through again and again
+Blocks = Iterable[Block]  # of one tensor, in order; can be iterated several times
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,16 +32,16 @@ class Rule:
     """How one tensor is merged."""
 
     weights: tuple[float, ...]  # of the models in this tensor
-    apply: Callable[[Block], Tensor]  # merged positions, (N,); to be called with each block once, in their order
+    apply: Callable[[Block], Tensor]  # merged positions, (N,); called once with each block, in order
 
 
 def moved(base_N: Tensor, change_N: Tensor) -> Tensor:
-    """base + change; where nothing changes, the base to the bit, also where it is -0."""
+    """base + change; without a change exactly the base, even if it is -0."""
     return base_N - (0.0 - change_N)  # x - 0 is x for both zeros; x + 0 is not
 
 
 def weighted_sum(values_MN: Tensor, *, weights: Sequence[float]) -> Tensor:
-    """Σ_j w_j v_j, model by model, so that no second stack of them is in memory."""
+    """Σ_j w_j v_j, model by model, so that no second stack is in memory."""
     total_N = torch.zeros(values_MN.shape[1:], dtype=values_MN.dtype)
     for value_N, weight in zip(values_MN, weights, strict=True):
         total_N.add_(value_N, alpha=weight)
@@ -49,7 +49,7 @@ def weighted_sum(values_MN: Tensor, *, weights: Sequence[float]) -> Tensor:
 
 
 def mean_of_squares(blocks: Iterator[Tensor], *, n_positions: int) -> list[float]:
-    """Mean over all positions of the squares of each row, in float64. numpy adds in an order that no number of threads changes."""
+    """Mean over all positions of the squares of each row, in float64. numpy's summation order does not depend on the number of threads."""
     totals = sum(np.square(values_MN.numpy(), dtype=np.float64).sum(axis=-1) for values_MN in blocks)
     return [float(total) / n_positions for total in np.atleast_1d(totals)]
 

@@ -9,18 +9,18 @@ from .elected import elected
 from .rule import Block, Blocks, Rule, mean_of_squares, moved, shares_of_squares
 from .selection import find_cuts
 
-_SMALLEST = 1e-6  # of mergekit: a smaller sum of mean squares is taken as 0, a smaller divisor as this
+_SMALLEST = 1e-6  # as in mergekit: a smaller sum of mean squares counts as 0, a smaller divisor as this
 
 
 def sce(blocks: Blocks, *, n_positions: int, density: float, variant: Literal["fuseai", "mergekit"]) -> Rule:
     """Select, calculate, erase (FuseChat, arXiv:2408.07990, on merging).
 
-    Selected is the share `density` of the positions at which the models differ, those with the highest variance of δ_j over j; of equal
-    ones the first. w_j ∝ Σ δ_j² over the selected positions. Then θ_0 + Σ_j w_j m_j δ_j / Σ_j w_j m_j, where m_j says that δ_j has the sign
-    of Σ_j δ_j; a sum of exactly 0 counts as positive.
+    The share `density` of the positions at which the models differ is selected, by the highest variance of δ_j over j; on ties the first.
+    w_j ∝ Σ δ_j² over the selected positions. Then θ_0 + Σ_j w_j m_j δ_j / Σ_j w_j m_j, where m_j says that δ_j has the sign of Σ_j δ_j; a
+    sum of exactly 0 counts as positive.
 
-    As in FuseAI's code all positions move. As in mergekit's only the selected ones do, the weights are equal where Σ_j mean(δ_j²) is below
-    1e-6 (after selection), and the divisor is at least 1e-6; so the result depends on the scale of the δ_j.
+    In the form of FuseAI's code all positions move. In mergekit's form only the selected ones move, the weights are equal if Σ_j mean(δ_j²)
+    is below 1e-6 (after selection), and the divisor is at least 1e-6; so the result depends on the scale of the δ_j.
     """
     (cut,) = find_cuts(lambda: (_variance(block.deltas_MN)[None] for block in blocks), densities=[density], nonzero=True)
     selected = _selected(blocks, select=cut.selector())
@@ -45,7 +45,7 @@ def _selected(blocks: Blocks, *, select: Callable[[Tensor], Tensor]) -> Iterator
 
 
 def _variance(deltas_MN: Tensor) -> Tensor:
-    """Over the models, not corrected; exactly 0 where they are equal."""
-    others_MN = deltas_MN[1:] - deltas_MN[0]  # the first is 0 by this measure
+    """Variance over the models, uncorrected; exactly 0 if they are equal."""
+    others_MN = deltas_MN[1:] - deltas_MN[0]  # the first is 0 in this form
     mean_N = others_MN.sum(dim=0).div_(len(deltas_MN))
     return others_MN.sub_(mean_N).square_().sum(dim=0).add_(mean_N.square_()).div_(len(deltas_MN))

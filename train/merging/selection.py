@@ -1,7 +1,7 @@
-"""The largest entries of tensors that are seen block by block: exactly as many as asked for, in memory that does not grow with them.
+"""Selects the largest entries of tensors block by block: exactly the requested number, in memory independent of the tensor's size.
 
-Floating-point numbers that are not negative are in the order of their bits taken as integers. So the entry at which to cut is found 16 bits
-at a time, from histograms, with two passes over float32 (four over float64).
+Non-negative floating-point numbers have the same order as their bits read as integers. So the threshold is found 16 bits at a time, from
+histograms, with two passes over float32 (four over float64).
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -18,13 +18,13 @@ _INTEGERS = {torch.float32: torch.int32, torch.float64: torch.int64}
 
 @dataclass(frozen=True, slots=True)
 class Cut:
-    """Where the selection of one row ends: all above the threshold are in it, and the first few that equal it."""
+    """The selection in one row: all entries above the threshold, and the first few that equal it."""
 
     threshold: float
     n_equal: int | None  # None: all of them
 
     def selector(self) -> Callable[[Tensor], Tensor]:
-        """A function that says which of a block's scores are selected; to be called with each block once, in their order."""
+        """A function that says which of a block's scores are selected; call it once with each block, in order."""
         left = self.n_equal
 
         def select(scores_N: Tensor) -> Tensor:
@@ -45,12 +45,12 @@ ALL, NONE = Cut(0.0, None), Cut(float("inf"), 0)
 
 
 def find_cuts(scores: Callable[[], Iterator[Tensor]], *, densities: Sequence[float], nonzero: bool = False) -> list[Cut]:
-    """Where to cut each row, so that the given share of its largest entries is selected: int(density · entries) of them.
+    """The threshold of each row that selects the given share of its largest entries: int(density · entries) of them.
 
     Args:
-        scores: gives the blocks, each (rows, positions), float32 or float64, none negative; called once per pass.
-        densities: of each row. Where all are 1, everything is selected.
-        nonzero: the share is of the entries above 0, and may come to none; otherwise it is of all, and at least one.
+        scores: returns the blocks, each (rows, positions), float32 or float64, non-negative; called once per pass.
+        densities: one per row. If all are 1, everything is selected.
+        nonzero: the share is of the entries above 0, and may be empty; otherwise it is of all entries, and at least one.
     """
     if all(density == 1 for density in densities):
         return [ALL] * len(densities)
@@ -66,20 +66,20 @@ def find_cuts(scores: Callable[[], Iterator[Tensor]], *, densities: Sequence[flo
 
 @dataclass(slots=True)
 class _Search:
-    """Finds the entry of one row at which to cut."""
+    """Finds the threshold of one row."""
 
     density: float
     nonzero: bool
     cut: Cut | None = None
-    _n_bits: int = 0  # of an entry, once one was seen
-    _known: int = 0  # its leading bits that are known
-    _prefix: int = 0  # what they are
-    _left: int = 0  # entries to select among those that begin with them
+    _n_bits: int = 0  # of an entry, known after the first block
+    _known: int = 0  # number of its leading bits that are known
+    _prefix: int = 0  # the known bits
+    _left: int = 0  # entries to select among those with this prefix
     _n_entries: int = 0
     _histogram: np.ndarray = field(default_factory=lambda: np.zeros(_N_DIGITS, np.int64))
 
     def look(self, scores_N: Tensor) -> None:
-        """Count the next 16 bits of a block's entries that begin with what is known."""
+        """Count the next 16 bits of a block's entries that begin with the known bits."""
         bits_N = scores_N.view(_INTEGERS[scores_N.dtype])
         self._n_bits = 8 * bits_N.dtype.itemsize
         if self._known:

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from .rule import Block, Blocks, Rule, moved
 
-_NEARLY_PARALLEL = 0.9995  # cosine above which slerp is a straight line, as in mergekit: the sine of the angle is too small to divide by
+_NEARLY_PARALLEL = 0.9995  # cosine above which slerp is linear, as in mergekit: the sine of the angle is too small as a divisor
 _SHORTEST = 1e-8  # a shorter tensor has no direction
 
 
@@ -30,7 +30,7 @@ def slerp(blocks: Blocks, *, t: float) -> Rule:
 
 
 def _on_the_line(block: Block, *, t: float) -> Tensor:
-    """From the nearer end, which is met to the bit."""
+    """Interpolate from the nearer end, which is exact."""
     if t < 0.5:
         return moved(block.base_N, t * block.deltas_MN[0])
     return moved(block.models_MN[0], (t - 1) * block.deltas_MN[0])
