@@ -25,9 +25,9 @@ from fuseline.align.vocabulary import vocabulary_map
 from fuseline.store.roles import ROLES
 from fuseline.store.tokenizer import Tokenizer
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "support"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
-from textbook import warping
+from support.textbook import warping
 
 
 def main() -> None:

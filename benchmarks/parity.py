@@ -20,9 +20,9 @@ from fuseline.align.reference import nearest_pieces
 from fuseline.store.roles import ROLES
 from fuseline.store.tokenizer import Tokenizer
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "support"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
-from published import align_published
+from support.published import align_published
 
 _COLUMNS = ("path", "cost", "map", "em ids", "em logits", "mined ids", "mined logits")
 

@@ -11,9 +11,9 @@ import polars as pl
 from ..store.errors import DataError
 from .chat.readings import CorpusTemplate
 from .corpus_config import CorpusConfig
+from .data_files import DataFiles, Table
 from .documents import ChatDocuments, Documents, TextDocuments
 from .rows import Columns
-from .sources import Source, Table
 from .texts_file import TextsWriter
 
 
@@ -28,13 +28,13 @@ class ChosenDocuments:
 
 
 def choose_documents(
-    config: CorpusConfig, *, source: Source, chat: CorpusTemplate | None = None, texts: TextsWriter | None = None
+    config: CorpusConfig, *, data_files: DataFiles, chat: CorpusTemplate | None = None, texts: TextsWriter | None = None
 ) -> ChosenDocuments:
     """Hash all documents, drop empty ones and duplicates, order the rest at random, and fill parts with them.
 
     Args:
         config: the recipe's.
-        source: where the documents are.
+        data_files: where the documents are.
         chat: the chat template of conversations.
         texts: receives every document that is read, in order.
 
@@ -45,11 +45,11 @@ def choose_documents(
     types = (pl.String, pl.Int64, pl.String, pl.String, pl.String, pl.Int64)
     refused: list[str] = []
     rows = pl.DataFrame(
-        list(_source_documents(config, source=source, chat=chat, refused=refused, texts=texts)),
+        list(_source_documents(config, data_files=data_files, chat=chat, refused=refused, texts=texts)),
         schema=dict(zip(columns, types, strict=True)),
         orient="row",
     )
-    source.require_unchanged()
+    data_files.require_unchanged()
     kept = rows.filter(pl.col("n_bytes") > 0)
     n_empty = len(rows) - len(kept) - len(refused)
     if not config.keep_duplicates:
@@ -58,7 +58,7 @@ def choose_documents(
     n_duplicates = len(rows) - n_empty - len(refused) - len(kept)
     if not len(kept):
         also = f", or refused (the first: {refused[0]})" if refused else ""
-        raise DataError(f"The corpus {source.where} has no text: {len(rows)} documents, all empty or white space{also}.")
+        raise DataError(f"The corpus {data_files.where} has no text: {len(rows)} documents, all empty or white space{also}.")
     in_order = sorted(kept["split"].unique().to_list(), key=lambda split: (split != "train", split))
     ordered = pl.concat(_ordered(kept.filter(pl.col("split") == split), config=config, split=split) for split in in_order)
     documents = ordered.with_columns(doc_id=pl.int_range(len(ordered), dtype=pl.Int64), part=_part_numbers(ordered, config.part_bytes))
@@ -75,13 +75,13 @@ def _ordered(documents: pl.DataFrame, *, config: CorpusConfig, split: str) -> pl
 
 
 def _source_documents(
-    config: CorpusConfig, *, source: Source, chat: CorpusTemplate | None, refused: list[str], texts: TextsWriter | None
+    config: CorpusConfig, *, data_files: DataFiles, chat: CorpusTemplate | None, refused: list[str], texts: TextsWriter | None
 ) -> Iterator[tuple[str, int, str, str, str, int]]:
     """(source split, row, split, domain, sha256, bytes) of every document; 0 bytes if it is only white space.
 
     Refused documents are included, and are listed in `refused`.
     """
-    for source_split, tables in source.splits().items():
+    for source_split, tables in data_files.splits().items():
         row = 0
         for table in tables:
             documents = _documents(config, chat=chat, table=table)

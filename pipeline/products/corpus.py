@@ -72,13 +72,13 @@ class Corpus(PartsProduct):
             if model.config.chat_template == "shared"  # the others write conversations down themselves
         ]
         unique = list({tokenizer.digest: tokenizer for tokenizer in tokenizers}.values())
-        asked = corpus_identity(self.recipe.corpus, source=site.source(self), tokenizers=unique, chat=site.template(self))
+        asked = corpus_identity(self.recipe.corpus, data_files=site.data_files(self), tokenizers=unique, chat=site.template(self))
         stored = self.stored(site.layout)
         # Segments are settled when the corpus is first made: a source that is added later does not undo all that was stored.
         return asked if stored is None else asked | {"segmented_for": stored.identity["segmented_for"]}
 
     def description(self, site: OpenSite) -> dict[str, Any]:
-        return {"source": site.source(self).where}
+        return {"source": site.data_files(self).where}
 
     def stage(self, site: OpenSite) -> CorpusStage:
         for recipe in site.recipes(self):
@@ -87,7 +87,7 @@ class Corpus(PartsProduct):
         dataset = site.dataset(self)
         folders = [site.layout.folder("tokenizers", digest) for digest in dataset.identity["segmented_for"]]
         chat = site.template(self)
-        stage = CorpusStage(dataset, config=self.recipe.corpus, source=site.source(self), tokenizer_folders=folders, chat=chat)
+        stage = CorpusStage(dataset, config=self.recipe.corpus, data_files=site.data_files(self), tokenizer_folders=folders, chat=chat)
         require_read_right(stage, asked=self._asked(site))
         return stage
 

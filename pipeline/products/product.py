@@ -23,7 +23,7 @@ from .cost import Cost, Sizes
 
 if TYPE_CHECKING:
     from ...ingest.chat.readings import ChatReading, CorpusTemplate
-    from ...ingest.sources import Source
+    from ...ingest.data_files import DataFiles
 
 
 class AtLeast(dict[str, Any]):
@@ -74,7 +74,7 @@ class OpenSite(Site, Protocol):
     def recipes(self, product: "Product") -> list[Recipe]:
         """The recipes, of variants too, that ask for a product."""
 
-    def source(self, product: "Product") -> "Source":
+    def data_files(self, product: "Product") -> "DataFiles":
         """Where the documents of a corpus are."""
 
     def template(self, product: "Product") -> "CorpusTemplate | None":

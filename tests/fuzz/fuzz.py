@@ -19,8 +19,8 @@ import google_crc32c
 import numcodecs.zstd
 import numpy as np
 
-with atheris.instrument_imports(include=["fuseline.store", "fuseline.ingest.demo_models"], enable_loader_override=False):
-    from fuseline.ingest import demo_models
+with atheris.instrument_imports(include=["fuseline.store", "fuseline.ingest.gguf_file"], enable_loader_override=False):
+    from fuseline.ingest.gguf_file import GgufFile
     from fuseline.store import journal
     from fuseline.store.dataset import Dataset, PartContent
     from fuseline.store.errors import FuselineError
@@ -116,7 +116,7 @@ def gguf() -> Target:
     seed = b"GGUF" + struct.pack("<IQQ", 3, 1, 1) + field + tensor
 
     def run(data: bytes) -> None:
-        demo_models._Gguf(data)
+        GgufFile(data)
 
     return run, [seed + bytes(-len(seed) % 32) + bytes(68)]
 

@@ -9,8 +9,8 @@ from click.testing import CliRunner
 from fuseline.cli import main
 from fuseline.store.dataset import Dataset
 from fuseline.store.workspace import Workspace
-from tiny import save_model
-from workspaces import RECIPE, write_project
+from support.tiny import save_model
+from support.workspaces import RECIPE, write_project
 
 OTHER_SOURCE = '[[sources]]\nname = "other"\nmodel = "tiny-other"\ndtype = "float32"\n\n[training]'
 RENAMED = '[fusion]\nname = "three"\n\n[training]\nname = "three"'

@@ -17,8 +17,8 @@ from fuseline.cli import main
 from fuseline.commands.alignment_view import page, visible
 from fuseline.store.errors import DataError
 from fuseline.store.workspace import Workspace
-from tiny import save_model, train_composing
-from workspaces import RECIPE, write_project
+from support.tiny import save_model, train_composing
+from support.workspaces import RECIPE, write_project
 
 HOSTILE = "</script><b>not bold</b> & \u200b naïve 漢字\n\tend."
 

@@ -15,7 +15,7 @@ from fuseline.store import durable
 from fuseline.store.dataset import Dataset
 from fuseline.store.fingerprint import sealed
 from fuseline.store.workspace import Workspace
-from workspaces import RECIPE, contents, write_project
+from support.workspaces import RECIPE, contents, write_project
 
 KIND = "distributions"
 

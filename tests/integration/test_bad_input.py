@@ -10,7 +10,7 @@ from pathlib import Path
 import polars as pl
 import pytest
 from fuseline.store.dataset import Dataset
-from workspaces import RECIPE, contents, run, start, wait_for, write_project
+from support.workspaces import RECIPE, contents, run, start, wait_for, write_project
 
 
 @pytest.fixture

@@ -7,7 +7,6 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 import pytest
-from chat import PUBLISHED, TEXTS, save_tokenizer
 from click.testing import CliRunner
 from fuseline.cli import main
 from fuseline.store.corpus_plan import read_plan
@@ -19,8 +18,9 @@ from fuseline.train.config import TrainingConfig, TrainJob
 from fuseline.train.data import TargetsData
 from fuseline.train.loss import IGNORED
 from fuseline.train.model_folder import copy_tokenizer
-from rounding import stored
-from tiny import save_model
+from support.chat import PUBLISHED, TEXTS, save_tokenizer
+from support.rounding import stored
+from support.tiny import save_model
 
 RECIPE = """
 [corpus]

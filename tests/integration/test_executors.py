@@ -24,11 +24,11 @@ from fuseline.store import journal
 from fuseline.store.dataset import Dataset
 from fuseline.store.errors import FuselineError
 from fuseline.store.workspace import Workspace
-from one_machine_slurm import missing, one_machine_slurm
-from stages import TroubledStage
-from workspaces import RECIPE, contents, kill_group, start, wait_for, write_project
+from support.one_machine_slurm import missing, one_machine_slurm
+from support.stages import TroubledStage
+from support.workspaces import RECIPE, contents, kill_group, start, wait_for, write_project
 
-SUPPORT = str(Path(__file__).parent.parent / "support")
+SUPPORT = str(Path(__file__).parents[1])  # from which `support` is imported
 
 
 @pytest.fixture(scope="module")

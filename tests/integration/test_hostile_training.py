@@ -18,8 +18,8 @@ from fuseline.store.errors import DataError, FuselineError
 from fuseline.store.trainings import checkpoint_folder, read_metrics, seal_checkpoint
 from fuseline.train.config import TrainJob
 from fuseline.train.meeting import MEETING
+from support.trainings import make_job, start_and_wait, train, write_inputs
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
-from trainings import make_job, start_and_wait, train, write_inputs
 
 NOBODY = 65_534
 KNOCK = """

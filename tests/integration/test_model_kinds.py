@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from workspaces import RECIPE, run, write_project
+from support.workspaces import RECIPE, run, write_project
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 ADAPTER = {"base_model_name_or_path": "org/the-base", "peft_type": "LORA", "r": 4}

@@ -14,8 +14,8 @@ from fuseline.store import catalog
 from fuseline.store.dataset import Dataset
 from fuseline.store.workspace import Workspace
 from fuseline.train.config import TrainJob
-from tiny import save_model
-from workspaces import RECIPE, kill_group, start, wait_for, write_project
+from support.tiny import save_model
+from support.workspaces import RECIPE, kill_group, start, wait_for, write_project
 
 OTHER = '[[sources]]\nname = "other"\nmodel = "tiny-other"\ndtype = "float32"\n'
 PAIRWISE = (
@@ -30,7 +30,7 @@ KILLED_IN_THE_MERGE = """
 import sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
-from crashes import kill, strike
+from support.crashes import kill, strike
 from fuseline.cli import main
 appears = lambda name, arguments: name == "os.rename" and str(arguments[1]).endswith("exports/merged-3")
 strike(1, kill, folder=Path("nowhere"), only=appears)
@@ -78,7 +78,7 @@ def added(fused, tmp_path_factory, models) -> tuple[Path, list[set[str]]]:
     wait_for(lambda: metrics.exists() and len(metrics.read_bytes().splitlines()) >= 3, process=process)
     kill_group(process)
     assert 0 < len(metrics.read_bytes().splitlines()) < 12, "not interrupted in the middle"
-    command = [sys.executable, "-c", KILLED_IN_THE_MERGE, Path(__file__).parents[1] / "support", "run", *options(recipe, models)]
+    command = [sys.executable, "-c", KILLED_IN_THE_MERGE, Path(__file__).parents[1], "run", *options(recipe, models)]
     killed = subprocess.run(command, capture_output=True, text=True, check=False)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     assert not (workspace / "exports" / "merged-3").exists()

@@ -15,8 +15,8 @@ from fuseline.store import catalog
 from fuseline.store.dataset import Dataset
 from fuseline.store.sql.database import LAZY_TABLES
 from fuseline.store.workspace import Workspace
-from rounding import model_terms, rounding
-from workspaces import contents, kill_group, start, wait_for, write_project
+from support.rounding import model_terms, rounding
+from support.workspaces import contents, kill_group, start, wait_for, write_project
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ from fuseline.store import durable
 from fuseline.store.dataset import Dataset
 from fuseline.store.tokenizer import Tokenizer
 from fuseline.store.workspace import Workspace
-from workspaces import RECIPE, contents, write_project
+from support.workspaces import RECIPE, contents, write_project
 
 WAYS = {
     "em": 'positions = "dtw"\ndtw_match = "em"\nvocabulary = "exact"',

@@ -14,7 +14,7 @@ from fuseline.store.dataset import Dataset, PartContent
 from fuseline.store.fingerprint import sealed
 from fuseline.store.verify import verify
 from fuseline.store.workspace import Workspace
-from workspaces import contents, write_project
+from support.workspaces import contents, write_project
 
 STAGES = (("ingest", "corpus"), ("ingest", "distributions"), ("align",), ("fuse",))
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from small import small_workspace
+from support.small import small_workspace
 
 NOBODY = 65_534
 # An account that cannot read the Python that runs: what the command imports is imported before, by running it on a copy.

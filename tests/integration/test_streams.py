@@ -6,7 +6,7 @@ import sys
 
 import pytest
 from fuseline.store.workspace import Workspace
-from small import small_workspace
+from support.small import small_workspace
 
 QUERY = "SELECT '“ü” 漢' AS text, 1 AS n"
 

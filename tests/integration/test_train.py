@@ -24,9 +24,9 @@ from fuseline.train.cost import Cost
 from fuseline.train.data import TargetsData
 from fuseline.train.families import read_architecture
 from fuseline.train.ranks import Ranks
-from rounding import model_terms, rounding
 from safetensors.torch import load_file
-from trainings import DOMAINS, STEPS, VOCAB, make_job, start_and_wait, train, write_inputs, write_targets
+from support.rounding import model_terms, rounding
+from support.trainings import DOMAINS, STEPS, VOCAB, make_job, start_and_wait, train, write_inputs, write_targets
 from transformers import AutoModelForCausalLM
 
 REAL = ("loss", "clm_loss", "fusion_loss", "grad_norm")

@@ -8,9 +8,9 @@ import pytest
 from fuseline.pipeline import graph as graph_module
 from fuseline.store.dataset import Dataset
 from fuseline.store.workspace import Workspace
-from lengths import Lengths
-from tiny import save_model
-from workspaces import RECIPE, contents, kill_group, run, start, wait_for, write_project
+from support.lengths import Lengths
+from support.tiny import save_model
+from support.workspaces import RECIPE, contents, kill_group, run, start, wait_for, write_project
 
 OTHER = '[[sources]]\nname = "other"\nmodel = "tiny-other"\ndtype = "float32"\n\n[training]'
 # Two numbers of sources, two fusion functions, two alignments: the recipe itself is one of the eight, six are variants.

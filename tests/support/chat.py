@@ -5,8 +5,9 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from tiny import train_byte_level, train_composing, train_sentencepiece, train_unigram
 from tokenizers import AddedToken, Tokenizer, pre_tokenizers
+
+from support.tiny import train_byte_level, train_composing, train_sentencepiece, train_unigram
 
 TEMPLATES = Path(__file__).parents[1] / "data" / "chat_templates"
 TEXTS = [

@@ -53,7 +53,7 @@ def as_imported(environment: Mapping[str, str]) -> dict[str, str | None]:
 def offer(folder: Path) -> None:
     """Let this process and those that it starts use a server, which is started when the first one needs it."""
     os.environ |= {SOCKET: str(folder / "warm"), OWNER: str(os.getpid()), AS_IMPORTED: json.dumps(as_imported(os.environ))}
-    paths = [str(Path(__file__).with_name("site")), str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
+    paths = [str(Path(__file__).with_name("site")), str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
     install()
 

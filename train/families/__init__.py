@@ -1,7 +1,7 @@
 """The model families that can be trained, one module each: how to read `config.json`, and where each tensor goes.
 
 To add a family, write a module with a `read` that returns the `Architecture` of a configuration and refuses unsupported fields by name,
-list it in `FAMILIES`, and add tiny configurations to `tests/unit/test_convert.py`, which compares it with transformers.
+list it in `FAMILIES`, and add tiny configurations to `tests/unit/test_train_convert.py`, which compares it with transformers.
 """
 
 from collections.abc import Callable, Mapping

@@ -1,5 +1,5 @@
 """Lets every Python process that a test starts fork its ranks and workers from the warm server; see `warm.py`."""
 
-import warm
+from support import warm
 
 warm.install()
