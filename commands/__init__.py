@@ -1,1 +1,1 @@
-"""What the command line asks and shows: how a recipe or a workspace is opened, options, tables, reports, the SQL prompt, chat."""
+"""The input and output of the command line: opening a recipe or workspace, options, tables, reports, the SQL prompt, chat."""

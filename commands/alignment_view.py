@@ -1,4 +1,4 @@
-"""Shows a document under two tokenizers (`align.show`): in the terminal, and as a page of its own that needs nothing but a browser."""
+"""Shows a document under two tokenizers (`align.show`): in the terminal, or as a self-contained HTML page."""
 
 import base64
 import hashlib
@@ -19,13 +19,13 @@ if TYPE_CHECKING:
     from ..align.show import Entries, Row, ShownDocument, TargetPosition
 
 _MARKS = str.maketrans({" ": "·", "\n": "⏎", "\t": "⇥", "\r": r"\r"})
-_FILLERS = frozenset("\u115f\u1160\u2800\u3164\uffa0")  # letters and symbols by their category, and empty
+_FILLERS = frozenset("\u115f\u1160\u2800\u3164\uffa0")  # letters and symbols by category, but invisible
 _STYLES = {"same": "", "inside": "yellow", "none": "red"}
 _SHOWN_ENTRIES = 3  # of each distribution, in the terminal
 
 
 def visible(text: str) -> str:
-    """A token's text with what is invisible in it shown: spaces as ·, line breaks as ⏎, other characters without a shape as \\u200b."""
+    """A token's text with invisible characters shown: spaces as ·, line breaks as ⏎, other characters without a shape as \\u200b."""
     marked = text.translate(_MARKS)
     return "".join(char if _has_shape(char, before=marked[:place]) else f"\\u{ord(char):04x}" for place, char in enumerate(marked)) or "∅"
 
@@ -33,11 +33,11 @@ def visible(text: str) -> str:
 def _has_shape(char: str, *, before: str) -> bool:
     if char in _FILLERS or not char.isprintable():
         return False
-    return bool(before) or not unicodedata.category(char).startswith("M")  # what combines needs something before it
+    return bool(before) or not unicodedata.category(char).startswith("M")  # a combining character needs one before it
 
 
 def kind_of(position: "TargetPosition") -> str:
-    """Whether the source has read the `same` there (of `dtw`: is matched), the position is `inside` a token of its, or it says `none`."""
+    """`same`: the source has read the same text (with `dtw`: is matched); `inside`: within a source token; `none`: no distribution."""
     return "none" if position.source is None else "inside" if position.ahead else "same"
 
 
@@ -68,11 +68,11 @@ def page(document: "ShownDocument") -> str:
     escaped["ROWS"] = "".join(_row(document, row, partners) for row in document.rows)
     escaped["DATA"] = _data(document, partners)
     escaped["POLICY"] = _policy(text)
-    return re.sub(r"\{\{([A-Z_]+)\}\}", lambda place: escaped[place[1]], text)  # all at once: a document may hold `{{DATA}}`
+    return re.sub(r"\{\{([A-Z_]+)\}\}", lambda place: escaped[place[1]], text)  # in one pass: a document may contain `{{DATA}}`
 
 
 def _matched(document: "ShownDocument") -> str:
-    """What the position map says of two positions that it pairs: warped token strings need not have read the same."""
+    """What it means that the position map pairs two positions. With `dtw` the two texts read so far may differ."""
     return "the two are matched" if document.positions == "dtw" else "both have read the same text"
 
 
@@ -95,7 +95,7 @@ def _figures(document: "ShownDocument") -> dict[str, str]:
 
 
 def _policy(page: str) -> str:
-    """What a browser may do for the page: run its own script, known by its hash, and apply styles; load nothing, send nothing."""
+    """What a browser may do: run the page's own script (identified by its hash) and apply styles. It may load and send nothing."""
     script = page.partition("<script>")[2].partition("</script>")[0]
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     return f"default-src 'none'; script-src 'sha256-{digest}'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
@@ -132,7 +132,7 @@ def _token(place: str, kind: str, text: str) -> str:
 
 
 def _data(document: "ShownDocument", partners: dict[int, list[int]]) -> str:
-    """What the details are made of when a token is chosen; entries are [token, probability]."""
+    """The data for the details of a chosen token; entries are [token, probability]."""
     record = {
         "sourceTexts": {token: visible(text) for token, text in document.source_texts.items()},
         "targetTexts": {token: visible(text) for token, text in document.target_texts.items()},
@@ -149,7 +149,7 @@ def _data(document: "ShownDocument", partners: dict[int, list[int]]) -> str:
             for position in document.target_positions
         ],
     }  # fmt: skip
-    # Inside a script element nothing may look like its end.
+    # The text in a script element must not look like its end tag.
     return json.dumps(record, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")
 
 
@@ -165,7 +165,7 @@ def _listed(entries: "Entries") -> list[list[Any]]:
 
 
 def print_alignment(document: "ShownDocument", *, console: "rich.console.Console", details: bool) -> None:
-    """The same in a terminal: figures, then the text beside itself; with `details` a line for each position of the target."""
+    """Show it in a terminal: figures, then both tokenizations side by side; with `details` a line for each target position."""
     import rich.box
     import rich.table
 

@@ -16,14 +16,14 @@ def show_comparison(workspace: Workspace, *, model: str, other: str, split: str 
     """A table for each split on which both models were evaluated.
 
     Raises:
-        UsageError: there is no such split, or one of the models was not evaluated on it.
+        UsageError: the split does not exist, or one of the models was not evaluated on it.
     """
     with catalog.reading(workspace) as connection:
         found = evaluations(connection)
         splits = sorted({item.split for item in found})
         chosen = [item for item in found if split in (None, item.split)]
         if not chosen:
-            known = f"--split ({split}) must be one of: {', '.join(splits)}." if splits else "Nothing has been evaluated yet."
+            known = f"--split ({split}) must be one of: {', '.join(splits)}." if splits else "No model has been evaluated yet."
             raise UsageError(known if splits else f"{known} Run `fuseline eval RECIPE` first.")
         both = [item for item in chosen if {model, other} <= item.sums.keys()] or chosen[:1]
         compared = {(item.corpus, item.split): compare(connection, evaluation=item, model=model, other=other) for item in both}
@@ -36,7 +36,7 @@ def show_comparison(workspace: Workspace, *, model: str, other: str, split: str 
         return
     for (corpus, name), pairs in compared.items():
         say(f"Bits per byte of {model} and {other} on split {name} of {corpus} (less is better):")
-        columns = ["domain", "documents", model, other, "difference", "95 % interval", "p", "says"]
+        columns = ["domain", "documents", model, other, "difference", "95 % interval", "p", "result"]
         show_table(columns, [_row(pair, model=model) for pair in pairs], right=[False, *[True] * 6, False])
 
 
@@ -51,5 +51,5 @@ def _says(pair: Pair, *, model: str) -> str:
     if pair.is_significant:
         return f"{model} is {'better' if pair.difference < 0 else 'worse'}"
     if pair.needed is None:
-        return "may be chance: too few documents"
-    return f"may be chance: about {pair.needed:,} documents are needed to tell"
+        return "not significant: too few documents"
+    return f"not significant: about {pair.needed:,} documents are needed"

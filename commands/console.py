@@ -1,4 +1,4 @@
-"""What the command line shows: tables, reports, plans; on a terminal with lines, in a pipe plain."""
+"""The output of the command line: tables, reports, plans. A terminal gets lines around tables, a pipe plain text."""
 
 import dataclasses
 import json
@@ -13,7 +13,7 @@ from ..store.errors import UsageError
 from ..store.shown import harmless
 from .terminal import say
 
-if TYPE_CHECKING:  # what a command needs is imported when it runs, so that --help is quick
+if TYPE_CHECKING:  # a command imports what it needs when it runs, so that --help is fast
     import rich.console
     import rich.table
 
@@ -32,17 +32,17 @@ if TYPE_CHECKING:  # what a command needs is imported when it runs, so that --he
     from .options import RecipeOptions
 
 
-_WATCH_SECONDS = 2.0  # between two looks at the files, on a terminal
+_WATCH_SECONDS = 2.0  # between two reads of the files, on a terminal
 _PLAIN_SECONDS = 10.0  # in a pipe
 
 
 def show_status(workspace: "Workspace") -> None:
-    """How far each dataset and each training is."""
+    """Show the progress of each dataset and each training."""
     _console().print(_status(workspace))
 
 
 def show_wanted(recipe: Path, workspace: "Workspace", *, as_json: bool) -> None:
-    """What a recipe wants of the workspace: what is there, missing, or of other inputs."""
+    """Show which products of a recipe are done, missing, or made from different inputs."""
     from ..pipeline.graph import products
     from ..pipeline.recipe_file import load_recipe
     from ..pipeline.wanted import wanted
@@ -55,16 +55,16 @@ def show_wanted(recipe: Path, workspace: "Workspace", *, as_json: bool) -> None:
     if all(item.state == "done" for item in found):
         say("Nothing is missing.")
     elif any(item.state == "different inputs" for item in found):
-        say("What was made from different inputs stays as it is: give what is new another name. `fuseline run` names a free one.")
+        say("Give each product with different inputs a new name in the recipe: `fuseline run` suggests a free name. The old one is kept.")
     else:
-        say(f"What is missing is made by: fuseline run {shlex.quote(str(recipe))} -w {shlex.quote(str(workspace.root))}")
+        say(f"To make what is missing: fuseline run {shlex.quote(str(recipe))} -w {shlex.quote(str(workspace.root))}")
 
 
 def show_addition(added: "AddedSource", workspace: "Workspace") -> None:
-    """What a source that is added brings with it: what of it is there already, and what will be made.
+    """Show what an added source needs: which products are there already, and which will be made.
 
     Raises:
-        UsageError: something of the recipe is there, of other inputs.
+        UsageError: a product of the recipe was made from different inputs.
     """
     from ..pipeline.graph import products
     from ..pipeline.wanted import wanted
@@ -74,9 +74,9 @@ def show_addition(added: "AddedSource", workspace: "Workspace") -> None:
     others = [f"{item.kind}/{item.name}" for item in found if item.state == "different inputs"]
     if others:
         command = f"fuseline run {shlex.quote(str(added.path))}"
-        raise UsageError(f"Made from different inputs than the recipe's: {', '.join(others)}. Run the recipe as it is first: {command}.")
+        raise UsageError(f"Run the recipe without the new source first: {command}. These were made from different inputs: {', '.join(others)}.")
     missing = sum(item.state != "done" for item in found)
-    say(f"{len(found) - missing} of {len(found)} are there already; the others are made now.")
+    say(f"{len(found) - missing} of {len(found)} are there already. Making the others now.")
 
 
 def _show_states(found: "Sequence[Wanted]") -> None:
@@ -98,12 +98,12 @@ def _show_states(found: "Sequence[Wanted]") -> None:
 
 
 def _shared(variants: Sequence[str], *, of: int) -> str:
-    """Which variants of a recipe need a product."""
+    """The variants of a recipe that need a product."""
     return "all" if len(variants) == of and of > 2 else ", ".join(variants)
 
 
 def watch_status(workspace: "Workspace") -> None:
-    """The same, again and again: a table that changes in place on a terminal, lines with the time in a pipe. Ends with Ctrl-C."""
+    """Show the status repeatedly until Ctrl-C: a table that is updated in place on a terminal, lines with the time in a pipe."""
     import rich.live
 
     try:
@@ -140,7 +140,7 @@ def _status(workspace: "Workspace") -> "rich.console.Group":
 
 
 def _computed(item: "DatasetStatus | TrainingStatus") -> str:
-    """The number format of the arithmetic, and the threads of a process, as far as they are known: `float32, 2 threads`."""
+    """The number format of the arithmetic, and the threads of a process, if known: `float32, 2 threads`."""
     threads = "" if item.threads is None else f"{item.threads} thread{'s' * (item.threads != 1)}"
     return ", ".join(filter(None, [item.arithmetic, threads]))
 
@@ -173,14 +173,14 @@ def _training_line(training: "TrainingStatus") -> str:
     elif training.running:
         state = "running" + ("" if training.seconds_left is None else f", {duration(training.seconds_left)} left")
     else:
-        saved = "no checkpoint" if training.last_checkpoint is None else f"the last checkpoint is of step {training.last_checkpoint}"
+        saved = "no checkpoint" if training.last_checkpoint is None else f"last checkpoint at step {training.last_checkpoint}"
         state = f"not running, {saved}"
     computed = f", computed in {_computed(training)}" if training.arithmetic else ""
     return f"training {training.name}: step {training.step}/{training.steps or '?'}{loss}, {state}{computed}"
 
 
 def show_document(document: "ShownDocument", *, html_file: Path | None, details: bool) -> None:
-    """A document under two tokenizers, in the terminal or as a page."""
+    """Show a document under two tokenizers, in the terminal or as a page."""
     from ..store.output_file import open_output
     from .alignment_view import page, print_alignment
 
@@ -189,11 +189,11 @@ def show_document(document: "ShownDocument", *, html_file: Path | None, details:
         return
     with open_output(html_file, what="--html") as file:
         file.write(page(document).encode())
-    say(f"Written to {html_file}: open it in a browser.")
+    say(f"Wrote {html_file}. Open it in a browser.")
 
 
 def show_query_stats(stats: "QueryStats") -> None:
-    """What a query read, on the error stream."""
+    """Show on the error stream what a query read."""
     from ..pipeline.progress import size
 
     say(f"{stats.seconds * 1e3:,.0f} ms; {stats.chunks:,} chunks, {size(stats.stored_bytes)} of stored arrays read", err=True)
@@ -206,7 +206,7 @@ def show_query_stats(stats: "QueryStats") -> None:
 
 
 def show_plan(recipe: "Recipe", *, options: "RecipeOptions", variant: str | None = None) -> None:
-    """What a recipe would take; `options` are the command's."""
+    """Show what a recipe would cost; `options` are the command's."""
     from ..pipeline.graph import products
     from ..pipeline.plan import GPU_FLOPS, UTILISATION, plan
     from ..pipeline.progress import size
@@ -233,13 +233,13 @@ def show_plan(recipe: "Recipe", *, options: "RecipeOptions", variant: str | None
     rows.append(["total", "", "", size(sum(item.stored_bytes for item in stages)), f"{total_hours:,.1f}", *([""] if has_variants else [])])
     show_table(["stage", "parts", "tokens (M)", "on disk", "GPU hours", *(["for"] if has_variants else [])], rows)
     say(
-        f"Reckoned with {BYTES_PER_TOKEN} bytes of text per token, and a GPU of {GPU_FLOPS / 1e12:,.0f} TFLOP/s used at {UTILISATION:.0%}. "
+        f"Estimated with {BYTES_PER_TOKEN} bytes of text per token and a GPU of {GPU_FLOPS / 1e12:,.0f} TFLOP/s used at {UTILISATION:.0%}. "
         "Nothing was changed."
     )
 
 
 def show_estimate(options: "RecipeOptions") -> None:
-    """How long what is missing of a recipe takes on this machine, on the error stream; nothing if nothing is."""
+    """Show on the error stream how long the missing products take on this machine. Show nothing if none is missing."""
     from ..pipeline.graph import products
     from ..pipeline.plan import plan, seconds_here
     from ..pipeline.recipe_file import load_recipe
@@ -256,11 +256,11 @@ def show_estimate(options: "RecipeOptions") -> None:
     if seconds:
         minutes, n = max(1, round(seconds / 60)), threads()
         text = f"This takes {minutes} to {2 * minutes} minutes here ({n} thread{'s' * (n != 1)})"
-        say(f"{text}, downloads apart, if nothing else runs on the machine.", err=True)
+        say(f"{text}, without downloads, if nothing else runs on the machine.", err=True)
 
 
 def show_report(workspace: "Workspace") -> None:
-    """The models' results side by side."""
+    """Show the models' results side by side."""
     from ..eval.report import compared, evaluations
     from ..store import catalog
     from ..store.trainings import text_only
@@ -272,11 +272,11 @@ def show_report(workspace: "Workspace") -> None:
         pairs = [(item, baseline) for item in found for baseline in text_only(workspace)]
         differences = [compared(connection, evaluation=item, baseline=baseline, models=made) for item, baseline in pairs]
     if not found:
-        raise UsageError("Nothing has been evaluated yet: fuseline eval RECIPE.")
+        raise UsageError("No model has been evaluated yet. Run `fuseline eval RECIPE` first.")
     for evaluation in found:
         text = f"{evaluation.documents:,} document{'s' * (evaluation.documents != 1)} of split {evaluation.split}"
         if evaluation.left_out:
-            text += f" ({evaluation.left_out} left out that some model cannot read)"
+            text += f" ({evaluation.left_out} left out, which some model cannot read)"
         for metric, what in (("bpb", "Bits per byte"), ("perplexity", "Perplexity per token")):
             say(f"{what} on {text}, by domain (less is better):")
             columns, rows = evaluation.table(metric)
@@ -288,12 +288,12 @@ def show_report(workspace: "Workspace") -> None:
 
 
 def _show_differences(found: "list[Difference]", *, baseline: str, split: str) -> None:
-    """Whether the models are better than a baseline, or only seem so."""
+    """Show whether the models are significantly better than a baseline."""
     if not found:
         return
     say(f"Difference from {baseline} in bits per byte (below 0 is better), over {found[0].documents:,} documents of split {split}:")
     rows = [[item.model, f"{item.bpb:+.4f}", f"{item.low:+.4f} to {item.high:+.4f}", _says(item)] for item in found]
-    show_table(["model", "difference", "95 % interval", "says"], rows, right=[False, True, True, False])
+    show_table(["model", "difference", "95 % interval", "result"], rows, right=[False, True, True, False])
 
 
 def _says(difference: "Difference") -> str:
@@ -302,12 +302,12 @@ def _says(difference: "Difference") -> str:
     if not difference.has_enough:
         return f"too few documents: at least {LEAST_DOCUMENTS} are needed"
     if not difference.is_clear:
-        return "may be chance: the interval contains 0"
+        return "not significant: the interval contains 0"
     return "better" if difference.bpb < 0 else "worse"
 
 
 def show_findings(found: "Verification", *, as_json: bool) -> None:
-    """What is wrong in a workspace, and how much of it was looked at."""
+    """Show what is wrong in a workspace, and how much of it was checked."""
     from ..pipeline.progress import size
 
     if as_json:
@@ -315,7 +315,7 @@ def show_findings(found: "Verification", *, as_json: bool) -> None:
         return
     for finding in found.findings:
         say(_finding_line(finding))
-    what = f"{len(found.findings)} problem{'s' * (len(found.findings) != 1)}" if found.findings else "nothing wrong"
+    what = f"{len(found.findings)} problem{'s' * (len(found.findings) != 1)}" if found.findings else "no problems"
     say(f"{found.datasets} datasets, {found.parts} parts, {size(found.n_bytes)} checked: {what}")
 
 
@@ -324,10 +324,10 @@ def _finding_line(finding: "Finding") -> str:
 
 
 def show_repair(done: "Repair") -> None:
-    """What a repair made again, and what it could not mend."""
+    """Show what a repair made again, and what it could not repair."""
     for kind, name, part in done.made:
         changed = done.different.get((kind, name, part))
-        how = f"made again, but not as it was: {', '.join(changed)} differ" if changed else "made again"
+        how = f"made again, but different from before: {', '.join(changed)}" if changed else "made again"
         say(f"{kind}/{name} part {part}: {how}")
     for finding in done.left:
         say(f"not repaired: {_finding_line(finding)}")
@@ -336,7 +336,7 @@ def show_repair(done: "Repair") -> None:
 
 
 def show_leftovers(found: "list[Leftover]", *, deleted: bool) -> None:
-    """What nothing refers to."""
+    """Show the files that nothing refers to."""
     from ..pipeline.progress import size
 
     for leftover in found:
@@ -345,11 +345,11 @@ def show_leftovers(found: "list[Leftover]", *, deleted: bool) -> None:
     if deleted:
         say(f"{len(found)} removed, {total}")
     else:
-        say(f"{len(found)} to remove, {total}. " + ("Nothing was changed; to remove it: --delete" if found else "Nothing to do."))
+        say(f"{len(found)} to remove, {total}. " + ("Nothing was changed. Remove them with --delete." if found else "Nothing to do."))
 
 
 def show_usage(found: "list[Usage]", *, as_json: bool) -> None:
-    """What each dataset and each of its arrays takes up."""
+    """Show the size of each dataset and of each of its arrays."""
     from ..pipeline.progress import size
 
     total = sum(item.n_bytes for item in found)
@@ -366,7 +366,7 @@ def show_usage(found: "list[Usage]", *, as_json: bool) -> None:
 
 
 def show_table(columns: list[str], rows: list[list[str]], *, right: Sequence[bool] | None = None) -> None:
-    """A table; `right` says which columns are aligned right, by default all but the first."""
+    """Show a table. `right` says which columns are right-aligned; by default all but the first."""
     _console().print(_table(columns, rows, right=right))
 
 

@@ -1,6 +1,6 @@
-"""Talking with a chat model: what `fuseline chat` does.
+"""Chat with a model: `fuseline chat`.
 
-A prompt is read as conversations are in training: control tokens come from the chat template, and what is typed stays text.
+A prompt is read like the conversations in training: control tokens come from the chat template, and user input stays text.
 """
 
 import codecs
@@ -31,26 +31,26 @@ class ChatModel:
         """Load a model folder in the Hugging Face format, in the number format of its config.json.
 
         Raises:
-            DataError: it cannot be used.
-            UsageError: it has no chat template.
+            DataError: the model cannot be used.
+            UsageError: the model has no chat template.
         """
         from transformers import GenerationConfig
 
         from ..ingest.forward import CausalModel
 
         if not folder.is_dir():
-            raise UsageError(f"There is no folder {folder}. Name a model's folder, an export say: workspaces/NAME/exports/NAME.")
+            raise UsageError(f"Give the folder of a model, such as workspaces/NAME/exports/NAME. There is no folder {folder}.")
         files = ModelFolder(ModelConfig(name="chat", model=str(folder)), folder).check()
         template = ChatTemplate.of_model(folder, tokenizer=files.tokenizer, date=ChatConfig().date)
         if template is None:
-            raise UsageError(f"{folder} has no chat template: it was not trained to chat.")
+            raise UsageError(f"Choose a chat model: {folder} has no chat template.")
         self.context_length = files.context_length
         self._tokenizer, self._template = files.tokenizer, template
         self._reader = ConversationsReader(files.tokenizer, template=template, rendering="shared")
         dtype = files.stored_dtype
         self._loaded = CausalModel(folder, dtype=dtype, arithmetic=arithmetic_for(dtype), trust_remote_code=False)
         self._stops = self._stops_of(self._loaded.model.generation_config.eos_token_id)
-        # What the model's own generation_config.json says of penalties, beams and the like is left aside: transformers would apply it.
+        # Ignore penalties, beams and the like in the model's generation_config.json: transformers would apply them.
         self._loaded.model.generation_config = GenerationConfig()
 
     def answer(
@@ -60,13 +60,13 @@ class ChatModel:
 
         Args:
             conversation: the last message is the user's.
-            show: gets whole characters.
-            max_tokens: most tokens of the answer.
+            show: gets complete characters only.
+            max_tokens: maximum number of tokens in the answer.
             temperature: divides the logits; 0 takes the most probable token each time.
-            seed: of the choice of tokens; by default another each time.
+            seed: for sampling tokens; by default a different one each time.
 
         Raises:
-            UsageError: the chat template refuses the conversation, or it is longer than the model's context.
+            UsageError: the chat template refuses the conversation, or the conversation is longer than the model's context.
         """
         import torch
         from transformers import GenerationConfig
@@ -74,11 +74,11 @@ class ChatModel:
         try:
             prompt = self._reader.encode([self._template.prompt(conversation)]).segments.token_ids_T.tolist()
         except RefusedConversation as error:
-            raise UsageError(f"The model cannot be asked this: {error}.") from error
+            raise UsageError(f"The model cannot answer this: {error}.") from error
         if self.context_length is not None and len(prompt) + max_tokens > self.context_length:
             raise UsageError(
                 f"The conversation ({len(prompt)} tokens) and --max-tokens ({max_tokens}) must together be at most the model's context "
-                f"({self.context_length}). Take fewer, or begin anew (/reset)."
+                f"({self.context_length}). Lower --max-tokens, or start a new conversation with /reset."
             )
         if seed is not None:
             torch.manual_seed(seed)
@@ -90,13 +90,13 @@ class ChatModel:
         return text.so_far
 
     def _stops_of(self, eos: Any) -> list[int]:
-        """The tokens that end an answer; `eos` is what generation_config.json says."""
+        """The tokens that end an answer; `eos` is the value in generation_config.json."""
         found = [self._reader.end_of_turn_id, self._tokenizer.roles["eos"], *(eos if isinstance(eos, list) else [eos])]
         return list(dict.fromkeys(token_id for token_id in found if type(token_id) is int))
 
 
 class _Text:
-    """Turns tokens into text as they come; transformers calls it a streamer."""
+    """Decodes tokens to text as they arrive; transformers calls it a streamer."""
 
     def __init__(self, tokenizer: Tokenizer, *, show: Callable[[str], None], n_skipped: int) -> None:
         self._bytes, self._show, self._n_skipped = tokenizer.token_bytes, show, n_skipped
@@ -104,7 +104,7 @@ class _Text:
         self.so_far = ""
 
     def put(self, value: "torch.Tensor") -> None:
-        """Take the next tokens; the prompt's come first."""
+        """Take the next tokens. The first call passes the prompt."""
         for token_id in value.flatten().tolist():
             if self._n_skipped:
                 self._n_skipped -= 1
@@ -112,7 +112,7 @@ class _Text:
                 self._say(self._decoder.decode(self._bytes[token_id]))
 
     def end(self) -> None:
-        """No token follows."""
+        """Take the end of the tokens."""
         self._say(self._decoder.decode(b"", final=True))
 
     def _say(self, text: str) -> None:
@@ -122,12 +122,12 @@ class _Text:
 
 
 def talk(model: ChatModel, *, system: str | None, show: Callable[[str], None], **how: Any) -> None:
-    """Ask and answer in turn until the user leaves: at a prompt, or a question for each line of the standard input.
+    """Answer questions until the user leaves: at a prompt, or one question for each line of the standard input.
 
     Args:
-        model: that answers.
-        system: a message that comes before all others.
-        show: gets the text of answers as it comes.
+        model: the model that answers.
+        system: a message placed before all others.
+        show: gets the text of answers as it is generated.
         how: the other arguments of `ChatModel.answer`.
     """
     first = (Message("system", system),) if system else ()
@@ -160,6 +160,6 @@ def _questions() -> Iterator[str]:
         try:
             yield session.prompt()
         except KeyboardInterrupt:
-            continue  # drops the line, as shells do
+            continue  # drops the line, like a shell
         except EOFError:
             return

@@ -1,4 +1,4 @@
-"""`fuseline merge`: models of one architecture become one, in parameter space."""
+"""`fuseline merge`: merge models of one architecture in parameter space."""
 
 import json
 import math
@@ -14,7 +14,7 @@ from .console import show_table
 from .options import models_option
 from .terminal import say
 
-if TYPE_CHECKING:  # what a command needs is imported when it runs, so that --help is quick
+if TYPE_CHECKING:  # a command imports what it needs when it runs, so that --help is fast
     from ..ingest.models import ModelFolder
     from ..train.merging.merge import MergeReport
     from .merge_request import MergeRequest
@@ -23,7 +23,7 @@ if TYPE_CHECKING:  # what a command needs is imported when it runs, so that --he
 @click.command("merge")
 @click.argument("file", type=click.Path(dir_okay=False, path_type=Path))
 @click.option(
-    "--output", "-o", type=click.Path(file_okay=False, path_type=Path), required=True, help="Folder to make, for the merged model."
+    "--output", "-o", type=click.Path(file_okay=False, path_type=Path), required=True, help="New folder for the merged model."
 )
 @models_option
 @click.option("--json", "as_json", is_flag=True, help="For scripts.")
@@ -33,7 +33,7 @@ def merge_command(file: Path, output: Path, models_dir: Path, as_json: bool) -> 
     FILE is TOML, or mergekit's YAML (.yaml, .yml). It names the models, as folders relative to it or by their ids on the Hugging Face hub,
     and the method: linear, slerp, task_arithmetic, ties, dare_linear, dare_ties, varm, sce. docs/merging.md has the formulas.
 
-    Memory does not grow with the models. The folder appears in one step, when it is complete.
+    Memory use does not grow with the size of the models. The folder appears only when it is complete.
 
     Example:  fuseline merge merge.toml -o models/merged
     """
@@ -54,13 +54,13 @@ def merge_command(file: Path, output: Path, models_dir: Path, as_json: bool) -> 
         _show_nothing_to_do(output, stored, as_json=as_json)
         return
     if output.exists():
-        raise UsageError(f"--output ({output}) must be a folder that is not there yet: it holds something else than this merge.")
+        raise UsageError(f"--output ({output}) must be a new folder: it exists and is not the output of this merge.")
     report = _merge(request, base=base, models=models, output=output, identity=identity)
     _show(report, as_json=as_json)
 
 
 def _found(request: "MergeRequest", *, folder_of_file: Path, models_dir: Path) -> "tuple[ModelFolder | None, dict[str, ModelFolder]]":
-    """The models' folders, checked."""
+    """Find and check the models' folders."""
     from ..ingest.models import find_model, require_different_folders
 
     def find(config: Any) -> "ModelFolder":
@@ -73,7 +73,7 @@ def _found(request: "MergeRequest", *, folder_of_file: Path, models_dir: Path) -
         layers = model.hf_config.get("num_hidden_layers")
         if request.n_layers is not None and layers != request.n_layers:
             raise UsageError(
-                f"slices: layer_range ([0, {request.n_layers}]) must be all layers of {name} ({layers}): models are merged whole."
+                f"slices: layer_range ([0, {request.n_layers}]) must cover all layers of {name} ({layers}): only whole models can be merged."
             )
     return base, models
 
@@ -103,7 +103,7 @@ def _merge(
             on_progress=follow,
         )
     for warning in report.warnings:
-        progress.say(f"Beware: {warning}.")
+        progress.say(f"Warning: {warning}.")
     return report
 
 
@@ -142,11 +142,11 @@ def _show_nothing_to_do(output: Path, stored: Mapping[str, Any], *, as_json: boo
         record = {"output": str(output), "done": "nothing to do", "tensors": len(stored["tensors"]), "warnings": stored["warnings"]}
         say(json.dumps(record, indent=1))
     else:
-        say(f"{output} is this merge already: nothing to do.")
+        say(f"{output} already has this merge: nothing to do.")
 
 
 def _groups(report: "MergeReport") -> list[dict[str, Any]]:
-    """Tensors of the same part of all layers together; weights and shares are means over their positions."""
+    """Rows that group the tensors of the same kind over all layers; weights and shares are means over their parameters."""
     groups: dict[str, list[Any]] = {}
     for tensor in report.tensors:
         inside = re.search(r"\.\d+\.([^.]+)", tensor.name)

@@ -1,4 +1,4 @@
-"""The file of a merge: TOML, or mergekit's YAML (`mergekit_file.py`); read and checked as a whole."""
+"""The file of a merge: TOML, or mergekit's YAML (`mergekit_file.py`). It is read and checked as a whole."""
 
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ class _Model(BaseModel):
 
 
 class _Models(BaseModel):
-    """The keys of `[merge]` that say what is merged; the others are those of `MergeConfig`."""
+    """The keys of `[merge]` that name the models; `MergeConfig` has the others."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
@@ -37,15 +37,15 @@ class _Models(BaseModel):
     tokenizer: str | None = None
 
 
-_PER_MODEL = {"weights": "weight", "densities": "density"}  # keys of MergeConfig that a merge's file says with each model
+_PER_MODEL = {"weights": "weight", "densities": "density"}  # keys of MergeConfig that the merge file sets for each model
 _KEYS = sorted({*_Models.model_fields, *MergeConfig.model_fields} - _PER_MODEL.keys())  # of [merge]
 
 
 def load_merge_file(path: Path) -> MergeRequest:
-    """Read `FILE.toml`, or what mergekit reads: `FILE.yaml`, `FILE.yml`.
+    """Read `FILE.toml`, or a mergekit file: `FILE.yaml`, `FILE.yml`.
 
     Raises:
-        UsageError: it cannot be read, or something in it is wrong or is not offered here; the text names it.
+        UsageError: the file cannot be read, or a value is wrong or not supported; the text names it.
     """
     text = read_user_text(path, what=f"The merge file {path}")
     if path.suffix in {".yaml", ".yml"}:
@@ -67,7 +67,7 @@ def _request(section: dict[str, Any], *, problems: list[tuple[KeyPath, str]]) ->
 
     for key, of_model in _PER_MODEL.items():
         if key in section:
-            note((key,), f"say it as `{of_model}` in each of [[merge.models]]")
+            note((key,), f"remove it, and set `{of_model}` in each of [[merge.models]]")
     of_models = {key: section[key] for key in _Models.model_fields if key in section}
     settings = {key: value for key, value in section.items() if key not in {*_Models.model_fields, *_PER_MODEL}}
     found = _validated(_Models, of_models, note=note)
@@ -77,7 +77,7 @@ def _request(section: dict[str, Any], *, problems: list[tuple[KeyPath, str]]) ->
     names = [model.name for model in found.models]
     for index, name in enumerate(names):
         if name in names[:index]:
-            note(("models", index, "name"), f"{name!r} is the name of another model too: each needs one of its own")
+            note(("models", index, "name"), f"{name!r} is also the name of another model: give each model a unique name")
     if found.tokenizer is not None and found.tokenizer not in names:
         note(("tokenizer",), f"{found.tokenizer!r} must be one of the models: {', '.join(names)}")
     for key, of_model in _PER_MODEL.items():

@@ -1,4 +1,4 @@
-"""What the file of a merge asks for, in whichever format it is written."""
+"""What a merge file asks for, independent of its format."""
 
 from dataclasses import dataclass
 
@@ -8,10 +8,10 @@ from ..train.merging.config import MergeConfig
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MergeRequest:
-    """What a file asks for."""
+    """The content of a merge file."""
 
     config: MergeConfig
     base: ModelConfig | None
     models: tuple[ModelConfig, ...]
     tokenizer: str | None = None  # name of the model whose tokenizer is copied; None: the base's
-    n_layers: int | None = None  # layers that the models must have, where the file says which ones are merged
+    n_layers: int | None = None  # number of layers that the models must have, if the file states it

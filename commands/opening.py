@@ -1,4 +1,4 @@
-"""How commands open what they work on: a recipe's pipeline with its workspace, or a workspace alone."""
+"""Opens what a command works on: a recipe's pipeline with its workspace, or only a workspace."""
 
 import functools
 from contextlib import contextmanager
@@ -9,7 +9,7 @@ from ..store.errors import UsageError
 from .console import show_addition
 from .options import WORKSPACES, RecipeOptions, default_workspace
 
-if TYPE_CHECKING:  # what a command needs is imported when it runs, so that --help is quick
+if TYPE_CHECKING:  # a command imports what it needs when it runs, so that --help is fast
     from collections.abc import Iterator
 
     from ..pipeline.added_source import AddedSource
@@ -26,14 +26,14 @@ def open_pipeline(
     added: "AddedSource | None" = None,
     variant: str | None = None,
 ) -> "Iterator[Pipeline]":
-    """Check the recipe, become the workspace's coordinator, bring its catalog up to date, and hand out the pipeline.
+    """Check the recipe, become the workspace's coordinator, update its catalog, and yield the pipeline.
 
     Args:
-        options: of the command.
-        fold: whether to bring the catalog up to date.
-        makes_parts: an executor that is not available here is then reported at once, before hours are spent on something else.
-        added: a source that is written into the recipe when all models were found, can read the corpus, and the target can be trained.
-        variant: makes only what this variant of the recipe needs.
+        options: the command's options.
+        fold: whether to update the catalog.
+        makes_parts: if true, an executor that is not available is reported at once, before hours of other work.
+        added: a source; it is written into the recipe after checks that all models exist and can read the corpus, and the target can train.
+        variant: if given, only what this variant of the recipe needs is made.
     """
     from ..pipeline.recipe_file import load_recipe
 
@@ -73,10 +73,10 @@ def open_pipeline(
 
 
 def open_workspace(workspace: Path | None) -> "Workspace":
-    """The workspace that is named, or the only one in `workspaces/`.
+    """Open the named workspace, or the only one in `workspaces/`.
 
     Raises:
-        UsageError: it is not there, or there is no one such.
+        UsageError: it does not exist; or none is named, and `workspaces/` does not have exactly one.
     """
     from ..store.workspace import Workspace
 
@@ -84,14 +84,14 @@ def open_workspace(workspace: Path | None) -> "Workspace":
         found = sorted(path.parent for path in WORKSPACES.glob("*/workspace.json"))
         if len(found) != 1:
             if not found:
-                raise UsageError("There is no workspace in workspaces/. Make one with `fuseline run RECIPE`, or name one with --workspace.")
+                raise UsageError("Make a workspace with `fuseline run RECIPE`, or name one with --workspace. There is none in workspaces/.")
             names = ", ".join(map(str, found))
-            raise UsageError(f"Say which workspace with --workspace (or FUSELINE_WORKSPACE); in workspaces/ there are: {names}.")
+            raise UsageError(f"Choose a workspace with --workspace (or FUSELINE_WORKSPACE). workspaces/ has: {names}.")
         (workspace,) = found
     return Workspace.open(workspace)
 
 
 def workspace_of(recipe: Path | None) -> Path | None:
-    """The workspace that a recipe has unless another one is named, if it is there."""
+    """The default workspace of a recipe, if it exists."""
     folder = default_workspace(recipe) if recipe else None
     return folder if folder and (folder / "workspace.json").exists() else None

@@ -1,4 +1,4 @@
-"""What the commands have in common: their options, and how a user's error is shown."""
+"""What the commands share: their options, and how they show a user's error."""
 
 import errno
 import functools
@@ -18,7 +18,7 @@ from ..store.paths import expanded
 from ..store.shown import harmless
 from .terminal import say
 
-WORKSPACES = Path("workspaces")  # of the current folder: what holds workspaces that are not named
+WORKSPACES = Path("workspaces")  # in the current folder: the default parent of workspaces
 _LEAST_SIZE = 1_000_000  # bytes
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -30,32 +30,32 @@ class _Shown(click.ClickException):
 
 
 class _ClosedStream(io.TextIOBase):
-    """Stands for a standard output that the caller has closed."""
+    """Replaces a standard output that the caller has closed."""
 
     @property
     def buffer(self) -> Self:
-        """What bytes would be written to."""
+        """The stream for bytes."""
         return self
 
     def write(self, _: object) -> int:
-        """Nothing can be."""
+        """Raise OSError: nothing can be written."""
         raise OSError(errno.EBADF, "The standard output is closed", "redirect it to a file, or to /dev/null")
 
 
 def prepare_streams() -> None:
-    """Make the standard streams safe to write to: what their encoding lacks becomes `?`, and closed ones give a message.
+    """Make the standard streams safe: characters that their encoding lacks become `?`, and a closed output gives an error message.
 
-    The numbers of closed ones are taken, or the next file that is opened would get what a library prints.
+    Reopen closed file descriptors. Otherwise the next file that is opened would receive what a library prints.
     """
     while (taken := os.open(os.devnull, os.O_RDWR)) <= 2:
         pass
     os.close(taken)
     if sys.stdin is None:
-        sys.stdin = open(os.devnull)  # noqa: SIM115  # as below
+        sys.stdin = open(os.devnull)  # noqa: SIM115  # see below
     if sys.stdout is None:
         sys.stdout = _ClosedStream()
     if sys.stderr is None:
-        sys.stderr = open(os.devnull, "w")  # noqa: SIM115  # for as long as the process lives
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115  # open until the process ends
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
@@ -82,13 +82,13 @@ SIZE = _Size()
 
 
 class Group(click.Group):
-    """Shows a user's error as one message, without a traceback."""
+    """A group of commands that shows a user's error as one message, without a traceback."""
 
     def main(self, *args: Any, **kwargs: Any) -> Any:
         prepare_streams()
         try:
             return super().main(*args, **kwargs)
-        except OSError as error:  # in what click itself prints, as the help
+        except OSError as error:  # in text that click prints, such as the help
             say(f"Error: {error.strerror or error}.", err=True)
             sys.exit(1)
 
@@ -98,17 +98,17 @@ class Group(click.Group):
         except FuselineError as error:
             raise _Shown(str(error), exit_code=error.exit_code) from error
         except BrokenPipeError:
-            raise  # click ends quietly when nobody reads on
+            raise  # click exits silently if nobody reads the output
         except OSError as error:
             where = f" ({error.filename})" if error.filename else ""
-            text = f"{error.strerror or error}{where}. What was committed before is safe: correct this, and run the same command again."
+            text = f"{error.strerror or error}{where}. Fix this, and run the same command again. Committed parts are safe."
             raise _Shown(text, exit_code=1) from error
         except KeyboardInterrupt:
-            raise _Shown("Stopped. Finished parts and checkpoints are kept: run the same command again to go on.", exit_code=130) from None
+            raise _Shown("Stopped. Run the same command again to continue: finished parts and checkpoints are kept.", exit_code=130) from None
 
 
 class StageGroup(click.Group):
-    """A stage that has commands beside it: `fuseline align RECIPE` is `fuseline align run RECIPE`."""
+    """A stage with further commands: `fuseline align RECIPE` means `fuseline align run RECIPE`."""
 
     def parse_args(self, context: click.Context, args: list[str]) -> list[str]:
         if args and args[0] not in self.commands and args[0] not in context.help_option_names:
@@ -121,7 +121,7 @@ class StageGroup(click.Group):
 
 
 def models_default() -> Path:
-    """Folder in which models are looked for."""
+    """The default folder of models."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or expanded("~/.cache"))
     return Path(os.environ.get("FUSELINE_MODELS", cache / "fuseline" / "models"))
 
@@ -132,13 +132,13 @@ models_option = click.option(
     type=click.Path(file_okay=False, path_type=Path),
     default=models_default,
     show_default="$FUSELINE_MODELS or ~/.cache/fuseline/models",
-    help="Folder with models, as OWNER/NAME, OWNER--NAME or NAME; it is searched before the Hugging Face hub.",
+    help="Folder of models (OWNER/NAME, OWNER--NAME or NAME); it is searched before the Hugging Face hub.",
 )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RecipeOptions:
-    """What a command that makes something of a recipe is given."""
+    """The options of a command that makes a recipe's products."""
 
     recipe: Path
     workspace: Path | None
@@ -148,22 +148,22 @@ class RecipeOptions:
 
     @property
     def workspace_folder(self) -> Path:
-        """The workspace that is named, or the recipe's."""
+        """The named workspace, or the recipe's default."""
         return self.workspace or default_workspace(self.recipe)
 
 
 def default_workspace(recipe: Path) -> Path:
-    """The workspace of a recipe where none is named."""
+    """The default workspace of a recipe."""
     return WORKSPACES / recipe.stem
 
 
 def recipe_options(command: Command) -> Command:
-    """RECIPE, --workspace and --models: the command takes them as its first argument, a `RecipeOptions`."""
+    """Add RECIPE, --workspace and --models. The command gets them as its first argument, a `RecipeOptions`."""
     return _with_options(command, _RECIPE_OPTIONS)
 
 
 def parts_options(command: Command) -> Command:
-    """The same, and --executor and --workers, of a command that makes parts."""
+    """Add the same options, and --executor and --workers, to a command that makes parts."""
     return _with_options(command, (*_RECIPE_OPTIONS, *_EXECUTOR_OPTIONS))
 
 
@@ -196,9 +196,9 @@ _EXECUTOR_OPTIONS: tuple[Callable[[Any], Any], ...] = (
     click.option(
         "--executor",
         type=click.Choice(["local", "slurm", "ray"]),
-        help="What runs the parts: processes here, a Slurm job array, or a Ray cluster. Overrides the recipe.",
+        help="Where parts run: processes here, a Slurm job array, or a Ray cluster. Overrides the recipe.",
     ),
-    click.option("--workers", type=click.IntRange(min=1), help="Parts computed at the same time. Overrides the recipe."),
+    click.option("--workers", type=click.IntRange(min=1), help="Number of parts computed at the same time. Overrides the recipe."),
 )
 
 

@@ -22,26 +22,26 @@ _KEYWORDS = """
     ELSE END UNION DESC ASC OVER PARTITION QUALIFY DESCRIBE SUMMARIZE EXPLAIN ANALYZE
     count avg sum min max median quantile_cont exp ln unnest list_contains"""
 _HELP = """\
-End a statement with ; and press Enter. Tab completes names, the up arrow brings back what was asked before.
+End a statement with ; and press Enter. Tab completes names, the up arrow recalls earlier statements.
 .tables           tables and their columns
-.stats on|off     say after each query what was read
-.exit             leave (or Ctrl-D)"""
+.stats on|off     show after each query what was read
+.exit             exit (or Ctrl-D)"""
 
 
 def history_file() -> Path:
-    """Where what was asked is kept between sessions."""
+    """The file that keeps statements between sessions."""
     state = Path(os.environ.get("XDG_STATE_HOME") or expanded("~/.local/state"))
     return state / "fuseline" / "sql_history"
 
 
 def ask_repeatedly(database: Database, *, show: Callable[[str], None], show_stats: Callable[[], None], stats: bool) -> None:
-    """Read statements and show their results until the user leaves. Between two statements the catalog is not held.
+    """Read statements and show their results until the user exits. Between two statements the catalog is not locked.
 
     Args:
-        database: what is asked.
+        database: the database to query.
         show: runs a statement and shows its result.
-        show_stats: shows what the last one read.
-        stats: whether to, from the beginning.
+        show_stats: shows what the last statement read.
+        stats: whether to show the statistics from the start.
     """
     session: PromptSession[str] = PromptSession(
         "fuseline> ",
@@ -52,12 +52,12 @@ def ask_repeatedly(database: Database, *, show: Callable[[str], None], show_stat
         multiline=True,
         prompt_continuation="      ... ",
     )
-    say(f"{database.layout.root}: SQL over everything that is stored; .help says more.")
+    say(f"{database.layout.root}: SQL over all stored data. Type .help for help.")
     while True:
         try:
             text = session.prompt().strip()
         except KeyboardInterrupt:
-            continue  # drops the line, as shells do
+            continue  # drops the line, like a shell
         except EOFError:
             return
         match text.rstrip(";").split():
@@ -73,7 +73,7 @@ def ask_repeatedly(database: Database, *, show: Callable[[str], None], show_stat
             case [".help"]:
                 say(_HELP)
             case [first, *_] if first.startswith("."):
-                say(f"{text} is no command of the prompt.\n{_HELP}", err=True)
+                say(f"Unknown command: {text}.\n{_HELP}", err=True)
             case _:
                 try:
                     show(text)
@@ -89,11 +89,11 @@ def ask_repeatedly(database: Database, *, show: Callable[[str], None], show_stat
 def _history(path: Path) -> History:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.parent.chmod(0o700)  # queries may hold what nobody else should read
+        path.parent.chmod(0o700)  # queries may contain private text
         path.touch(0o600)
         path.chmod(0o600)
     except OSError as error:
-        say(f"{path} cannot be written ({error.strerror}): what is asked here is not kept for the next session.", err=True)
+        say(f"{path} cannot be written ({error.strerror}): statements of this session are not kept.", err=True)
         return InMemoryHistory()
     return FileHistory(str(path))
 

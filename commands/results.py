@@ -1,4 +1,4 @@
-"""The result of a query, written batch by batch: as a table to look at, csv, json or parquet."""
+"""Writes the result of a query batch by batch: as a table, csv, json or parquet."""
 
 import json
 import math
@@ -24,34 +24,34 @@ from .console import show_table
 from .terminal import binary_output, say
 
 _Write = Callable[[Answer, BinaryIO], None]
-_SHOWN_ROWS = 1000  # of a table: more cannot be looked at, and its columns' widths must be known before the first row
-_LEAST_WIDTH = 8  # of a column: a table with narrower ones is shown row by row instead
+_SHOWN_ROWS = 1000  # of a table: nobody reads more, and the widths of its columns must be known before the first row
+_LEAST_WIDTH = 8  # of a column: a table with narrower columns is shown row by row
 
 
 def style_for(style: str | None, *, output: Path | None) -> str:
-    """The format to write: what was asked for, else what the file's name says, else a table.
+    """The format to write: the given one, else the one of the file's name, else a table.
 
     Raises:
-        UsageError: it does not go with the output.
+        UsageError: the format does not fit the output.
     """
     if output is None:
         if style == "parquet":
             raise UsageError("--format parquet needs --output FILE.")
         return style or "table"
     if not output.parent.is_dir():
-        raise UsageError(f"--output ({output}): there is no folder {output.parent}.")
+        raise UsageError(f"--output ({output}): the folder {output.parent} does not exist.")
     require_outside_workspaces(output, what="--output")
     chosen = style or output.suffix.removeprefix(".")
     if chosen not in {"csv", "json", "parquet"}:
-        raise UsageError(f"--output ({output}) needs --format csv, json or parquet, or a name that ends so.")
+        raise UsageError(f"--output ({output}) needs --format csv, json or parquet, or a name with one of these endings.")
     return chosen
 
 
 def write_result(answer: Answer | None, *, style: str, output: Path | None) -> None:
-    """Write a result as it comes, to a file or the standard output; in a table, its beginning. A statement without a result writes nothing.
+    """Stream a result to a file or the standard output; a table shows only its first rows. A statement without a result writes nothing.
 
     Raises:
-        UsageError: the format has no place for one of its values.
+        UsageError: the format cannot hold one of the values.
     """
     if answer is None:
         return
@@ -62,11 +62,11 @@ def write_result(answer: Answer | None, *, style: str, output: Path | None) -> N
         write: _Write = {"json": _write_json, "parquet": _write_parquet}.get(style, _write_csv)
         with _opened(output) as file:
             write(answer, file)
-    except UsageError:  # of the output file
+    except UsageError:  # about the output file
         raise
     except (pl.exceptions.PolarsError, pl.exceptions.PanicException, ValueError, OverflowError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UsageError(f"The result cannot be written as {style}: {reason}. Cast the column to a plain type, VARCHAR, say.") from error
+        raise UsageError(f"Cast the column to a plain type, for example VARCHAR: the result cannot be written as {style} ({reason}).") from error
 
 
 @contextmanager
@@ -82,7 +82,7 @@ def _opened(output: Path | None) -> Iterator[BinaryIO]:
 
 
 def _write_csv(answer: Answer, file: BinaryIO) -> None:
-    """Lists, structs and bytes as JSON."""
+    """Write csv, with lists, structs and bytes as JSON."""
     for index, frame in enumerate(_frames(answer)):
         as_json = [name for name, kind in frame.schema.items() if kind.is_nested() or kind == pl.Binary]
         texts = [pl.Series(name, [_cell_text(value) for value in frame[name].to_list()], dtype=pl.String) for name in as_json]
@@ -90,7 +90,7 @@ def _write_csv(answer: Answer, file: BinaryIO) -> None:
 
 
 def _write_json(answer: Answer, file: BinaryIO) -> None:
-    """One array of objects, a line each; JSON has no NaN and no infinity, which become null."""
+    """Write one array with an object per line. NaN and infinity become null, because JSON has neither."""
     before = "[\n"
     for frame in _frames(answer):
         for row in frame.iter_rows(named=True):
@@ -106,7 +106,7 @@ def _write_parquet(answer: Answer, file: BinaryIO) -> None:
 
 
 def _frames(answer: Answer) -> Iterator[pl.DataFrame]:
-    """The batches, after an empty one, which has the columns."""
+    """An empty frame that has the columns, then the batches."""
     for table in chain([answer.schema.empty_table()], answer):
         yield pl.DataFrame(pl.from_arrow(table))
 
@@ -116,7 +116,7 @@ def _json(value: Any) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """A value of types that JSON has: others as text, bytes that are not UTF-8 as `\\xe2`."""
+    """A value in JSON's types: other types become text, and bytes that are not UTF-8 become `\\xe2`."""
     match value:
         case float():
             return value if math.isfinite(value) else None
@@ -153,7 +153,7 @@ def _show_beginning(answer: Answer) -> None:
         numeric = [pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_decimal(kind) for kind in answer.schema.types]
         show_table(columns, rows, right=numeric)
     if n_rows > _SHOWN_ROWS:
-        say(f"These are the first {_SHOWN_ROWS:,} rows; for all of them, use --format csv, json or parquet.")
+        say(f"Only the first {_SHOWN_ROWS:,} rows are shown. For all rows, use --format csv, json or parquet.")
 
 
 def _show_row_by_row(columns: list[str], rows: list[list[str]]) -> None:
@@ -166,7 +166,7 @@ def _show_row_by_row(columns: list[str], rows: list[list[str]]) -> None:
 
 
 def _shown(value: Any) -> str:
-    """A value in a table: numbers short, and a text in quotes where white space could not be seen otherwise."""
+    """A value in a table: short numbers, and text in quotes if it has white space that would be invisible."""
     if isinstance(value, float):
         return f"{value:.6g}"
     text = _cell_text(value) or ""
@@ -174,7 +174,7 @@ def _shown(value: Any) -> str:
 
 
 def _cell_text(value: Any) -> str | None:
-    """A value that is no number as one text."""
+    """The text of a value that is not a number."""
     if value is None:
         return None
     plain = _plain(value)

@@ -1,4 +1,4 @@
-"""`fuseline store`: the commands that care for the workspace."""
+"""`fuseline store`: the commands that maintain the workspace."""
 
 from pathlib import Path
 
@@ -12,7 +12,7 @@ from .terminal import say
 
 @click.group()
 def store() -> None:
-    """Look after the workspace: check, repair, clean up."""
+    """Maintain the workspace: check, repair, clean up."""
 
 
 @store.command()
@@ -27,7 +27,7 @@ def rebuild(workspace: Path | None) -> None:
     opened = open_workspace(workspace)
     with opened.coordinator():
         catalog.rebuild(opened)
-    say(f"{opened.catalog_path} is made again.")
+    say(f"Made {opened.catalog_path} again.")
 
 
 @store.command()
@@ -35,9 +35,9 @@ def rebuild(workspace: Path | None) -> None:
 @click.option("--full", is_flag=True, help="Read everything: checksums of all files, contents of all arrays, texts.")
 @click.option("--json", "as_json", is_flag=True, help="For scripts.")
 def verify(workspace: Path | None, full: bool, as_json: bool) -> None:
-    """List what is damaged, missing or does not fit together, with what to do.
+    """List data that is damaged, missing or inconsistent, and how to fix it.
 
-    Changes nothing and works while a run is going on. The exit code is 1 if anything is wrong.
+    Changes nothing, and works during a run. The exit code is 1 if there is a problem.
 
     Example:  fuseline store verify --full -w workspaces/demo
     """
@@ -51,12 +51,12 @@ def verify(workspace: Path | None, full: bool, as_json: bool) -> None:
 
 @store.command()
 @parts_options
-@click.option("--full", is_flag=True, help="Also find damage that shows only when everything is read.")
+@click.option("--full", is_flag=True, help="Also find damage that only shows if everything is read.")
 @click.option("--dry-run", is_flag=True, help="Only show what would be made again.")
 def repair(options: RecipeOptions, full: bool, dry_run: bool) -> None:
-    """Make again, with the stages of RECIPE, exactly the parts that are damaged or missing.
+    """Make only the damaged or missing parts again, with the stages of RECIPE.
 
-    Parts that were never made are left to `fuseline run`. A part that comes out different is reported.
+    Parts that were never made are left to `fuseline run`. A part whose content changes is reported.
 
     Example:  fuseline store repair recipes/demo.toml --full
     """
@@ -79,11 +79,11 @@ def repair(options: RecipeOptions, full: bool, dry_run: bool) -> None:
 
 @store.command()
 @workspace_option
-@click.option("--delete", is_flag=True, help="Remove what is listed.")
+@click.option("--delete", is_flag=True, help="Remove the listed files.")
 def gc(workspace: Path | None, delete: bool) -> None:
-    """List what nothing refers to: payloads without a manifest, leftovers of writers that died, tokenizers without a dataset.
+    """List unused files: payloads without a manifest, leftovers of writers that died, tokenizers without a dataset.
 
-    Removes nothing without --delete. What was touched within the last hour is never listed.
+    Removes nothing without --delete. Files that changed within the last hour are never listed.
 
     Example:  fuseline store gc --delete -w workspaces/demo
     """
@@ -103,7 +103,7 @@ def gc(workspace: Path | None, delete: bool) -> None:
 @workspace_option
 @click.option("--json", "as_json", is_flag=True, help="For scripts.")
 def du(workspace: Path | None, as_json: bool) -> None:
-    """Show what each dataset and each of its arrays takes up, in total and per token.
+    """Show the size of each dataset and of each of its arrays, in total and per token.
 
     Example:  fuseline store du -w workspaces/demo
     """

@@ -1,7 +1,7 @@
-"""The edge to the terminal. Names, domains, texts and generated tokens come from strangers: they reach a terminal as text, not as commands.
+"""Output to the terminal. Names, domains, texts and generated tokens are untrusted: they reach a terminal as text, not as commands.
 
-Everything that the command line shows goes through `say` or a `cluster.rich_console.Console`. Files and pipes of csv, JSON and Parquet hold
-what is stored.
+All output of the command line goes through `say` or a `pipeline.rich_console.Console`. Files and pipes of csv, JSON and Parquet have the
+stored data unchanged.
 """
 
 import io
@@ -14,12 +14,12 @@ from ..store.shown import harmless
 
 
 def say(text: str = "", *, err: bool = False, end: str = "\n") -> None:
-    """Show a text on the standard output, or with `err` on the error stream."""
+    """Print a text to the standard output, or with `err` to the error stream."""
     click.echo(f"{harmless(text)}{end}", err=err, nl=False)
 
 
 def binary_output() -> BinaryIO:
-    """The standard output for bytes, which are UTF-8: as they are to a file or pipe, harmless to a terminal."""
+    """The standard output for UTF-8 bytes: unchanged to a file or pipe, made harmless for a terminal."""
     return _Terminal() if sys.stdout.isatty() else sys.stdout.buffer  # type: ignore[return-value]
 
 

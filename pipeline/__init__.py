@@ -1,1 +1,1 @@
-"""A recipe, the graph of what it makes, and what makes it."""
+"""The recipe, the graph of its products, and the pipeline that makes them."""

@@ -1,4 +1,4 @@
-"""A source that is added to a recipe file: one more `[[sources]]` table at its end. Every byte that was there stays."""
+"""Adds a source to a recipe file: one more `[[sources]]` table at its end. No existing byte changes."""
 
 import json
 import os
@@ -22,22 +22,22 @@ from .recipe_file import load_recipe, parse_recipe
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AddedSource:
-    """A recipe with one more source, not written yet."""
+    """A recipe with one more source. It is not written yet."""
 
-    path: Path  # of the recipe
-    recipe: Recipe  # with the source
+    path: Path  # the recipe file
+    recipe: Recipe  # includes the new source
     before: bytes
     after: bytes
 
     def save(self) -> None:
-        """Write the recipe, in one step; what a link leads to is replaced, and not the link.
+        """Write the recipe in one step. If the path is a link, its target is replaced.
 
         Raises:
-            UsageError: it was changed meanwhile.
+            UsageError: the recipe has changed since it was read.
         """
         path = self.path.resolve()
         if path.read_bytes() != self.before:
-            raise UsageError(f"The recipe {self.path} was changed meanwhile. Run the same command again.")
+            raise UsageError(f"Run the same command again: the recipe {self.path} has changed since it was read.")
         with durable.temporary(path) as temporary:
             temporary.write_bytes(self.after)
             shutil.copymode(path, temporary)
@@ -47,29 +47,29 @@ class AddedSource:
 def add_source(
     path: Path, *, name: str, model: str, revision: str | None = None, dtype: str | None = None, chat_template: str | None = None
 ) -> AddedSource:
-    """A recipe with one more source, checked as a whole. A folder is named as it is found from the recipe.
+    """A recipe with one more source, checked as a whole. The path of a model's folder becomes relative to the recipe.
 
     Args:
-        path: the recipe, which fuses pairwise.
-        name: of the source in the workspace.
-        model: id on the hub, or a folder, relative to the working directory.
-        revision: of a hub model.
+        path: the recipe; it must have [merge].
+        name: name of the source in the workspace.
+        model: id on the hub, or a folder relative to the working directory.
+        revision: revision of a hub model.
         dtype: number format of the forward passes.
-        chat_template: `shared` or `own`, of conversations.
+        chat_template: template for conversations: `shared` or `own`.
 
     Raises:
-        UsageError: the recipe is wrong, has no [merge], or cannot take such a source.
+        UsageError: the recipe is wrong or has no [merge], or the source cannot be added.
     """
     recipe = load_recipe(path)
     if recipe.merge is None:
         raise UsageError(
-            f"{path} has no [merge]: its sources are fused all at once, so with one more the targets and the trained model are others. "
-            "Add [merge] to fuse each source by itself, or write the source into the recipe, with other names in [fusion] and [training]."
+            f"{path} has no [merge]: it fuses all sources at once, so a new source changes the targets and the trained model. "
+            "Add [merge] to fuse each source alone, or write the source into the recipe with new names in [fusion] and [training]."
         )
     taken = [each.name for each in recipe.models] + recipe.made_models
     if name in taken:
         command = f"fuseline run {shlex.quote(str(path))}"
-        raise UsageError(f"--name ({name}) must be none of the recipe's names: {', '.join(taken)}. To go on with it: {command}.")
+        raise UsageError(f"--name ({name}) must be a new name; the recipe already has: {', '.join(taken)}. To continue an addition: {command}.")
     given = {"name": name, "model": _from_recipe(model, path=path), "revision": revision, "dtype": dtype, "chat_template": chat_template}
     entry = {key: value for key, value in given.items() if value is not None}
     try:
@@ -83,7 +83,7 @@ def add_source(
 
 
 def _from_recipe(model: str, *, path: Path) -> str:
-    """What the recipe must say of a model that is named in the working directory."""
+    """The name in the recipe of a model that is given relative to the working directory."""
     folder = expanded(model)
     if not folder.is_dir():
         return model
@@ -101,9 +101,9 @@ def _checked(after: bytes, *, entry: dict[str, str], before: bytes, path: Path) 
     was, text = (decode_user_text(data, what=f"The recipe {path}") for data in (before, after))
     stored = parse_toml(was, what=f"The recipe {path}")
     try:
-        now = parse_toml(text, what="With the table, it")
+        now = parse_toml(text, what="With the table, the file")
     except UsageError as error:
-        raise UsageError(f"No table can be added to {path} ({error}) Write its sources as [[sources]] tables, and run it again.") from error
+        raise UsageError(f"Write the sources of {path} as [[sources]] tables, and run the command again. No table can be added to it now ({error})") from error
     assert now == stored | {"sources": [*stored["sources"], entry]}
     try:
         return parse_recipe(text, path=path)

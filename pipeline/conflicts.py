@@ -1,7 +1,7 @@
-"""Names of a recipe under which the workspace has something else already: reported all at once, with names that are free.
+"""Names in a recipe that the workspace already uses for different data. All are reported together, with free names.
 
-Targets and trainings depend on everything before them. With one more source, or another target, they are others than before, while what is
-stored of each model, and its alignment, stays as it is and is used again.
+Targets and trainings depend on everything before them. With one more source, or another target, they change. The stored distributions and
+alignments of each model stay the same and are used again.
 """
 
 import itertools
@@ -22,18 +22,18 @@ _LONG_DIGEST = re.compile(r'"([0-9a-f]{12})[0-9a-f]{52}"')
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Conflict:
-    """One name that is taken."""
+    """A name that is taken."""
 
-    table: str  # of the recipe, with the key that gives the name: `[fusion]`
+    table: str  # table of the recipe with the key that sets the name: `[fusion]`
     key: str
-    name: str  # that they give; what is made with it may have a longer one
-    what: str  # has this name: `targets/fused`, `training fused`
-    folders: Sequence[Path]  # that hold it
-    differences: Sequence[str]  # between what is there and what the recipe asks for
+    name: str  # value of the key; the names of the products may be longer
+    what: str  # the product with this name: `targets/fused`, `training fused`
+    folders: Sequence[Path]  # folders of the product
+    differences: Sequence[str]  # between the stored product and the one in the recipe
 
 
 def conflicts(site: Opened) -> list[Conflict]:
-    """Targets, trainings and merged models of the recipe's names that are of another identity; the corpus must be there."""
+    """Stored targets, trainings and merged models whose identity differs from the recipe's. The corpus must be there."""
     found = []
     for product in site.graph:
         if isinstance(product, Targets):
@@ -63,21 +63,21 @@ def conflicts(site: Opened) -> list[Conflict]:
 
 
 def require_free(found: Sequence[Conflict], *, layout: Layout) -> None:
-    """Raise what is taken, if anything is.
+    """Raise if a name is taken.
 
     Raises:
-        FingerprintMismatch: with each difference, and a name for each that nothing has.
+        FingerprintMismatch: a name is taken; the text lists each difference, and a free name for each.
     """
     if not found:
         return
-    lines = ["The workspace has something else under names of the recipe:"]
+    lines = ["The workspace already uses names of the recipe for different data:"]
     for conflict in found:
         lines += [f"  {conflict.what}", *(f"    {_short(line)}" for line in conflict.differences)]
-    lines.append("What is stored of each model, and its alignment, is used again. Give what is new names of its own, in the recipe:")
+    lines.append("Set new names in the recipe. Stored distributions and alignments are used again.")
     for (table, key), name in {(conflict.table, conflict.key): conflict.name for conflict in found}.items():
         lines += [f"  {table}", f'  {key} = "{_free_name(name, layout=layout)}"']
     folders = " ".join(str(folder) for conflict in found for folder in conflict.folders if folder.exists())
-    lines.append(f"To make it in place of what is there, remove first: {folders}")
+    lines.append(f"Or remove the old data first: {folders}")
     raise FingerprintMismatch("\n".join(lines))
 
 
@@ -86,7 +86,7 @@ def _short(line: str) -> str:
 
 
 def _free_name(name: str, *, layout: Layout) -> str:
-    """The name with the first number from 2 with which nothing begins: what is made for one source, or for all, is named `<name>-…`."""
+    """The name with the first number from 2 that starts no existing name: products of one source, or of all, are named `<name>-…`."""
     stem = re.sub(r"-\d+$", "", name)
     taken = [path.name for kind in ("targets", "runs", "exports") for path in (layout.root / kind).glob("*")]
     numbered = (f"{stem}-{n}" for n in itertools.count(2))

@@ -1,11 +1,11 @@
-"""The graph of a recipe as text, or in the languages of Graphviz and Mermaid."""
+"""Writes the graph of a recipe as text, or for Graphviz or Mermaid."""
 
 from .graph import Graph
 from .products.product import Product
 
 
 def drawn(graph: Graph, *, style: str) -> str:
-    """The graph: `text` names what each product is made from; `dot` and `mermaid` are for programs that draw."""
+    """The graph: `text` lists the inputs of each product; `dot` and `mermaid` are for drawing programs."""
     match style:
         case "dot":
             return _dot(graph)

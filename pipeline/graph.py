@@ -1,6 +1,6 @@
-"""The graph of everything that a recipe makes, with its variants: what is the same is one product.
+"""The graph of the products of a recipe and its variants. Equal products of several variants are one product.
 
-for product in products(recipe): ...        # in an order in which everything comes after what it is made from
+for product in products(recipe): ...        # each product comes after its inputs
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -18,7 +18,7 @@ from .products.product import Made, Product
 from .products.trained import ModelProduct, Trained
 from .recipe import BASE, Recipe
 
-# All kinds of products, each after those that it is made from.
+# All kinds of products, each after its inputs.
 KINDS: list[type[Product]] = [
     Corpus,
     Distributions,
@@ -40,30 +40,30 @@ class Graph:
     """The products of a recipe and its variants, in order."""
 
     products: tuple[Product, ...]
-    by_variant: dict[str, tuple[Product, ...]]  # the recipe itself is `BASE`
-    recipes: dict[str, Recipe]  # of each variant
+    by_variant: dict[str, tuple[Product, ...]]  # key of the recipe itself: `BASE`
+    recipes: dict[str, Recipe]  # by variant
     _users: dict[Product, list[Recipe]] = field(repr=False)
 
     def __iter__(self) -> Iterator[Product]:
         return iter(self.products)
 
     def of_kind(self, kind: type[Kind]) -> list[Kind]:
-        """The products of a class, in order."""
+        """The products of a class, in graph order."""
         return [product for product in self.products if isinstance(product, kind)]
 
     def users(self, product: Product) -> list[Recipe]:
-        """The recipes that ask for a product."""
+        """The recipes that need a product."""
         return self._users[product]
 
     def variants_of(self, product: Product) -> list[str]:
-        """Names of the variants that ask for a product."""
+        """Names of the variants that need a product."""
         return [name for name, products in self.by_variant.items() if product in products]
 
     def only(self, variant: str) -> "Graph":
-        """What one variant needs.
+        """The graph of one variant.
 
         Raises:
-            UsageError: the recipe has no such variant.
+            UsageError: the recipe does not have the variant.
         """
         if variant not in self.by_variant:
             raise UsageError(f"--variant ({variant}) must be one of: {', '.join(self.by_variant)}.")
@@ -75,7 +75,7 @@ class Graph:
         return self.of_kind(ModelProduct)
 
     def needs_made_model(self, product: Product) -> bool:
-        """Whether a product is a model that is made, or is made from one."""
+        """Whether a product is a model that the recipe makes, or depends on one."""
         return isinstance(product, ModelProduct) or any(map(self.needs_made_model, product.inputs))
 
 
@@ -83,7 +83,7 @@ def products(recipe: Recipe) -> Graph:
     """The graph of a recipe.
 
     Raises:
-        UsageError: two variants give different products one name.
+        UsageError: two variants use the same name for different products.
     """
     known: dict[tuple[object, ...], Product] = {}
     named: dict[tuple[str, str], Product] = {}
@@ -99,12 +99,12 @@ def products(recipe: Recipe) -> Graph:
 
 
 class _Drawing:
-    """The graph of one variant as it is drawn, kind by kind. Implements `Drawing`."""
+    """Builds the graph of one variant, kind by kind. Implements `Drawing`."""
 
     def __init__(
         self, recipe: Recipe, *, variant: str, known: dict[tuple[object, ...], Product], named: dict[tuple[str, str], Product]
     ) -> None:
-        """`known` and `named` hold what the variants before this one ask for, by key and by kind and name."""
+        """`known` and `named` have the products of the earlier variants, by key, and by kind and name."""
         self.recipe, self.variant, self.products = recipe, variant, list[Product]()
         self._known, self._named = known, named
         self._roles: dict[tuple[type[Product], str], Product] = {}
@@ -120,7 +120,7 @@ class _Drawing:
         return [product for product in self.products if isinstance(product, ModelProduct)]
 
     def add(self, product: Product) -> Product:
-        """The product, or the one that is the same and was asked for before. It gets a name that is free."""
+        """Add a product, and return it, or the equal one of an earlier variant. The product gets a free name."""
         found = self._known.get(product.key)
         if found is None:
             found = product
@@ -128,8 +128,8 @@ class _Drawing:
                 found = replace(product, suffix=self.variant)
             if (found.kind, found.name) in self._named:
                 raise UsageError(
-                    f"The variants give {found.kind}/{found.name} to different products. Rename the variant {self.variant!r}, or give it "
-                    "a name of its own."
+                    f"Rename the variant {self.variant!r}, or set a name in it: the variants use {found.kind}/{found.name} for different "
+                    "products."
                 )
             self._known[found.key] = self._named[found.kind, found.name] = found
         self._roles[type(product), product.role] = found
@@ -138,7 +138,7 @@ class _Drawing:
 
 
 def _ordered(found: Iterable[Product]) -> tuple[Product, ...]:
-    """Products after their inputs; those that nothing waits for come last."""
+    """Sort products after their inputs. Those with `is_last` come at the end."""
     ordered: dict[Product, None] = {}
 
     def place(product: Product) -> None:

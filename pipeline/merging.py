@@ -1,4 +1,4 @@
-"""One merge of the pipeline: run, followed, and taken note of."""
+"""Runs one merge of the pipeline, with progress and a record."""
 
 from ..store.workspace import Workspace
 from .products.merged import Merged
@@ -7,7 +7,7 @@ from .progress import Progress
 
 
 def merge(product: Merged, *, site: OpenSite, workspace: Workspace, progress: Progress) -> None:
-    """Merge, with a run in the workspace. The model appears in one step.
+    """Merge, and record a run in the workspace. The model appears in one step.
 
     Raises:
         FuselineError: the models cannot be merged.
@@ -26,7 +26,7 @@ def merge(product: Merged, *, site: OpenSite, workspace: Workspace, progress: Pr
             output=product.export_folder(workspace),
             identity=dict(site.identity(product)),
             lineage=product.lineage(site),
-            tokenizer_of=next(iter(models.values())).folder,  # with the chat template that they were trained in
+            tokenizer_of=next(iter(models.values())).folder,  # includes the chat template of their training
             on_progress=follow,
         )
         run.metrics.update(models=len(models), tensors=len(report.tensors), stored_bytes=report.n_bytes)

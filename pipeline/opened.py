@@ -1,4 +1,4 @@
-"""A workspace that a run has opened: its models are found and checked, datasets are opened or begun, stages can be asked for."""
+"""A workspace that is open for a run. It finds and checks models, opens or starts datasets, and creates stages."""
 
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import replace
@@ -30,7 +30,7 @@ from .recipe import Recipe
 
 
 class Opened:
-    """The graph of a recipe in a workspace. Implements `OpenSite`: to ask for a dataset opens or begins it, and what it is made from."""
+    """The graph of a recipe in a workspace. Implements `OpenSite`. Access to a dataset opens or starts it and its inputs."""
 
     def __init__(
         self,
@@ -45,12 +45,12 @@ class Opened:
         """Open the workspace for a recipe.
 
         Args:
-            graph: of the recipe.
+            graph: the graph of the recipe.
             base: the recipe's folder, to which its paths are relative.
-            workspace: in which everything is made.
-            models_dir: folder that holds models by their hub id.
-            executor: what makes parts, which decides about their arithmetic.
-            say: is called with each remark on a model folder when it is opened.
+            workspace: where everything is made.
+            models_dir: folder with models, by hub id.
+            executor: makes the parts; their arithmetic depends on it.
+            say: called with each remark on a model folder when the folder is opened.
         """
         self.graph, self.base, self.models_dir = graph, base, models_dir
         self.layout: Layout = workspace
@@ -67,11 +67,11 @@ class Opened:
     # ---- models ------------------------------------------------------------------------------------------------------------------------
 
     def models(self, recipe: Recipe) -> Mapping[str, ModelFolder]:
-        """The target's start and the sources of a recipe, by name, found and checked.
+        """Find and check the target's start and the sources of a recipe; by name.
 
         Raises:
-            DataError: one is not there, or cannot be used.
-            UsageError: the corpus's segments would not fit one's context.
+            DataError: a model is missing or cannot be used.
+            UsageError: the corpus's segments are longer than a model's context.
         """
         if id(recipe) not in self._of_recipe:
             self._of_recipe[id(recipe)] = self._opened_models(recipe)
@@ -93,12 +93,12 @@ class Opened:
         for config in unknown:
             model = self._models[config]
             for remark in (*model.remarks, *disagreements(model, cache=self.layout.root / "models")):
-                self._say(f"Beware: model {config.name}: {remark}.")
+                self._say(f"Warning: model {config.name}: {remark}.")
             self._models[config] = replace(model, kept_tokenizer=self._kept_tokenizer(model))
         return {config.name: self._models[config] for config in recipe.models}
 
     def _kept_tokenizer(self, model: ModelFolder) -> Tokenizer | None:
-        """The tokenizer that the model's stored datasets were made with, if it reads text as the model's folder says."""
+        """The tokenizer of the model's stored datasets, if it gives the same tokens as the model's folder."""
         places: list[tuple[PartsProduct, str]] = [
             (each, "tokenizer") for each in self.graph.of_kind(Forward) if each.config == model.config
         ]
@@ -113,7 +113,7 @@ class Opened:
         return None
 
     def model(self, product: Product) -> ModelFolder:
-        """The model that a product reads the corpus with; one that the recipe makes is checked to be this one."""
+        """The model with which a product reads the corpus. A model that the recipe makes must have the right identity."""
         assert isinstance(product, Forward)
         if product.config is not None:
             return self.models(product.recipe)[product.config.name]
@@ -124,7 +124,7 @@ class Opened:
         return made.exported(self.layout)
 
     def tokenizer_folder(self, model: ModelFolder) -> Path:
-        """Where the tokenizer of a model is stored; it is written if need be."""
+        """The folder of a model's stored tokenizer; it is written if it is missing."""
         folder = self.layout.folder("tokenizers", model.tokenizer.digest)
         model.tokenizer.save(folder)
         return folder
@@ -132,13 +132,13 @@ class Opened:
     # ---- corpora -----------------------------------------------------------------------------------------------------------------------
 
     def data_files(self, product: Product) -> DataFiles:
-        """Where the documents of a corpus are."""
+        """The files with the documents of a corpus."""
         if product not in self._data_files:
             self._data_files[product] = data_files_of(product.recipe.corpus, base=self.base)
         return self._data_files[product]
 
     def template(self, product: Product) -> CorpusTemplate | None:
-        """The chat template that the conversations of a corpus are written in; None of plain text."""
+        """The chat template of the conversations of a corpus; None for plain text."""
         if product not in self._templates:
             recipe = product.recipe
             chat, target = recipe.corpus.chat, recipe.target.name
@@ -146,7 +146,7 @@ class Opened:
         return self._templates[product]
 
     def reading(self, product: Product) -> ChatReading | None:
-        """How the model of a forward pass reads conversations: what the target's start becomes reads them as it does."""
+        """How the model of a forward pass reads conversations. Models trained from the target's start read them as it does."""
         assert isinstance(product, Forward)
         chat, written = product.recipe.corpus.chat, self.template(product.of_corpus)
         if chat is None or written is None:
@@ -155,12 +155,12 @@ class Opened:
             return ChatReading(template=written.template, rendering="shared")
         assert product.config is not None
         key = (product.of_corpus, product.config)
-        if key not in self._readings:  # a model's own template is tried once
+        if key not in self._readings:  # a model's own template is checked once
             self._readings[key] = ChatReading.of_source(self.model(product), written=written, date=chat.date)
         return self._readings[key]
 
     def check_readings(self) -> None:
-        """Refuse models that cannot read the conversations as the recipe says before anything is made.
+        """Check before any computation that all models can read the conversations as the recipe says.
 
         Raises:
             FuselineError: a chat template is missing or does not run, or a control token has no embedding.
@@ -174,14 +174,14 @@ class Opened:
                 reading.reader(model.tokenizer).require_known(model.vocab_size)
 
     def corpus_stage(self, product: Product) -> CorpusStage:
-        """The stage of the corpus that a product is made from, or that it is."""
+        """The stage of a product's corpus, or of the product itself if it is a corpus."""
         assert isinstance(product, PartsProduct)
         stage = self.stage(product if isinstance(product, Corpus) else product.corpus)
         assert isinstance(stage, CorpusStage)
         return stage
 
     def parts(self, product: PartsProduct) -> list[int]:
-        """The parts that a product has.
+        """The parts of a product.
 
         Raises:
             UsageError: the corpus is not there yet.
@@ -192,34 +192,34 @@ class Opened:
             return [0]
         stage = self.corpus_stage(product)
         if not (stage.dataset.folder / "plan.json").exists():
-            raise UsageError("The corpus is not there yet. Make it first: fuseline ingest corpus RECIPE.")
+            raise UsageError("Make the corpus first: fuseline ingest corpus RECIPE. It is not there yet.")
         parts = product.planned_parts({"parts": stage.plan.parts})
         assert parts is not None
         require(stage.dataset, parts=parts, command=Corpus.command)
         return parts
 
     def require_domains(self, section: str, corpus: Corpus, weights: Iterable[str]) -> None:
-        """Raise UsageError where weights are of a domain that the corpus has not."""
+        """Raise UsageError if a weight is for a domain that the corpus does not have."""
         known = self.corpus_stage(corpus).plan.documents["domain"].unique()
         require_domains(weights, field=f"{section}.domain_weights", known=known)
 
     # ---- products ----------------------------------------------------------------------------------------------------------------------
 
     def recipes(self, product: Product) -> list[Recipe]:
-        """The recipes, of variants too, that ask for a product."""
+        """The recipes, including variants, that need a product."""
         return self.graph.users(product)
 
     def identity(self, product: Product) -> Identity:
-        """What determines the content of a product."""
+        """The identity of a product: it determines the content."""
         if product not in self._identities:
             self._identities[product] = product.identity(self)
         return self._identities[product]
 
     def dataset(self, product: PartsProduct) -> Dataset:
-        """The dataset of a product, opened or begun.
+        """Open or start the dataset of a product.
 
         Raises:
-            FingerprintMismatch: the workspace has something else under its name.
+            FingerprintMismatch: the workspace has different data under its name.
         """
         if product not in self._datasets:
             identity, description = self.identity(product), product.description(self)
@@ -231,7 +231,7 @@ class Opened:
         return self._datasets[product]
 
     def _explained(self, error: FingerprintMismatch, product: PartsProduct) -> FingerprintMismatch:
-        """The error; if the model's tokenizer was read differently, the message says how."""
+        """The error. If the model's tokenizer was read differently before, the message says how."""
         stored = product.stored(self.layout) if isinstance(product, Forward) else None
         if stored is None:
             return error
@@ -240,16 +240,16 @@ class Opened:
         return error if reason is None else FingerprintMismatch(f"{error}\n{reason}")
 
     def stage(self, product: PartsProduct | None) -> Stage:
-        """What makes the parts of a product."""
+        """The stage that makes the parts of a product."""
         assert product is not None
         if product not in self._stages:
             self._stages[product] = product.stage(self)
         return self._stages[product]
 
     def arithmetic(self, dataset: Dataset, *, dtype: str) -> str:
-        """The number format of the forward passes of a dataset that is begun here: that of its parts, if it lost nothing but its record.
+        """The number format of the forward passes of a new dataset. If only its record was lost, it is the format of its parts.
 
-        Workers on a cluster that are given GPUs compute in `dtype`; others are taken to have no GPU, and processors like this machine's.
+        Workers with GPUs on a cluster compute in `dtype`. Other workers are assumed to have no GPU, and this machine's kind of processor.
         """
         if (stored := arithmetic_of_parts(dataset, dtype=dtype)) is not None:
             return stored
@@ -258,9 +258,9 @@ class Opened:
         return dtype if self._executor.resources.of(dataset.kind).gpus > 0 else processor_arithmetic_for(dtype)
 
     def require_inputs(self, product: Product, *, but: Collection[Product] = ()) -> None:
-        """Raise UsageError, with the command that makes it, unless everything that a product is made from is there.
+        """Raise UsageError if an input of a product is missing; the text names the command that makes it.
 
-        What is made on demand is not needed, but its own inputs are; nor are the products in `but`, which the caller makes before.
+        An input that is made on demand may be missing, but its own inputs may not. The caller makes the products in `but` before.
         """
         for needed in product.inputs:
             if needed in but:
@@ -274,10 +274,10 @@ class Opened:
 
 
 def require(dataset: Dataset, *, parts: list[int], command: str) -> None:
-    """Raise UsageError unless a dataset has these parts; `command` makes them."""
+    """Raise UsageError if a dataset lacks some of these parts; `command` makes them."""
     missing = dataset.missing(parts)
     if missing:
         raise UsageError(
             f"{dataset.kind}/{dataset.name} lacks {len(missing)} of {len(parts)} parts ({as_ranges(missing)}). "
-            f"First: fuseline {command} RECIPE."
+            f"Make them first: fuseline {command} RECIPE."
         )

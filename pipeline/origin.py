@@ -1,4 +1,4 @@
-"""What a model that was made here comes from, for its card."""
+"""The origin of a model that fuseline made, for its model card."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -19,15 +19,15 @@ def lineage(
     corpus: Dataset,
     targets: str,
 ) -> dict[str, Any]:
-    """The corpus, the models with the digests of their weights, and how they were aligned and fused.
+    """The corpus, the models with digests of their weights, and how they were aligned and fused.
 
     Args:
-        fusion: name of the targets that the model learned from; None of one that learned from text alone.
-        sources: that are fused in them.
-        recipe: that names it.
+        fusion: name of the targets that the model learned from; None if it learned from text alone.
+        sources: the sources in these targets.
+        recipe: the recipe that names the model.
         models: the target's start and the sources, by name.
-        corpus: of the texts.
-        targets: fingerprint of the fused targets.
+        corpus: the dataset of the texts.
+        targets: fingerprint of the targets.
     """
     origin = _origin(recipe, models=models, corpus=corpus)
     if fusion is None:
@@ -48,7 +48,7 @@ def merged_lineage(
     corpus: Dataset,
     merged: Mapping[str, ModelFolder],
 ) -> dict[str, Any]:
-    """The same of a merged model: `trainings` are the lineages of the models that are merged, and `merged` these models, by one name."""
+    """The same for a merged model. `trainings` has the lineages of the merged models, and `merged` the models, by the same names."""
     return _origin(recipe, models=models, corpus=corpus) | {
         "models": {
             name: {"training": merged[name].config.name, "weights": merged[name].weights_digest} | dict(comes_from)

@@ -1,4 +1,4 @@
-"""The pipeline of a recipe: what is missing of its graph is made, in order."""
+"""The pipeline of a recipe: it makes the missing products of the graph, in order."""
 
 import shlex
 import time
@@ -25,11 +25,11 @@ from .progress import Progress, size
 from .recipe import Recipe
 from .training import describe, train
 
-_SHOWN = 5  # files of a corpus that are not read, in a message
+_SHOWN = 5  # unread files of a corpus that a message lists
 
 
 class Pipeline:
-    """Makes the products of a recipe in a workspace. Each method makes what is missing, and says so if that is nothing."""
+    """Makes the products of a recipe in a workspace. Each method makes what is missing, and reports if nothing is missing."""
 
     def __init__(
         self,
@@ -45,16 +45,16 @@ class Pipeline:
         """Open a pipeline.
 
         Args:
-            recipe: with its variants.
+            recipe: the recipe with its variants.
             base: the recipe's folder, to which its paths are relative.
-            workspace: in which everything is made.
-            models_dir: folder that holds models by the last part of their hub id.
-            progress: is told what is done.
-            executor: is called when parts are to be made: what makes none needs no cluster.
-            variant: makes only what this variant needs.
+            workspace: where everything is made.
+            models_dir: folder with models, by the last part of their hub id.
+            progress: shows what is done.
+            executor: called when parts must be made, so that other commands need no cluster.
+            variant: if given, only what this variant needs is made.
 
         Raises:
-            UsageError: the recipe has no such variant.
+            UsageError: the recipe does not have the variant.
         """
         self.recipe, self.workspace, self.progress = recipe, workspace, progress
         graph = products(recipe)
@@ -63,7 +63,7 @@ class Pipeline:
         self._executor = executor
 
     def run(self) -> None:
-        """Everything that is missing, in order."""
+        """Make everything that is missing, in order."""
         self.check_models()
         for corpus in self.graph.of_kind(Corpus):
             self._make(corpus)
@@ -74,14 +74,14 @@ class Pipeline:
         self._say_what_is_not_merged()
 
     def make(self, command: str, *, names: Collection[str] | None = None) -> None:
-        """What one command makes; what it is made from must be there.
+        """Make the products of one command. Their inputs must be there.
 
         Args:
             command: `align`, `train`, …: `Product.command`.
-            names: chooses among the products.
+            names: names of the products to make; by default all.
 
         Raises:
-            UsageError: something that it is made from is not there; the text says which command makes it.
+            UsageError: an input is missing; the text names the command that makes it.
         """
         chosen = [product for product in self.graph if product.command == command and (names is None or product.name in names)]
         self._check_domains(command)
@@ -98,10 +98,10 @@ class Pipeline:
     # ---- checks ------------------------------------------------------------------------------------------------------------------------
 
     def check_models(self) -> None:
-        """Refuse models that cannot read the conversations, and a target that cannot be trained as asked, before hours are spent.
+        """Check before long computations that all models can read the conversations, and that the target can be trained.
 
         Raises:
-            FuselineError: one cannot, or is not available or cannot be used.
+            FuselineError: a model cannot, is not available, or cannot be used.
         """
         self.site.check_readings()
         trainings = self.graph.of_kind(Trained)
@@ -114,7 +114,7 @@ class Pipeline:
             read_architecture(start.folder, training=training.config)
 
     def _check_identities(self) -> None:
-        """Meet every mismatch with what the workspace holds before hours are spent on what comes before it."""
+        """Raise every mismatch with the workspace before long computations start."""
         self._check_domains("fuse")
         self._check_domains("train")
         require_free(conflicts(self.site), layout=self.workspace)
@@ -131,13 +131,13 @@ class Pipeline:
                     self.site.require_domains(section, corpus, getattr(recipe, section).domain_weights)
 
     def _make_inputs(self, product: Product) -> None:
-        """What a product is made from, and that is made on demand."""
+        """The inputs of a product that are made on demand."""
         for needed in product.inputs:
             if needed.is_made_on_demand and not product.is_done(self.workspace):
                 self._make(needed)
 
     def fold(self) -> None:
-        """Bring the catalog up to date; if someone else has it open for long, that is left for later."""
+        """Update the catalog. If another process has it open for long, leave the update for later."""
         try:
             catalog.fold(self.workspace)
         except WorkspaceBusy as error:
@@ -146,7 +146,7 @@ class Pipeline:
     # ---- making ------------------------------------------------------------------------------------------------------------------------
 
     def _make(self, product: Product) -> None:
-        """What is missing of a product."""
+        """Make the missing parts of a product."""
         match product:
             case Corpus():
                 self._make_corpus(product)
@@ -164,19 +164,19 @@ class Pipeline:
         if "train" not in splits:
             stage.finish()
             raise UsageError(
-                f"The corpus has no split named 'train' to learn from, only: {', '.join(splits)}. Rename one split to 'train'."
+                f"Rename one split of the corpus to 'train', from which the model learns. Its splits are: {', '.join(splits)}."
             )
         if evaluation.split not in splits:
-            if not stage.dataset.parts():  # nothing was made of this plan: let another take its place
+            if not stage.dataset.parts():  # no part uses this plan: allow another one
                 durable.remove(stage.dataset.folder)
             fraction = config.held_out_fraction
             if fraction and evaluation.split == "test":
                 raise UsageError(
-                    f"corpus.held_out_fraction ({fraction}) of {stage.plan.summary['documents']} documents holds out none. Raise it."
+                    f"corpus.held_out_fraction ({fraction}) of {stage.plan.summary['documents']} documents holds out no document. Increase it."
                 )
             raise UsageError(
                 f"evaluation.split ({evaluation.split!r}) must be one of the corpus's splits ({', '.join(splits)}). "
-                "Hold out some documents, for example with corpus.held_out_fraction = 0.05, or name the files of each split in "
+                "Hold out documents, for example with corpus.held_out_fraction = 0.05, or name the files of each split in "
                 "[corpus.splits], or set evaluation.split to a split other than train."
             )
         summary = stage.plan.summary
@@ -194,10 +194,10 @@ class Pipeline:
         self.make_parts(product, parts=stage.parts())
 
     def make_parts(self, product: PartsProduct, *, parts: list[int]) -> None:
-        """What is missing of these parts of a product; of a corpus with its texts at hand meanwhile.
+        """Make the missing ones of these parts of a product. The texts of a corpus are available meanwhile.
 
         Raises:
-            DamagedPart: the payload of a committed part is gone.
+            DamagedPart: the payload of a committed part is missing.
             FuselineError: parts failed; see `Executor.run`.
         """
         stage, title = self.site.stage(product), f"{product.title}"
@@ -212,7 +212,7 @@ class Pipeline:
     # ---- training and merging ----------------------------------------------------------------------------------------------------------
 
     def prepare_training(self, *, names: Sequence[str] | None = None) -> None:
-        """Write the job files alone, for ranks that somebody else starts."""
+        """Write the job files, for ranks that the user starts."""
         self._check_domains("train")
         require_free(conflicts(self.site), layout=self.workspace)
         for product in self.graph.of_kind(Trained):
@@ -229,7 +229,7 @@ class Pipeline:
     def _train(self, product: Trained) -> None:
         job = product.job(self.site)
         if product.is_done(self.workspace):
-            launch(job, on_metrics=lambda record: None)  # checks that it is the same training
+            launch(job, on_metrics=lambda record: None)  # checks that the training is the same
             self.progress.say(f"{product.title}: nothing to do")
             return
         train(job, workspace=self.workspace, progress=self.progress, fold=self.fold)
@@ -248,12 +248,12 @@ class Pipeline:
     def _say_what_is_not_merged(self) -> None:
         for recipe in self.graph.recipes.values():
             if recipe.merge is not None and recipe.merged_name is None:
-                self.progress.say(f"merge {recipe.merge.name}: nothing to merge, {recipe.merge.method} takes two models or more")
+                self.progress.say(f"merge {recipe.merge.name}: nothing to merge, because {recipe.merge.method} needs at least two models")
 
     # ---- repair ------------------------------------------------------------------------------------------------------------------------
 
     def repairable(self) -> Iterator[PartsProduct]:
-        """The products that are made in parts, in order; those of models that the recipe makes, once all of these are made."""
+        """The products that have parts, in order. Those that need the recipe's own models are included once all these models are made."""
         all_made = all(model.is_done(self.workspace) for model in self.graph.made_models)
         for product in self.graph:
             if isinstance(product, PartsProduct) and (all_made or not self.graph.needs_made_model(product)):
@@ -262,7 +262,7 @@ class Pipeline:
     # ---- common ------------------------------------------------------------------------------------------------------------------------
 
     def _make_missing(self, title: str, stage: Stage, *, parts: list[int]) -> None:
-        """Make the parts that are missing, and fold them into the catalog."""
+        """Make the missing parts, and add them to the catalog."""
         missing = sorted(set(parts) - set(stage.dataset.parts()))
         for part in sorted(set(parts) - set(missing)):
             stage.dataset.require_payload(part)
@@ -288,7 +288,7 @@ class Pipeline:
             try:
                 self._executor().run(stage, missing, run_folder=run.folder, on_commit=follow)
             except FuselineError:
-                self.fold()  # the parts that did not fail are there
+                self.fold()  # adds the parts that did not fail
                 raise
         self.fold()
         if quarantined:

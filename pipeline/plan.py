@@ -1,4 +1,4 @@
-"""What a recipe would take: parts, tokens, bytes on disk and operations of each product; and how long it takes here."""
+"""The cost of a recipe: parts, tokens, bytes on disk and operations of each product, and the time on this machine."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -11,10 +11,10 @@ from .products.product import PartsProduct, Product
 from .sizes import FoundSizes
 
 GPU_FLOPS = 989e12  # one H100 in bfloat16
-UTILISATION = 0.4  # share of it that a good forward pass or training step reaches
+UTILISATION = 0.4  # share of GPU_FLOPS that a good forward pass or training step reaches
 
-# Of a stage that runs a model on a processor (benchmarks/README.md, the demo): to start and load it; and what is between the matrix
-# products (norms, softmax, attention), as a share of the time that these would take in float32.
+# A stage that runs a model on a processor (benchmarks/README.md, the demo): the time to start and load it, and the time between the
+# matrix products (norms, softmax, attention), as a share of the time of the matrix products in float32.
 _START_SECONDS, _BETWEEN = 15.0, 0.5
 
 
@@ -27,13 +27,13 @@ class PlannedStage:
     parts_done: int
     tokens: float
     stored_bytes: float
-    flops: float = 0  # operations of the models
-    dtype: str = "float32"  # of their weights
-    variants: tuple[str, ...] = ()  # that share it
+    flops: float = 0  # floating-point operations of the models
+    dtype: str = "float32"  # number format of their weights
+    variants: tuple[str, ...] = ()  # variants that share the product
 
     @property
     def gpu_hours(self) -> float:
-        """Of one GPU."""
+        """Hours on one GPU."""
         return self.flops / (GPU_FLOPS * UTILISATION) / 3600
 
 
@@ -41,7 +41,7 @@ def plan(graph: Graph, *, base: Path, models_dir: Path, layout: Layout) -> list[
     """Plan every product without changing or downloading anything.
 
     Raises:
-        UsageError: a model or the corpus is not at hand, and the recipe does not say what to expect of it.
+        UsageError: a model or the corpus is not available, and the recipe does not state its expected size.
     """
     sizes = FoundSizes(list(graph.recipes.values()), base=base, models_dir=models_dir, layout=layout)
     return [_planned(product, graph=graph, sizes=sizes) for product in graph]
@@ -68,7 +68,7 @@ def _parts_done(product: Product, *, layout: Layout) -> int:
 
 
 def seconds_here(stages: Iterable[PlannedStage]) -> float:
-    """How long what is missing takes on this machine, if nothing else runs on it; on a processor by the race of `store.machine`."""
+    """Seconds that the missing products take if nothing else runs on this machine. Processor speed is from the race in `store.machine`."""
     seconds = 0.0
     for stage in stages:
         missing = 1 - stage.parts_done / max(stage.parts, 1)
@@ -78,7 +78,7 @@ def seconds_here(stages: Iterable[PlannedStage]) -> float:
 
 
 def _seconds_per_operation(dtype: str) -> float:
-    """Products run at the speed of the race; what is between them takes its own time, in whatever number format."""
+    """Matrix products run at the speed of the race. The time between them does not depend on the number format."""
     if has_gpu():
         return 1 / (GPU_FLOPS * UTILISATION)
     return (1 / flops(arithmetic_for(dtype)) + _BETWEEN / flops("float32")) / threads()

@@ -1,4 +1,4 @@
-"""What is wrong in a user's file, as lines: with the line number, the key, what it must be, and what would be valid."""
+"""Lists the problems in a user's file: line number, key, what the value must be, and what is valid."""
 
 import difflib
 from collections.abc import Mapping, Sequence
@@ -11,26 +11,26 @@ from ..store.shown import shown
 from ..store.toml_text import KeyPath, Lines
 from .executors.config import WrongKeys
 
-MOST_PROBLEMS = 10  # that a message lists
-_LONGEST_KEY = 80  # characters of a key that a message names
+MOST_PROBLEMS = 10  # in one message
+_LONGEST_KEY = 80  # characters of a key in a message
 
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """One thing wrong in a file."""
+    """A problem in a file."""
 
     path: KeyPath
     text: str
-    is_unknown: bool = False  # the key, or the section, is unknown
+    is_unknown: bool = False  # the key or section is unknown
 
 
 def problems_of(error: ValidationError, *, of: type[BaseModel], valid: Sequence[str] | None = None) -> list[Problem]:
-    """What a validation found, one by one.
+    """The problems that a validation found.
 
     Args:
-        error: of the validation.
-        of: what was validated.
-        valid: the keys of its outermost table, where the file may have others there than `of`.
+        error: the error of the validation.
+        of: the class that was validated.
+        valid: the keys of the file's outermost table, if they differ from those of `of`.
     """
     return [problem for details in error.errors() for problem in _problems(dict(details), of=of, valid=valid)]
 
@@ -67,21 +67,21 @@ def _fields_at(path: KeyPath, *, of: type[BaseModel]) -> Mapping[str, Any]:
 
 
 def section_of(section: type[BaseModel], key: str) -> type[BaseModel] | None:
-    """The section that a key of a section holds, or a list of which it holds; None of any other key."""
+    """The class of the section, or list of sections, that a key has; None for any other key."""
     field = section.model_fields.get(key)
     if field is None:
         return None
-    choices = (field.annotation, *get_args(field.annotation))  # a section, a list of them, or one that may be left out
+    choices = (field.annotation, *get_args(field.annotation))  # a section, a list of sections, or an optional section
     return next((choice for choice in choices if isinstance(choice, type) and issubclass(choice, BaseModel)), None)
 
 
 def said_of_problems(problems: Sequence[tuple[KeyPath, str]], *, text: str, what: str) -> str:
-    """What is wrong in a file, with lines; of many problems the first `MOST_PROBLEMS`.
+    """The text that lists the problems in a file by line; at most `MOST_PROBLEMS` of them.
 
     Args:
-        problems: the key, and what is wrong with it.
-        text: of the file, which is valid TOML.
-        what: names it, as in "The recipe x.toml".
+        problems: the key, and its problem.
+        text: text of the file, which is valid TOML.
+        what: name of the file, such as "The recipe x.toml".
     """
     lines = Lines(text)
     placed = sorted((lines.of(path), ".".join(map(short_key, path)) or "recipe", said) for path, said in problems[:MOST_PROBLEMS])

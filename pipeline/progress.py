@@ -17,17 +17,17 @@ class Tracker(Protocol):
     """Follows one stage."""
 
     def __call__(self, done: float, figures: str, *, earlier: float = 0.0) -> None:
-        """Say that `done` more units are done; `figures` are rates and the like; `earlier` units were done before this session."""
+        """Report that `done` more units are done. `figures` has rates and the like; `earlier` units were done before this session."""
 
 
 class Progress:
-    """Tells a person, or a log, how far the stages are."""
+    """Shows the progress of the stages on a terminal or in a log."""
 
     def __init__(self, console: Console | None = None) -> None:
         self.console = console or Console(sys.stderr)
 
     def say(self, text: str) -> None:
-        """One line."""
+        """Show a line."""
         self.console.print(text, soft_wrap=True)
 
     @contextmanager
@@ -39,7 +39,7 @@ class Progress:
 
     @contextmanager
     def writing(self, title: str) -> Iterator[Callable[[int, int], None]]:
-        """Follow something that is written; what it gives is told the bytes so far and in all."""
+        """Follow a file that is written. Call the result with the bytes so far and the total."""
         with self.stage(title, total=1.0) as tracker:
             before = 0
 
@@ -93,14 +93,14 @@ class Progress:
 
 
 def duration(seconds: float) -> str:
-    """Hours, minutes and seconds: `1:02:03`, `2:03`."""
+    """A time as hours, minutes and seconds: `1:02:03`, `2:03`."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
 def size(n_bytes: float) -> str:
-    """Bytes in the largest fitting unit: `3.2 GB`."""
+    """A number of bytes in the largest unit that fits: `3.2 GB`."""
     for unit in ("B", "kB", "MB", "GB"):
         if n_bytes < 1000:
             return f"{n_bytes:.0f} {unit}" if unit == "B" else f"{n_bytes:.1f} {unit}"

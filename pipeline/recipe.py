@@ -1,4 +1,4 @@
-"""The recipe: what to fuse into what. Each section is the config of the stage that owns it; this module only puts them together."""
+"""The recipe: what to fuse into what. Each section is the config of its stage; this module combines them."""
 
 import copy
 from collections.abc import Mapping
@@ -16,7 +16,7 @@ from ..train.merging.config import MergeConfig
 from .executors.config import ExecutorConfig
 from .problems import section_of
 
-BASE = "base"  # names the recipe itself among its variants
+BASE = "base"  # name of the recipe itself among its variants
 
 
 class EvaluationConfig(BaseModel):
@@ -26,24 +26,24 @@ class EvaluationConfig(BaseModel):
 
     split: str = Field("test", description="split of the corpus that the models are compared on")
     dtype: Literal["float32", "bfloat16"] = Field(
-        "float32", description="number format of the forward passes; bfloat16 rounds small changes of the weights away"
+        "float32", description="number format of the forward passes; bfloat16 loses small changes of the weights"
     )
-    clm_baseline: bool = Field(True, description="also train with clm_weight = 1, all else equal, and compare with it")
-    clm_name: str = Field("clm", pattern=r"^[A-Za-z0-9]+([._-][A-Za-z0-9]+)*$", description="name of that baseline's run and export")
+    clm_baseline: bool = Field(True, description="also train with clm_weight = 1 and otherwise equal settings, and compare with it")
+    clm_name: str = Field("clm", pattern=r"^[A-Za-z0-9]+([._-][A-Za-z0-9]+)*$", description="name of the baseline's run and export")
     all_at_once: bool = Field(
-        False, description="with [merge]: also fuse all sources at once, train on that, all else equal, and compare with the merged model"
+        False, description="with [merge]: also fuse all sources at once, train on the result, and compare with the merged model"
     )
     ensembles: list[Literal["uniform", "bayes", "oracle_document", "oracle_token"]] = Field(
         [],
-        description="baselines without training: the models' outputs, mixed on the held-out text with equal weights (`uniform`) or by what "
-        "each has predicted of the document so far (`bayes`); and the bounds of choosing one model per document or per token, by the text",
+        description="baselines without training: the models' outputs on the held-out text, mixed with equal weights (`uniform`) or by how well "
+        "each predicted the document so far (`bayes`); and the bounds for the best model per document or per token, chosen by the text",
     )
-    ensemble_members: list[str] = Field([], description="names of the models that are mixed; by default all sources and the target's start")
+    ensemble_members: list[str] = Field([], description="names of the models to mix; by default all sources and the target's start")
 
 
 @dataclass(frozen=True, slots=True)
 class Fusion:
-    """Sources that are fused with the target's start, and the name of the targets that come of it."""
+    """Sources that are fused with the target's start, and the name of the resulting targets."""
 
     name: str
     sources: tuple[ModelConfig, ...]
@@ -51,30 +51,30 @@ class Fusion:
 
 @dataclass(frozen=True, slots=True)
 class Training:
-    """A training, and the fusion whose targets it learns from; a baseline that learns from text alone has the tokens from there."""
+    """A training, and the fusion whose targets it learns from. A baseline on text alone takes the tokens from this fusion."""
 
     config: TrainingConfig
     fusion: Fusion
-    key: tuple[str, str]  # section and key of the recipe that the name is from
+    key: tuple[str, str]  # section and key of the recipe with the name
 
     @property
     def name(self) -> str:
-        """Of its run and its export."""
+        """Name of its run and its export."""
         return self.config.name
 
 
 class Variant(BaseModel):
-    """One of the `[[variants]]` of a recipe: a name, and the keys that differ from the recipe's."""
+    """One of the `[[variants]]` of a recipe: a name, and the keys that it changes."""
 
     model_config = ConfigDict(frozen=True, extra="allow", strict=True)
 
     name: str = Field(
-        pattern=r"^[A-Za-z0-9]+([._-][A-Za-z0-9]+)*$", description="name of the variant; what only it needs has it in its own name"
+        pattern=r"^[A-Za-z0-9]+([._-][A-Za-z0-9]+)*$", description="name of the variant; products that only this variant needs have it in their names"
     )
 
     @property
     def changes(self) -> dict[str, Any]:
-        """The keys that differ, as in the file."""
+        """The changed keys, as in the file."""
         return dict(self.model_extra or {})
 
 
@@ -85,7 +85,7 @@ class Recipe(BaseModel):
 
     corpus: CorpusConfig
     target: ModelConfig
-    sources: list[ModelConfig] = Field(min_length=1, description="the models to learn from; the target's own start is always one more")
+    sources: list[ModelConfig] = Field(min_length=1, description="the models to learn from; the target's own start is always an additional source")
     distributions: DistributionsConfig = DistributionsConfig()
     alignment: AlignmentConfig = AlignmentConfig()
     fusion: FusionConfig = FusionConfig()
@@ -93,7 +93,7 @@ class Recipe(BaseModel):
     merge: MergeConfig | None = None
     evaluation: EvaluationConfig = EvaluationConfig()
     executor: ExecutorConfig = ExecutorConfig()
-    variants: list[Variant] = Field([], description="the same with some keys changed; what is the same is made once")
+    variants: list[Variant] = Field([], description="the same recipe with some keys changed; equal products are made once")
 
     _data: dict[str, Any] = PrivateAttr({})
 
@@ -105,7 +105,7 @@ class Recipe(BaseModel):
         return recipe
 
     def with_variant(self, variant: Variant) -> "Recipe":
-        """The recipe with the keys of a variant. It has no variants, and the same executor.
+        """The recipe with the keys of a variant. The result has no variants, and the same executor.
 
         Raises:
             ValidationError: the keys are wrong.
@@ -120,25 +120,25 @@ class Recipe(BaseModel):
 
     @property
     def ensemble_members(self) -> list[str]:
-        """Names of the models whose outputs are mixed."""
+        """Names of the models whose outputs the ensembles mix."""
         return self.evaluation.ensemble_members or [model.name for model in self.models]
 
     @property
     def top_k(self) -> int:
-        """Entries of each fused distribution."""
+        """Number of entries of each fused distribution."""
         return self.fusion.top_k or self.distributions.top_k
 
     @property
     def pack_length(self) -> int:
-        """Target tokens in a pack, where the sources are compared pack by pack."""
+        """Target tokens in a pack, if the sources are compared pack by pack."""
         return self.fusion.pack_length or self.corpus.context_length
 
     @property
     def _selections(self) -> list[tuple[str, tuple[ModelConfig, ...]]]:
-        """Which sources are fused together, each with what the names of its targets and its training end in.
+        """The groups of sources that are fused together, each with the suffix of the names of its targets and its training.
 
-        With `[merge]` each source is fused with the target's start alone. What is made of all of them has their number in its name, so that
-        a source that is added later takes no name.
+        With `[merge]` each source is fused alone with the target's start. Products of all sources have the number of sources in their names,
+        so that a source that is added later needs no taken name.
         """
         everything = tuple(self.sources)
         if self.merge is None:
@@ -148,12 +148,12 @@ class Recipe(BaseModel):
 
     @property
     def fusions(self) -> list[Fusion]:
-        """What is fused: all sources at once, or with `[merge]` each by itself."""
+        """The fusions: all sources at once, or with `[merge]` each source alone."""
         return [Fusion(f"{self.fusion.name}{ending}", sources) for ending, sources in self._selections]
 
     @property
     def trainings(self) -> list[Training]:
-        """The baseline where one is wanted, and a training for each fusion."""
+        """The baseline, if the recipe asks for it, and a training for each fusion."""
         names = [f"{self.training.name}{ending}" for ending, _ in self._selections]
         fused = [
             Training(self.training.model_copy(update={"name": name}), fusion, ("training", "name"))
@@ -166,13 +166,13 @@ class Recipe(BaseModel):
 
     @property
     def merged_name(self) -> str | None:
-        """Name of the merged model, where there is `[merge]`, and something to merge: of one source's model most methods make nothing."""
+        """Name of the merged model. None without `[merge]`, or if there is only one model and the method needs several."""
         n = len(self.sources)
         return None if self.merge is None or n < self.merge.least_models else f"{self.merge.name}-{n}"
 
     @property
     def merged_trainings(self) -> dict[str, Training]:
-        """The trainings whose models are merged, by name of the source that each learns from."""
+        """The trainings whose models are merged, by the name of the source of each."""
         if self.merge is None:
             return {}
         learned = {training.fusion.name: training for training in self.trainings if training.key == ("training", "name")}
@@ -180,14 +180,14 @@ class Recipe(BaseModel):
 
     @property
     def made_models(self) -> list[str]:
-        """Names of the models that the recipe makes, in the order in which it makes them."""
+        """Names of the models that the recipe makes, in order."""
         return [training.name for training in self.trainings] + [name for name in [self.merged_name] if name is not None]
 
 
 def changed_data(data: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    """The data of a recipe's file with the keys of a variant.
+    """The data of a recipe file with the keys of a variant.
 
-    A section's keys are changed one by one; a list, or a table of names and values, is replaced. `sources` may list names of the recipe's.
+    A section's keys are changed one by one. A list, or a table of names and values, is replaced. `sources` may list source names.
     """
     found = _changed({key: value for key, value in data.items() if key != "variants"}, changes, section=Recipe)
     named = changes.get("sources")

@@ -1,4 +1,4 @@
-"""Combinations of a recipe's sections that cannot work."""
+"""Checks combinations of a recipe's sections that cannot work."""
 
 from collections.abc import Iterator, Mapping
 
@@ -13,39 +13,39 @@ def impossible(recipe: Recipe) -> Iterator[Problem]:
     names: dict[str, str] = {}
     for path, name in [(("target", "name"), recipe.target.name), *((("sources", i, "name"), s.name) for i, s in enumerate(recipe.sources))]:
         if name in names:
-            yield Problem(path, f"{name!r} is also {names[name]}: each model needs a name of its own")
+            yield Problem(path, f"{name!r} is also {names[name]}: give each model a unique name")
         names[name] = ".".join(map(str, path))
     for index, source in enumerate(recipe.sources):
         if (source.model, source.revision) == (recipe.target.model, recipe.target.revision):
-            yield Problem(("sources", index, "model"), "is the target's start, which always is a source: remove this entry")
+            yield Problem(("sources", index, "model"), "is the target's start, which is always a source: remove this entry")
     yield from _taken_names(recipe, names)
     if recipe.evaluation.clm_baseline and not recipe.training.uses_targets:
-        yield Problem(("training", "clm_weight"), "1 is what the baseline trains with: set evaluation.clm_baseline = false")
+        yield Problem(("training", "clm_weight"), "1 equals the training of the baseline: set evaluation.clm_baseline = false")
     if recipe.evaluation.all_at_once and recipe.merge is None:
-        yield Problem(("evaluation", "all_at_once"), "is for recipes with [merge]; without it all sources are fused at once: remove it")
+        yield Problem(("evaluation", "all_at_once"), "needs [merge]; without it all sources are fused at once: remove it")
     if recipe.evaluation.ensembles and recipe.corpus.chat is not None:
-        yield Problem(("evaluation", "ensembles"), "are of plain text, and the corpus holds conversations: remove it")
+        yield Problem(("evaluation", "ensembles"), "must have plain text, but the corpus has conversations: remove it")
     for name in recipe.evaluation.ensemble_members:
         if name not in [model.name for model in recipe.models]:
             models = ", ".join(model.name for model in recipe.models)
             yield Problem(("evaluation", "ensemble_members"), f"{name!r} must be the name of one of the models: {models}")
     if recipe.evaluation.split == "train":
-        yield Problem(("evaluation", "split"), "'train' is what the models are trained on: choose another split")
+        yield Problem(("evaluation", "split"), "'train' is the training data of the models: choose another split")
     for path, model in [(("target",), recipe.target), *((("sources", i), source) for i, source in enumerate(recipe.sources))]:
         if model.chat_template == "own" and (recipe.corpus.chat is None or model is recipe.target):
-            what = "is for sources: the target reads what it is trained on" if model is recipe.target else "needs [corpus.chat]"
+            what = "is only for sources" if model is recipe.target else "needs [corpus.chat]"
             yield Problem((*path, "chat_template"), f"'own' {what}. Remove it")
     if recipe.training.domain_weights and recipe.corpus.domain_column is None:
-        yield Problem(("training", "domain_weights"), "needs to know the documents' domains: say corpus.domain_column")
+        yield Problem(("training", "domain_weights"), "needs the domains of the documents: set corpus.domain_column")
     if recipe.merge is not None:
         yield from _impossible_merge(recipe.merge, sources=[source.name for source in recipe.sources])
         if not recipe.training.uses_targets:
-            yield Problem(("training", "clm_weight"), "1 learns nothing of the sources: with [merge] their models would all be the same")
+            yield Problem(("training", "clm_weight"), "1 learns nothing from the sources: with [merge] their models would all be the same")
     yield from _impossible_fusion(recipe)
 
 
 def _taken_names(recipe: Recipe, taken: dict[str, str]) -> Iterator[Problem]:
-    """Names of models that are made and that some other model has; `taken` are those of the sources and the target, and whose they are."""
+    """Names of made models that another model has. `taken` has the names of the sources and the target, and says whose they are."""
     made = sorted(((each.name, each.key) for each in recipe.trainings), key=lambda item: item[1] != ("training", "name"))
     if recipe.merged_name is not None:
         made.append((recipe.merged_name, ("merge", "name")))
@@ -57,13 +57,13 @@ def _taken_names(recipe: Recipe, taken: dict[str, str]) -> Iterator[Problem]:
 
 def _impossible_merge(merge: MergeConfig, *, sources: list[str]) -> Iterator[Problem]:
     if merge.most_models is not None and len(sources) > merge.most_models:
-        what = f"{merge.method!r} merges {merge.most_models} model with the target's start, and there are {len(sources)}: choose another"
+        what = f"{merge.method!r} merges {merge.most_models} model with the target's start, but there are {len(sources)}: choose another"
         yield Problem(("merge", "method"), what)
     if merge.vocabulary != "same":
-        yield Problem(("merge", "vocabulary"), "is for models of different vocabularies, and these all have the target's: remove it")
+        yield Problem(("merge", "vocabulary"), "is for models with different vocabularies, but all these have the target's: remove it")
     for key in ("weights", "densities"):
         for name in getattr(merge, key).keys() - set(sources):
-            yield Problem(("merge", key, name), f"{name!r} is none of the sources: {', '.join(sources)}")
+            yield Problem(("merge", key, name), f"{name!r} must be the name of a source: {', '.join(sources)}")
 
 
 def _impossible_fusion(recipe: Recipe) -> Iterator[Problem]:
@@ -81,11 +81,11 @@ def _impossible_fusion(recipe: Recipe) -> Iterator[Problem]:
     for path, weights in tables.items():
         unknown = weights.keys() - {model.name for model in recipe.models}
         for name in unknown:
-            yield Problem((*path, name), f"{name!r} is none of the models: {models}")
+            yield Problem((*path, name), f"{name!r} must be the name of a model: {models}")
         for fused in [] if unknown else recipe.fusions:
             names = [model.name for model in (recipe.target, *fused.sources)]
             if not any(weights.get(name) for name in names):
-                yield Problem(path, f"method = 'fixed' needs a weight above 0 here, for at least one of the models: {', '.join(names)}")
+                yield Problem(path, f"method = 'fixed' needs a weight above 0 for at least one of the models: {', '.join(names)}")
                 break
     if fusion.domain_weights and recipe.corpus.domain_column is None:
         yield Problem(("fusion", "domain_weights"), "needs to know the documents' domains: say corpus.domain_column")

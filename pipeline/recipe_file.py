@@ -1,4 +1,4 @@
-"""The file of a recipe: TOML, read, checked as a whole, and reported on by line."""
+"""Reads a recipe file (TOML), checks it as a whole, and reports problems by line."""
 
 import copy
 from collections.abc import Iterator, Mapping
@@ -15,14 +15,14 @@ from .problems import Problem, problems_of, said_of_problems, short_key
 from .recipe import BASE, Recipe, changed_data
 from .recipe_checks import impossible
 
-_COMPARED = ("name", "path", "model", "revision")  # the keys that other sections are compared with, and those without which there is none
+_COMPARED = ("name", "path", "model", "revision")  # keys that other sections are compared with, and keys that a section must have
 
 
 def load_recipe(path: Path) -> Recipe:
     """Read and check a recipe.
 
     Raises:
-        UsageError: it cannot be read, or something in it is wrong; the text lists everything at once, with lines and what would be valid.
+        UsageError: the file cannot be read, or has problems; the text lists all problems with their lines and what is valid.
     """
     return parse_recipe(read_user_text(path, what=f"The recipe {path}"), path=path)
 
@@ -31,7 +31,7 @@ def parse_recipe(text: str, *, path: Path) -> Recipe:
     """Check the text of a recipe; `path` is for the messages.
 
     Raises:
-        UsageError: as of `load_recipe`.
+        UsageError: as in `load_recipe`.
     """
     data = parse_toml(text, what=f"The recipe {path}")
     recipe, problems = _validated(copy.deepcopy(data))
@@ -43,9 +43,9 @@ def parse_recipe(text: str, *, path: Path) -> Recipe:
 
 
 def _validated(data: dict[str, Any]) -> tuple[Recipe | None, list[Problem]]:
-    """The recipe, if it can be made at all, and everything wrong with it.
+    """The recipe, if it can be built, and all its problems.
 
-    What is wrong is noted, dropped, and the rest checked again, so that combinations are checked even where some other key is wrong.
+    Each wrong key is noted and removed, and the rest is checked again. Combinations are thus checked even if some key is wrong.
     """
     problems: list[Problem] = []
     while True:
@@ -53,7 +53,7 @@ def _validated(data: dict[str, Any]) -> tuple[Recipe | None, list[Problem]]:
             recipe = Recipe.model_validate(data)
         except ValidationError as error:
             found = problems_of(error, of=Recipe)
-            noted = {problem.path for problem in problems}  # what was dropped is not missing
+            noted = {problem.path for problem in problems}  # a removed key is not missing
             problems += [problem for problem in found if problem.path not in noted]
             dropped = [_drop(data, problem) for problem in found]
             if not any(dropped):
@@ -63,13 +63,13 @@ def _validated(data: dict[str, Any]) -> tuple[Recipe | None, list[Problem]]:
 
 
 def _variant_problems(recipe: Recipe, data: dict[str, Any]) -> Iterator[Problem]:
-    """What is wrong with the variants of a recipe that is right without them."""
-    names = [BASE]  # of the recipe itself
+    """Problems of the variants, for a recipe that is valid without them."""
+    names = [BASE]  # the recipe itself
     sources = [source.name for source in recipe.sources]
     for index, variant in enumerate(recipe.variants):
         place: KeyPath = ("variants", index)
         if variant.name in names:
-            yield Problem((*place, "name"), f"{variant.name!r} is taken: give each variant a name of its own, which is not {BASE!r}")
+            yield Problem((*place, "name"), f"{variant.name!r} is taken: give each variant a unique name other than {BASE!r}")
         names.append(variant.name)
         refused = [key for key in ("executor", "variants") if key in variant.changes]
         for key in refused:
@@ -77,7 +77,7 @@ def _variant_problems(recipe: Recipe, data: dict[str, Any]) -> Iterator[Problem]
         named = variant.changes.get("sources")
         unknown = [name for name in named if name not in sources] if isinstance(named, list) else []
         for name in unknown:
-            yield Problem((*place, "sources"), f"{shown(name)} must be the name of one of the sources: {', '.join(sources)}")
+            yield Problem((*place, "sources"), f"{shown(name)} must be the name of a source: {', '.join(sources)}")
         if not refused and not unknown:
             _, problems = _validated(changed_data(data, variant.changes))
             for problem in problems:
@@ -87,7 +87,7 @@ def _variant_problems(recipe: Recipe, data: dict[str, Any]) -> Iterator[Problem]
 
 
 def _known_path(changes: Mapping[str, Any], path: KeyPath) -> KeyPath:
-    """As much of a path as there is in a variant."""
+    """The part of a path that exists in a variant."""
     found: list[str | int] = []
     node: Any = changes
     for key in path:
@@ -99,7 +99,7 @@ def _known_path(changes: Mapping[str, Any], path: KeyPath) -> KeyPath:
 
 
 def _drop(data: dict[str, Any], problem: Problem) -> bool:
-    """Take what is wrong out of the data. Of a section whose keys do not go together, those stay that other sections are compared with."""
+    """Remove a problem from the data. If the keys of a section conflict, keep those that other sections are compared with."""
     node: Any = data
     for key in problem.path[:-1]:
         if not holds(node, (key,)):

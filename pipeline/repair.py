@@ -1,6 +1,6 @@
-"""Repair: what is damaged or gone is set aside and made again by the stages of the recipe, and compared with what it was.
+"""Repair: damaged parts are set aside, missing and damaged parts are made again by the recipe's stages, and compared with the old ones.
 
-Crash-safe: what is to be made again is written to `repair.json` first, and a repair that was interrupted goes on from there.
+Crash-safe: `repair.json` first gets the list of parts to make again, and an interrupted repair continues from it.
 """
 
 from collections.abc import Sequence
@@ -27,23 +27,23 @@ _Checksums = dict[str, tuple[int, int]]  # as in a manifest
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Repair:
-    """What a repair did."""
+    """The result of a repair."""
 
     made: list[PartName] = field(default_factory=list)
-    different: dict[PartName, list[str]] = field(default_factory=dict)  # made again, but not as they were: files that differ
-    left: list[Finding] = field(default_factory=list)  # what it could not repair
+    different: dict[PartName, list[str]] = field(default_factory=dict)  # made again with different content: files that differ
+    left: list[Finding] = field(default_factory=list)  # could not be repaired
 
 
 def repair(pipeline: Pipeline, *, full: bool) -> Repair:
-    """Find what is damaged or gone, and make exactly that again. Parts that never were are left to `run`.
+    """Make the damaged or missing parts again. Parts that were never made are left to `run`.
 
     Args:
-        pipeline: of the recipe that made the workspace; the caller is the coordinator, and has not folded the catalog since the damage.
-        full: find also what only reading everything can find.
+        pipeline: pipeline of the recipe that made the workspace. The caller is the coordinator, and must not have folded the catalog.
+        full: also find damage that only shows if everything is read.
 
     Raises:
-        FingerprintMismatch: the recipe asks for something else than the workspace holds. Nothing was changed.
-        DamagedPart: what an interrupted repair wrote down cannot be read. Nothing was changed.
+        FingerprintMismatch: the recipe does not match the workspace. Nothing was changed.
+        DamagedPart: the record of an interrupted repair cannot be read. Nothing was changed.
     """
     workspace, done = pipeline.workspace, Repair()
     interrupted = _interrupted(workspace)
@@ -51,11 +51,11 @@ def repair(pipeline: Pipeline, *, full: bool) -> Repair:
     made = {(product.kind, product.name): product for product in pipeline.repairable()}
     for product in made.values():
         if not pipeline.graph.needs_made_model(product):
-            pipeline.site.stage(product)  # what is asked for must be what the workspace holds
+            pipeline.site.stage(product)  # the recipe must match the workspace
     _repair_what_is_no_part(pipeline, found.findings)
     lost = {part: _checksums(workspace, part) for part in found.lost_parts if part[:2] in made}
     lost |= {part: files for part, files in interrupted.items() if part[:2] in made}
-    others = {part: files for part, files in interrupted.items() if part[:2] not in made}  # to be made by another recipe's repair
+    others = {part: files for part, files in interrupted.items() if part[:2] not in made}  # for the repair with another recipe
     _remember(workspace, lost | others)
     for key in sorted({part[:2] for part in lost}):
         catalog.forget(workspace, kind=key[0], name=key[1])
@@ -80,7 +80,7 @@ def repair(pipeline: Pipeline, *, full: bool) -> Repair:
 
 
 def _repair_what_is_no_part(pipeline: Pipeline, findings: list[Finding]) -> None:
-    """The catalog, the plan of a corpus, a tokenizer: each is written again where it is missing."""
+    """Write the catalog, the plan of a corpus, or a tokenizer again if it is missing."""
     workspace, site = pipeline.workspace, pipeline.site
     models = [model for recipe in pipeline.graph.recipes.values() for model in site.models(recipe).values()]
     tokenizers = {workspace.folder("tokenizers", model.tokenizer.digest): model.tokenizer for model in models}
@@ -90,14 +90,14 @@ def _repair_what_is_no_part(pipeline: Pipeline, findings: list[Finding]) -> None
             durable.remove(path)
         elif path in plans:
             durable.remove(path)
-            site.corpus_stage(plans[path]).parts()  # plans it
+            site.corpus_stage(plans[path]).parts()  # writes the plan
         elif path in tokenizers:
             durable.remove(path)
             tokenizers[path].save(path)
 
 
 def _checksums(workspace: Workspace, part: PartName) -> _Checksums:
-    """What a part's manifest says of its files; nothing to compare with where it cannot be read, or an earlier version encoded them."""
+    """The checksums of a part's files. Empty if the manifest cannot be read, or an earlier version encoded the files."""
     try:
         manifest = Dataset.open(workspace.folder(part[0], part[1])).manifest(part[2])
     except FuselineError:
@@ -110,7 +110,7 @@ def _set_aside(workspace: Workspace, part: PartName) -> None:
 
 
 def _remember(workspace: Workspace, lost: dict[PartName, _Checksums]) -> None:
-    """Write down what is set aside until it is made again; nothing of nothing."""
+    """Record the parts that are set aside, until they are made again. With no parts, record nothing."""
     path = _record_path(workspace)
     if lost:
         durable.write_json(path, sealed({"parts": [{"part": part, "files": files} for part, files in lost.items()]}))
@@ -119,10 +119,10 @@ def _remember(workspace: Workspace, lost: dict[PartName, _Checksums]) -> None:
 
 
 def _interrupted(workspace: Workspace) -> dict[PartName, _Checksums]:
-    """What an interrupted repair had set aside, or was about to.
+    """The parts that an interrupted repair set aside, or was about to set aside.
 
     Raises:
-        DamagedPart: its record cannot be read.
+        DamagedPart: the record cannot be read.
     """
     path = _record_path(workspace)
     try:
@@ -133,16 +133,16 @@ def _interrupted(workspace: Workspace) -> dict[PartName, _Checksums]:
         return {}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise DamagedPart(
-            f"{path}, what an interrupted repair wrote down, cannot be read ({reason_of(error)}). "
-            "Remove it: `fuseline run RECIPE` makes the parts that were set aside, though nobody compares them with what they were."
+            f"{path}, the record of an interrupted repair, cannot be read ({reason_of(error)}). "
+            "Remove it, and run `fuseline run RECIPE`: it makes these parts again, but does not compare them with the old ones."
         ) from error
 
 
 def _part_name(entry: Sequence[Any]) -> PartName:
-    """The name of a part from the record, which may name nothing else than a part of a dataset in the workspace.
+    """The name of a part from the record. It must name a part of a dataset in the workspace.
 
     Raises:
-        ValueError, TypeError: it is no such name.
+        ValueError, TypeError: it does not.
     """
     kind, name, part = entry
     if "/" in plain_name(kind) or "/" in plain_name(name) or not is_count(part, below=MOST_PARTS):
@@ -157,7 +157,7 @@ def _record_path(workspace: Workspace) -> Path:
 def _set_aside_by_another(workspace: Workspace, part: PartName) -> Finding:
     return Finding(
         path=workspace.folder(part[0], part[1]) / f"part-{part[2]:05d}.json",
-        problem="is not of this recipe, and a repair that was interrupted had set it aside",
-        remedy=f"{remake(workspace.root)}, where RECIPE is the one that made it",
+        problem="belongs to another recipe, and an interrupted repair set it aside",
+        remedy=f"{remake(workspace.root)}, where RECIPE is the recipe that made it",
         part=part,
     )

@@ -1,4 +1,4 @@
-"""A console of rich that passes on nothing but text and rich's own styles; apart from `terminal`, because rich takes time to import."""
+"""A rich console that only writes text and rich's own styles. It is separate from `terminal`, because rich is slow to import."""
 
 from collections.abc import Iterable
 from typing import IO
@@ -16,5 +16,5 @@ class Console(rich.console.Console):
         super().__init__(file=file, width=width, markup=False, emoji=False, highlight=False)
 
     def _render_buffer(self, buffer: Iterable[rich.segment.Segment]) -> str:
-        """All that is written passes here, cut into text with a style and control sequences."""
+        """All output passes here, split into styled text and control sequences."""
         return super()._render_buffer(each if each.control else each._replace(text=harmless(each.text)) for each in buffer)

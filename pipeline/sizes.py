@@ -1,4 +1,4 @@
-"""How large the corpus and the models of a recipe are: at hand, or expected."""
+"""The sizes of a recipe's corpus and models: measured if they are available, else expected."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -25,19 +25,19 @@ BYTES_PER_TOKEN = 4.2  # English text, vocabularies of 32,000 to 50,000
 
 @dataclass
 class FoundSizes:
-    """Implements `Sizes`. The sizes of what a graph is made from. Nothing is downloaded, and nothing in the workspace is changed."""
+    """The sizes of a graph's corpus and models. Implements `Sizes`. It downloads nothing, and does not change the workspace."""
 
     recipes: list[Recipe]
-    base: Path  # of the recipe, to which its paths are relative
+    base: Path  # folder of the recipe, to which its paths are relative
     models_dir: Path
     layout: Layout
     _parts: dict[Product, list[Mapping[str, Any]] | None] = field(default_factory=dict)
 
     def text(self, product: PartsProduct, split: str) -> SplitSize:
-        """One split of the corpus of a product: as planned in the workspace, else as the recipe expects, else by reading the corpus.
+        """The size of one split of a product's corpus: from the workspace's plan, else from the recipe, else by reading the corpus.
 
         Raises:
-            UsageError: the corpus is not at hand, and the recipe does not say what to expect of it.
+            UsageError: the corpus is not available, and the recipe does not state its expected size.
         """
         corpus = product if isinstance(product, Corpus) else product.corpus
         assert isinstance(corpus, Corpus)
@@ -56,11 +56,11 @@ class FoundSizes:
         )
 
     def tokens(self, product: PartsProduct, split: str) -> float:
-        """About how many tokens a split has."""
+        """The approximate number of tokens of a split."""
         return self.text(product, split).text_bytes / BYTES_PER_TOKEN
 
     def parts(self, product: Product) -> int:
-        """How many parts a product has; 1 of what is not made in parts."""
+        """The number of parts of a product; 1 if it is not made in parts."""
         if isinstance(product, Corpus):
             return sum(self.text(product, split).parts for split in ("train", product.recipe.evaluation.split))
         if not isinstance(product, PartsProduct) or product.split is None:
@@ -68,10 +68,10 @@ class FoundSizes:
         return self.text(product, product.split).parts
 
     def model(self, product: Product) -> ModelSize:
-        """The model that a product reads the corpus with; models that are made have the target's size.
+        """The size of the model with which a product reads the corpus. Models that the recipe makes have the target's size.
 
         Raises:
-            UsageError: the model is not at hand, and the recipe does not say what to expect of it.
+            UsageError: the model is not available, and the recipe does not state its expected size.
         """
         config: ModelConfig | None = getattr(product, "config", None)
         return self._models[product.recipe.target if config is None else config]
@@ -91,13 +91,13 @@ class FoundSizes:
                 chat = CorpusTemplate.of(config.chat, target=target, base=self.base)
         except DataError as error:
             raise UsageError(
-                f"{error}\nTo plan without it, say corpus.expected_bytes and corpus.expected_documents in the recipe."
+                f"{error}\nTo plan without it, set corpus.expected_bytes and corpus.expected_documents in the recipe."
             ) from error
         return list(parts_of(choose_documents(config, data_files=data_files, chat=chat).documents))
 
     @cached_property
     def _models(self) -> dict[ModelConfig, ModelSize]:
-        """As the recipes expect them, else as they are found. Whether transformers reads them alike is left to a run."""
+        """The sizes that the recipes expect, else those of the found models. A run checks how transformers reads them."""
         sizes: dict[ModelConfig, ModelSize] = {}
         for recipe in self.recipes:
             found: list[ModelFolder] = []

@@ -1,4 +1,4 @@
-"""One training of the pipeline: looked over, started, followed, and taken note of."""
+"""Runs one training of the pipeline: checks, start, progress and record."""
 
 import time
 from collections.abc import Callable
@@ -14,10 +14,10 @@ FOLD_SECONDS = 60.0
 
 
 def describe(job: TrainJob) -> str:
-    """What a training takes, and how it reads its data, after the checks that it can go well.
+    """Check a training, and describe its cost and how it reads its data.
 
     Raises:
-        FuselineError: it cannot; see `train.preflight`.
+        FuselineError: it cannot be trained; see `train.preflight`.
     """
     from ..train.preflight import planned_reading, preflight  # loads transformers
 
@@ -31,9 +31,9 @@ def describe(job: TrainJob) -> str:
 
 
 def train(job: TrainJob, *, workspace: Workspace, progress: Progress, fold: Callable[[], None]) -> None:
-    """Train to the end, from the newest checkpoint if there is one, with a run in the workspace and a line of progress.
+    """Train to the end, from the newest checkpoint if there is one. Record a run in the workspace, and show progress.
 
-    `fold` brings the catalog up to date; it is called now and then, so that queries see how far the training is.
+    `fold` updates the catalog. It is called regularly, so that queries see the progress.
     """
     name = job.config.name
     progress.say(describe(job))
@@ -49,7 +49,7 @@ def train(job: TrainJob, *, workspace: Workspace, progress: Progress, fold: Call
             if record["warning"] is not None:
                 progress.say(f"training {name}: {record['warning']}")
             done = 1 / record["steps"]
-            # The first step counts as done before: with it the start of the ranks would be counted.
+            # The first step counts as done earlier; otherwise the rate would include the start of the ranks.
             tracker(0.0 if is_first else done, figures(record), earlier=record["step"] * done if is_first else 0.0)
             is_first = False
             run.metrics.update(step=record["step"], loss=record["loss"])

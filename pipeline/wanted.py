@@ -1,7 +1,7 @@
-"""What a recipe wants of a workspace, product by product: there, missing, or made from different inputs.
+"""The state of each product of a recipe in a workspace: done, missing, or made from different inputs.
 
-Read from files alone, as `store.status` is: neither a model nor the source of the corpus is opened. That one of these was changed since is
-only noticed by a run.
+Like `store.status`, it reads only the workspace's files. It opens neither the models nor the source of the corpus. Only a run notices if one
+of these has changed.
 """
 
 from dataclasses import dataclass
@@ -23,29 +23,29 @@ State = Literal["done", "incomplete", "missing", "different inputs"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Wanted:
-    """One product of a recipe."""
+    """A product of a recipe."""
 
     kind: str
     name: str
-    variants: list[str]  # that need it; the recipe itself is `base`
+    variants: list[str]  # variants that need it; the recipe itself is `base`
     state: State
-    expected_parts: int | None  # None where the corpus is not planned yet, and of trainings and merges
-    differences: list[str]  # between what is there under this name and what the recipe asks for
-    status: DatasetStatus | TrainingStatus | None  # of what is there
+    expected_parts: int | None  # None if the corpus is not planned yet, and for trainings and merges
+    differences: list[str]  # between the stored product of this name and the recipe
+    status: DatasetStatus | TrainingStatus | None  # status of the stored product
 
 
 class Seen:
-    """A workspace that is only looked at. Implements `Site`."""
+    """A workspace that is only read. Implements `Site`."""
 
     def __init__(self, layout: Layout) -> None:
         self.layout = layout
         self._identities: dict[Product, Identity] = {}
 
     def dataset(self, product: PartsProduct) -> Dataset:
-        """What is stored under the product's name, whatever its identity.
+        """The dataset with the product's name, of any identity.
 
         Raises:
-            InputMissing: nothing is.
+            InputMissing: there is none.
         """
         stored = product.stored(self.layout)
         if stored is None:
@@ -53,7 +53,7 @@ class Seen:
         return stored
 
     def identity(self, product: Product) -> Identity:
-        """What of the identity can be told without the models."""
+        """The part of the identity that is known without the models."""
         if product not in self._identities:
             self._identities[product] = product.identity(self)
         return self._identities[product]
@@ -67,7 +67,7 @@ class Seen:
 
 
 def wanted(graph: Graph, *, layout: Layout) -> list[Wanted]:
-    """Everything that a recipe makes, in order."""
+    """All products of a recipe, in order."""
     datasets = {(status.kind, status.name): status for status in dataset_statuses(layout)}
     trainings = {status.name: status for status in training_statuses(layout)}
     site, found = Seen(layout), []
@@ -110,7 +110,7 @@ def _expected_parts(product: Product, *, layout: Layout, status: DatasetStatus |
 
 
 def _differences(product: Product, *, site: Seen) -> list[str]:
-    """Between what is stored under a product's name and what of its identity can be told; of an unfinished training, a run compares it."""
+    """Differences between the stored and the known identity of a product. An unfinished training is compared by a run."""
     stored: Identity | None
     if isinstance(product, PartsProduct):
         dataset = product.stored(site.layout)
@@ -126,5 +126,5 @@ def _differences(product: Product, *, site: Seen) -> list[str]:
         return product.without_input(error)
     if changed or isinstance(product, PartsProduct):
         return changed
-    # A model that is finished: what it was made from may have been replaced, or may be of another recipe.
+    # The inputs of a finished model may have been replaced, or may belong to another recipe.
     return [f"learned from {needed.kind} made from different inputs" for needed in product.determining if _differences(needed, site=site)]
