@@ -192,7 +192,9 @@ def fuse_run(options: RecipeOptions) -> None:
 @click.option("--model", required=True, metavar="ID_OR_PATH", help="Hugging Face hub id or folder of the model.")
 @click.option("--revision", help="Commit, tag or branch of a hub model.")
 @click.option("--dtype", type=click.Choice(["bfloat16", "float16", "float32"]), help="Number format of the forward passes.")
-@click.option("--chat-template", type=click.Choice(["shared", "own"]), help="Chat template for conversations: the shared one, or the model's own.")
+@click.option(
+    "--chat-template", type=click.Choice(["shared", "own"]), help="Chat template for conversations: the shared one, or the model's own."
+)
 @click.option("--dry-run", is_flag=True, help="Only show what would be done, and what it would take.")
 def fuse_add_source(
     options: RecipeOptions,

@@ -74,7 +74,9 @@ def show_addition(added: "AddedSource", workspace: "Workspace") -> None:
     others = [f"{item.kind}/{item.name}" for item in found if item.state == "different inputs"]
     if others:
         command = f"fuseline run {shlex.quote(str(added.path))}"
-        raise UsageError(f"Run the recipe without the new source first: {command}. These were made from different inputs: {', '.join(others)}.")
+        raise UsageError(
+            f"Run the recipe without the new source first: {command}. These were made from different inputs: {', '.join(others)}."
+        )
     missing = sum(item.state != "done" for item in found)
     say(f"{len(found) - missing} of {len(found)} are there already. Making the others now.")
 

@@ -22,9 +22,7 @@ if TYPE_CHECKING:  # a command imports what it needs when it runs, so that --hel
 
 @click.command("merge")
 @click.argument("file", type=click.Path(dir_okay=False, path_type=Path))
-@click.option(
-    "--output", "-o", type=click.Path(file_okay=False, path_type=Path), required=True, help="New folder for the merged model."
-)
+@click.option("--output", "-o", type=click.Path(file_okay=False, path_type=Path), required=True, help="New folder for the merged model.")
 @models_option
 @click.option("--json", "as_json", is_flag=True, help="For scripts.")
 def merge_command(file: Path, output: Path, models_dir: Path, as_json: bool) -> None:
@@ -73,7 +71,7 @@ def _found(request: "MergeRequest", *, folder_of_file: Path, models_dir: Path) -
         layers = model.hf_config.get("num_hidden_layers")
         if request.n_layers is not None and layers != request.n_layers:
             raise UsageError(
-                f"slices: layer_range ([0, {request.n_layers}]) must cover all layers of {name} ({layers}): only whole models can be merged."
+                f"slices: layer_range ([0, {request.n_layers}]) must be all layers of {name} ({layers}): only whole models can be merged."
             )
     return base, models
 

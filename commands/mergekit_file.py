@@ -118,7 +118,7 @@ class _Reader:
         ):
             self.refuse(
                 "slices",
-                f"must have the layer_range [0, number of layers] for each source; it has {shown(ranges)}. Only whole models can be merged.",
+                f"must have the layer_range [0, number of layers] for each source, not {shown(ranges)}: only whole models can be merged.",
             )
         return first[1]
 
@@ -150,7 +150,8 @@ class _Reader:
         for model, parameters in sources:
             for key in parameters.keys() - {"weight", "density"}:
                 self.refuse(
-                    f"models.parameters.{written(key)} of {model.name}", "is not supported for one model. Remove it, or set it for all models."
+                    f"models.parameters.{written(key)} of {model.name}",
+                    "is not supported for one model. Remove it, or set it for all models.",
                 )
 
     def number(self, where: str, value: Any) -> Any:

@@ -104,7 +104,9 @@ class Group(click.Group):
             text = f"{error.strerror or error}{where}. Fix this, and run the same command again. Committed parts are safe."
             raise _Shown(text, exit_code=1) from error
         except KeyboardInterrupt:
-            raise _Shown("Stopped. Run the same command again to continue: finished parts and checkpoints are kept.", exit_code=130) from None
+            raise _Shown(
+                "Stopped. Run the same command again to continue: finished parts and checkpoints are kept.", exit_code=130
+            ) from None
 
 
 class StageGroup(click.Group):

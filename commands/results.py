@@ -66,7 +66,9 @@ def write_result(answer: Answer | None, *, style: str, output: Path | None) -> N
         raise
     except (pl.exceptions.PolarsError, pl.exceptions.PanicException, ValueError, OverflowError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UsageError(f"Cast the column to a plain type, for example VARCHAR: the result cannot be written as {style} ({reason}).") from error
+        raise UsageError(
+            f"Cast the column to a plain type, for example VARCHAR: the result cannot be written as {style} ({reason})."
+        ) from error
 
 
 @contextmanager

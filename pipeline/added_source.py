@@ -69,7 +69,9 @@ def add_source(
     taken = [each.name for each in recipe.models] + recipe.made_models
     if name in taken:
         command = f"fuseline run {shlex.quote(str(path))}"
-        raise UsageError(f"--name ({name}) must be a new name; the recipe already has: {', '.join(taken)}. To continue an addition: {command}.")
+        raise UsageError(
+            f"--name ({name}) must be a new name; the recipe already has: {', '.join(taken)}. To continue an addition: {command}."
+        )
     given = {"name": name, "model": _from_recipe(model, path=path), "revision": revision, "dtype": dtype, "chat_template": chat_template}
     entry = {key: value for key, value in given.items() if value is not None}
     try:
@@ -103,7 +105,9 @@ def _checked(after: bytes, *, entry: dict[str, str], before: bytes, path: Path) 
     try:
         now = parse_toml(text, what="With the table, the file")
     except UsageError as error:
-        raise UsageError(f"Write the sources of {path} as [[sources]] tables, and run the command again. No table can be added to it now ({error})") from error
+        raise UsageError(
+            f"Write the sources of {path} as [[sources]] tables, and run the command again. No table can be added to it now ({error})"
+        ) from error
     assert now == stored | {"sources": [*stored["sources"], entry]}
     try:
         return parse_recipe(text, path=path)

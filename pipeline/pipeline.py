@@ -131,7 +131,7 @@ class Pipeline:
                     self.site.require_domains(section, corpus, getattr(recipe, section).domain_weights)
 
     def _make_inputs(self, product: Product) -> None:
-        """The inputs of a product that are made on demand."""
+        """Make the inputs of a product that are made on demand."""
         for needed in product.inputs:
             if needed.is_made_on_demand and not product.is_done(self.workspace):
                 self._make(needed)
@@ -172,7 +172,7 @@ class Pipeline:
             fraction = config.held_out_fraction
             if fraction and evaluation.split == "test":
                 raise UsageError(
-                    f"corpus.held_out_fraction ({fraction}) of {stage.plan.summary['documents']} documents holds out no document. Increase it."
+                    f"Increase corpus.held_out_fraction ({fraction}): it holds out none of {stage.plan.summary['documents']} documents."
                 )
             raise UsageError(
                 f"evaluation.split ({evaluation.split!r}) must be one of the corpus's splits ({', '.join(splits)}). "

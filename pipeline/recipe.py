@@ -35,8 +35,8 @@ class EvaluationConfig(BaseModel):
     )
     ensembles: list[Literal["uniform", "bayes", "oracle_document", "oracle_token"]] = Field(
         [],
-        description="baselines without training: the models' outputs on the held-out text, mixed with equal weights (`uniform`) or by how well "
-        "each predicted the document so far (`bayes`); and the bounds for the best model per document or per token, chosen by the text",
+        description="baselines without training: the models' outputs on the held-out text, mixed with equal weights (`uniform`) or by how "
+        "well each predicted the document so far (`bayes`); and the bounds for the best model per document or per token, chosen by the text",
     )
     ensemble_members: list[str] = Field([], description="names of the models to mix; by default all sources and the target's start")
 
@@ -69,7 +69,8 @@ class Variant(BaseModel):
     model_config = ConfigDict(frozen=True, extra="allow", strict=True)
 
     name: str = Field(
-        pattern=r"^[A-Za-z0-9]+([._-][A-Za-z0-9]+)*$", description="name of the variant; products that only this variant needs have it in their names"
+        pattern=r"^[A-Za-z0-9]+([._-][A-Za-z0-9]+)*$",
+        description="name of the variant; products that only this variant needs have it in their names",
     )
 
     @property
@@ -85,7 +86,9 @@ class Recipe(BaseModel):
 
     corpus: CorpusConfig
     target: ModelConfig
-    sources: list[ModelConfig] = Field(min_length=1, description="the models to learn from; the target's own start is always an additional source")
+    sources: list[ModelConfig] = Field(
+        min_length=1, description="the models to learn from; the target's own start is always an additional source"
+    )
     distributions: DistributionsConfig = DistributionsConfig()
     alignment: AlignmentConfig = AlignmentConfig()
     fusion: FusionConfig = FusionConfig()
@@ -137,8 +140,8 @@ class Recipe(BaseModel):
     def _selections(self) -> list[tuple[str, tuple[ModelConfig, ...]]]:
         """The groups of sources that are fused together, each with the suffix of the names of its targets and its training.
 
-        With `[merge]` each source is fused alone with the target's start. Products of all sources have the number of sources in their names,
-        so that a source that is added later needs no taken name.
+        With `[merge]` each source is fused alone with the target's start. Products of all sources have their number in the name, so
+        that they get new names when a source is added.
         """
         everything = tuple(self.sources)
         if self.merge is None:
@@ -166,7 +169,7 @@ class Recipe(BaseModel):
 
     @property
     def merged_name(self) -> str | None:
-        """Name of the merged model. None without `[merge]`, or if there is only one model and the method needs several."""
+        """Name of the merged model. None without `[merge]`, or if the method needs more models."""
         n = len(self.sources)
         return None if self.merge is None or n < self.merge.least_models else f"{self.merge.name}-{n}"
 

@@ -20,11 +20,11 @@ def impossible(recipe: Recipe) -> Iterator[Problem]:
             yield Problem(("sources", index, "model"), "is the target's start, which is always a source: remove this entry")
     yield from _taken_names(recipe, names)
     if recipe.evaluation.clm_baseline and not recipe.training.uses_targets:
-        yield Problem(("training", "clm_weight"), "1 equals the training of the baseline: set evaluation.clm_baseline = false")
+        yield Problem(("training", "clm_weight"), "1 is the value of the baseline: set evaluation.clm_baseline = false")
     if recipe.evaluation.all_at_once and recipe.merge is None:
         yield Problem(("evaluation", "all_at_once"), "needs [merge]; without it all sources are fused at once: remove it")
     if recipe.evaluation.ensembles and recipe.corpus.chat is not None:
-        yield Problem(("evaluation", "ensembles"), "must have plain text, but the corpus has conversations: remove it")
+        yield Problem(("evaluation", "ensembles"), "needs plain text, but the corpus has conversations: remove it")
     for name in recipe.evaluation.ensemble_members:
         if name not in [model.name for model in recipe.models]:
             models = ", ".join(model.name for model in recipe.models)
@@ -60,7 +60,9 @@ def _impossible_merge(merge: MergeConfig, *, sources: list[str]) -> Iterator[Pro
         what = f"{merge.method!r} merges {merge.most_models} model with the target's start, but there are {len(sources)}: choose another"
         yield Problem(("merge", "method"), what)
     if merge.vocabulary != "same":
-        yield Problem(("merge", "vocabulary"), "is for models with different vocabularies, but all these have the target's: remove it")
+        yield Problem(
+            ("merge", "vocabulary"), "is for models with different vocabularies, but all models here have the target's: remove it"
+        )
     for key in ("weights", "densities"):
         for name in getattr(merge, key).keys() - set(sources):
             yield Problem(("merge", key, name), f"{name!r} must be the name of a source: {', '.join(sources)}")
@@ -88,4 +90,4 @@ def _impossible_fusion(recipe: Recipe) -> Iterator[Problem]:
                 yield Problem(path, f"method = 'fixed' needs a weight above 0 for at least one of the models: {', '.join(names)}")
                 break
     if fusion.domain_weights and recipe.corpus.domain_column is None:
-        yield Problem(("fusion", "domain_weights"), "needs to know the documents' domains: say corpus.domain_column")
+        yield Problem(("fusion", "domain_weights"), "needs the domains of the documents: set corpus.domain_column")

@@ -38,7 +38,7 @@ def repair(pipeline: Pipeline, *, full: bool) -> Repair:
     """Make the damaged or missing parts again. Parts that were never made are left to `run`.
 
     Args:
-        pipeline: pipeline of the recipe that made the workspace. The caller is the coordinator, and must not have folded the catalog.
+        pipeline: pipeline of the recipe that made the workspace. The caller is the coordinator, and has not folded the catalog since.
         full: also find damage that only shows if everything is read.
 
     Raises:

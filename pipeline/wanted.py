@@ -1,7 +1,7 @@
 """The state of each product of a recipe in a workspace: done, missing, or made from different inputs.
 
-Like `store.status`, it reads only the workspace's files. It opens neither the models nor the source of the corpus. Only a run notices if one
-of these has changed.
+Like `store.status`, it reads only the workspace's files. It does not open the models or the source of the corpus. Only a run notices if
+one of these has changed.
 """
 
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""Shares out parts among workers: who is free gets the next, who dies is replaced, and its parts are handed out again."""
+"""Distributes parts among workers. A free worker gets the next part. A dead worker is replaced, and its parts are assigned again."""
 
 import contextlib
 import itertools
@@ -12,7 +12,7 @@ from .work import Assignment, Committed, Failed, Follow, Outcome, Worker
 
 @dataclass(frozen=True, slots=True)
 class Lost:
-    """A worker's answer when it is dead."""
+    """The answer of a worker that died."""
 
     reason: str
 
@@ -21,19 +21,19 @@ Answer = list[Outcome] | Lost
 
 
 class Crew(Protocol):
-    """Workers of one engine, by name. A worker answers when it is ready (with no outcome), and then once to each part."""
+    """Workers of one engine, by name. A worker answers when it is ready (with no outcome), and then once for each part."""
 
     def hire(self, worker: str) -> None:
         """Start a worker."""
 
     def give(self, worker: str, part: int | None) -> None:
-        """Have a worker do `Worker.step`. It does not wait, and does not mind if the worker is dead."""
+        """Have a worker do `Worker.step`. The call does not wait, and does nothing if the worker is dead."""
 
     def wait(self) -> list[tuple[str, Answer]]:
         """Wait until a worker answers or dies."""
 
     def dismiss(self, worker: str) -> None:
-        """End a worker, dead or alive, or one that could not be started."""
+        """Stop a worker. It may be dead already, or may never have started."""
 
 
 def share_out(crew: Crew, ledger: Ledger, *, size: int, dataset: Dataset, on_commit: Follow) -> None:
@@ -45,7 +45,7 @@ def share_out(crew: Crew, ledger: Ledger, *, size: int, dataset: Dataset, on_com
         while not ledger.is_done:
             for worker in sorted(free):
                 part = ledger.take(worker)
-                if part is not None or ledger.holds(worker):  # else it waits for what the others may not get done
+                if part is not None or ledger.holds(worker):  # else it stays free for parts that other workers do not finish
                     free.discard(worker)
                     crew.give(worker, part)
             while len(hired) < size and ledger.n_waiting > sum(not ledger.holds(worker) for worker in hired):
@@ -60,7 +60,7 @@ def share_out(crew: Crew, ledger: Ledger, *, size: int, dataset: Dataset, on_com
                     hired.discard(worker)
                     free.discard(worker)
     finally:
-        with contextlib.ExitStack() as dismissals:  # all of them, also where one fails
+        with contextlib.ExitStack() as dismissals:  # all workers, even if one dismissal fails
             for worker in hired:
                 dismissals.callback(crew.dismiss, worker)
 
@@ -73,7 +73,7 @@ def work_alone(assignment: Assignment, ledger: Ledger, *, worker: str, on_commit
 
 
 def _take_in(answer: Answer, ledger: Ledger, worker: str, *, dataset: Dataset, on_commit: Follow) -> bool:
-    """Take an answer into account; whether the worker is fit for another part."""
+    """Process an answer. Return whether the worker can take another part."""
     if isinstance(answer, Lost):
         _recover(ledger, worker, reason=answer.reason, dataset=dataset, on_commit=on_commit)
         return False
@@ -81,15 +81,15 @@ def _take_in(answer: Answer, ledger: Ledger, worker: str, *, dataset: Dataset, o
         ledger.note(worker, outcome)
         if isinstance(outcome, Committed):
             on_commit(outcome.manifest)
-    # An error may leave a process in a bad state (one of CUDA does), so another takes its place.
+    # An error may leave a process in a bad state (a CUDA error does), so a new process replaces it.
     return not any(isinstance(outcome, Failed) and outcome.kind == "error" for outcome in answer)
 
 
 def _recover(ledger: Ledger, worker: str, *, reason: str, dataset: Dataset, on_commit: Follow) -> None:
-    """What a dead worker had at hand is there, if it died after the commit, or is handed out again."""
+    """Check the parts that a dead worker worked on. Take a committed part as done, and assign the others again."""
     parts = ledger.lost(worker, reason=reason)
     for part in parts:
         if part in dataset.parts():
             on_commit(dataset.manifest(part))
         else:
-            ledger.give_back(part, reason=reason, is_suspect=part == parts[-1])  # those before it were being written
+            ledger.give_back(part, reason=reason, is_suspect=part == parts[-1])  # the parts before it were being written

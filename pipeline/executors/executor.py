@@ -1,4 +1,4 @@
-"""The one thing that an executor does, and which there are. To add one: a file with such a class, its name in `config.py`, a line here."""
+"""The protocol of an executor, and a function that opens one. To add one: a file with its class, its name in `config.py`, a line here."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -15,22 +15,22 @@ class Executor(Protocol):
         """Have parts computed and committed; `on_commit` is called in this thread after each.
 
         Args:
-            stage: what to compute; it may be pickled.
+            stage: the stage to compute; it may be pickled.
             parts: indices of parts that are not there yet.
             run_folder: the run's folder, with the subfolders of `journal.prepare`.
-            on_commit: is told the manifest of each part.
+            on_commit: gets the manifest of each part.
 
         Raises:
             FuselineError: parts failed; the text lists them with their logs. All others are committed.
-            DataError: the dataset cannot be written (a full disk, say). What was committed before stays.
+            DataError: the dataset cannot be written, for example because the disk is full. Committed parts stay.
         """
 
 
 def open_executor(config: ExecutorConfig, *, say: Callable[[str], None]) -> Executor:
-    """The executor that a recipe asks for; `say` takes a line for the user.
+    """Open the executor of a recipe; `say` shows a line to the user.
 
     Raises:
-        UsageError: it cannot be had here; the text says what is missing.
+        UsageError: the executor is not available here; the text says what is missing.
     """
     match config.kind:
         case "slurm":

@@ -1,8 +1,8 @@
-"""Runs the parts of a stage on this machine: in this process, or in several that each have a GPU or a share of the cores.
+"""Runs the parts of a stage on this machine: in this process, or in several processes that each have a GPU or a share of the cores.
 
-The processes are spawned, never forked: the Rust libraries underneath (polars, tokenizers) hang in a fork. Each costs its imports, and
-loads the model once. A part's bits do not depend on how many there are: with SmolLM2-135M, one and two threads of torch give the same
-arrays, in float32 and in bfloat16.
+The processes are spawned, never forked, because the Rust libraries (polars, tokenizers) hang in a fork. Each process imports the libraries
+and loads the model once. The bits of a part do not depend on the number of processes: with SmolLM2-135M, one and two torch threads give
+the same arrays, in float32 and in bfloat16.
 """
 
 import os
@@ -25,7 +25,7 @@ _THREADS = ("OMP_NUM_THREADS", "POLARS_MAX_THREADS", "NUMBA_NUM_THREADS", "RAYON
 
 
 class LocalExecutor:
-    """Runs parts in `workers` processes, or here if that is one."""
+    """Runs parts in `workers` processes, or in this process if `workers` is 1."""
 
     def __init__(self, config: ExecutorConfig, *, say: Callable[[str], None]) -> None:
         self.config, self._say, self._gpus = config, say, visible_gpus()
@@ -35,7 +35,7 @@ class LocalExecutor:
         assignment = Assignment(stage=stage, run_folder=run_folder, directory=Path.cwd())
         ledger = Ledger(parts, retries=self.config.retries, say=self._say)
         size = min(self.config.workers or len(self._gpus) or 1, len(parts))
-        if size == 1:  # nothing to share out
+        if size == 1:  # one worker needs no other process
             work_alone(assignment, ledger, worker="worker-1", on_commit=on_commit)
         else:
             crew = LocalCrew(assignment, size=size, gpus=self._gpus)
@@ -52,7 +52,7 @@ class LocalCrew:
         self._environment = dict.fromkeys(_THREADS, threads) | os.environ | {"PYTHONUNBUFFERED": "1", "PYTHONIOENCODING": "utf-8"}
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
         self._connections: dict[str, Connection] = {}
-        self._slots: dict[str, int] = {}  # worker -> its place among those at work, which says its GPU
+        self._slots: dict[str, int] = {}  # worker -> its number among the running workers, which selects its GPU
 
     def hire(self, worker: str) -> None:
         """Start a process."""
@@ -69,33 +69,33 @@ class LocalCrew:
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 pass_fds=[theirs.fileno()],
-                start_new_session=True,  # a Ctrl-C is the coordinator's: it closes the sockets, which ends the workers
+                start_new_session=True,  # the coordinator handles Ctrl-C: it closes the sockets, which stops the workers
             )
         self._send(worker, (self._assignment, worker))
 
     def give(self, worker: str, part: int | None) -> None:
-        """Hand a part to a process."""
+        """Give a part to a process."""
         self._send(worker, part)
 
     def wait(self) -> list[tuple[str, Answer]]:
-        """Wait until a process answers or dies; its socket tells at once."""
+        """Wait until a process answers or dies; its socket shows both at once."""
         ready = wait(list(self._connections.values()))
         return [(worker, self._answer(worker)) for worker, connection in self._connections.items() if connection in ready]
 
     def dismiss(self, worker: str) -> None:
-        """End a process, whatever it does: a commit is all or nothing."""
+        """Stop a process at any point: a commit is atomic."""
         if (process := self._processes.pop(worker, None)) is not None:
             process.kill()
             process.wait()
         if (connection := self._connections.pop(worker, None)) is not None:
-            connection.close()  # which also ends a process that a Ctrl-C left without a name
+            connection.close()  # this also stops a process that got no name before a Ctrl-C
         self._slots.pop(worker, None)
         journal.end_of(self._assignment.run_folder, worker=worker)
 
     def _send(self, worker: str, message: object) -> None:
         try:
             self._connections[worker].send(message)
-        except OSError:  # it is dead, which `wait` tells
+        except OSError:  # it is dead; `wait` reports that
             return
 
     def _answer(self, worker: str) -> Answer:
@@ -106,7 +106,7 @@ class LocalCrew:
 
 
 def visible_gpus() -> list[str]:
-    """The GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them."""
+    """The GPUs that this process may use, as named in CUDA_VISIBLE_DEVICES."""
     named = os.environ.get("CUDA_VISIBLE_DEVICES")
     if named is not None:
         return [name for name in named.split(",") if name not in {"", "-1"}]
@@ -120,4 +120,4 @@ def visible_gpus() -> list[str]:
 def _last_words(returncode: int) -> str:
     if returncode >= 0:
         return f"exit code {returncode}"
-    return f"{signal.Signals(-returncode).name}{', out of memory perhaps' if returncode == -signal.SIGKILL else ''}"
+    return f"{signal.Signals(-returncode).name}{', perhaps out of memory' if returncode == -signal.SIGKILL else ''}"

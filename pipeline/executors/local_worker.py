@@ -1,6 +1,6 @@
 """`python -m fuseline.pipeline.executors.local_worker FD`: a worker process of the local executor.
 
-The executor hands it parts through a socket.
+The executor sends it parts through a socket.
 """
 
 import os
@@ -14,10 +14,10 @@ from .work import Worker
 
 
 def main(descriptor: int) -> None:
-    """Answer each part with its outcomes, until the other end is closed."""
+    """Answer each part with its outcomes, until the executor closes the socket."""
     os.set_inheritable(descriptor, False)
     connection: Connection[Any, Any] = Connection(descriptor)
-    assignment, name = connection.recv()  # what `LocalCrew.hire` sends
+    assignment, name = connection.recv()  # from `LocalCrew.hire`
     requests: queue.SimpleQueue[int | None] = queue.SimpleQueue()
     threading.Thread(target=_listen, args=(connection, requests), name="listen", daemon=True).start()
     with Worker(assignment, name=name) as worker:
@@ -27,12 +27,12 @@ def main(descriptor: int) -> None:
 
 
 def _listen(connection: "Connection[Any, Any]", requests: "queue.SimpleQueue[int | None]") -> None:
-    """Take requests as they come, and end the process at once, in the midst of a part, if nobody waits for its outcome any more."""
+    """Queue requests as they arrive. If the executor closes the socket, exit at once, even in the middle of a part."""
     while True:
         try:
             requests.put(connection.recv())
         except (EOFError, OSError):
-            os._exit(0)  # a commit is all or nothing, so this breaks nothing
+            os._exit(0)  # safe, because a commit is atomic
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""Runs the parts of a stage on an existing Ray cluster: an actor per worker, which holds the stage and so loads its model once.
+"""Runs the parts of a stage on an existing Ray cluster: an actor per worker. An actor keeps the stage, so it loads the model once.
 
-Every machine of the cluster must see the workspace, and the models, under the same path, and have fuseline installed.
+Every machine of the cluster must have fuseline installed, and must see the workspace and the models under the same paths.
 """
 
 import logging
@@ -21,20 +21,20 @@ from .work import Assignment, Follow, Outcome, Stage, Worker
 try:
     import ray
 except ImportError as error:
-    raise UsageError("--executor ray needs Ray: pip install 'fuseline[ray]', in the version that the cluster runs.") from error
+    raise UsageError("Install Ray for --executor ray, in the version of the cluster: pip install 'fuseline[ray]'.") from error
 
 _DEFAULT_WORKERS = 4
-_PATIENCE_SECONDS = 30.0  # before saying that the cluster has no room
+_PATIENCE_SECONDS = 30.0  # before the message that the cluster has no free resources
 
 
 class RayExecutor:
     """Runs parts on `workers` actors."""
 
     def __init__(self, config: ExecutorConfig, *, say: Callable[[str], None]) -> None:
-        """Connect to the cluster, for the rest of this process.
+        """Connect to the cluster, until this process ends.
 
         Raises:
-            UsageError: there is none.
+            UsageError: there is no cluster.
         """
         self.config, self._say = config, say
         address = os.environ.get("RAY_ADDRESS", "auto")
@@ -58,7 +58,7 @@ class RayExecutor:
 
 
 def _knock(address: str) -> None:
-    """Raise OSError or ValueError unless somebody listens at an address: Ray tries for many minutes."""
+    """Raise OSError or ValueError if no server listens at an address, because Ray would retry for many minutes."""
     if address != "auto":
         host, _, port = address.rpartition("://")[2].rpartition(":")
         socket.create_connection((host, int(port)), timeout=10).close()
@@ -73,17 +73,17 @@ class RayCrew:
         memory = None if resources.memory_gb is None else int(resources.memory_gb * 1e9)
         self._asked_for = {"num_cpus": resources.cpus, "num_gpus": resources.gpus, "memory": memory}
         self._actors: dict[str, Any] = {}
-        self._answers: dict[str, Any] = {}  # worker -> reference to the answer that it owes
+        self._answers: dict[str, Any] = {}  # worker -> reference to its next answer
         self._has_begun = False
 
     def hire(self, worker: str) -> None:
-        """Start an actor; it answers when the cluster has found room for it."""
-        # Not restarted by Ray, which would not know what it had at hand.
+        """Start an actor; it answers when the cluster has resources for it."""
+        # Ray must not restart it: Ray does not know the part that it works on.
         self._actors[worker] = ray.remote(_Actor).options(max_restarts=0, **self._asked_for).remote(self._assignment, worker)
         self._answers[worker] = self._actors[worker].is_ready.remote()
 
     def give(self, worker: str, part: int | None) -> None:
-        """Hand a part to an actor."""
+        """Give a part to an actor."""
         self._answers[worker] = self._actors[worker].step.remote(part)
 
     def wait(self) -> list[tuple[str, Answer]]:
@@ -92,12 +92,12 @@ class RayCrew:
         ready, _ = ray.wait(list(references), num_returns=1, timeout=None if self._has_begun else _PATIENCE_SECONDS)
         if not ready:
             free = {name: amount for name, amount in ray.available_resources().items() if name in {"CPU", "GPU", "memory"}}
-            self._say(f"Ray has no room for a worker yet: each asks for {self._asked_for}, and the cluster has free {free}.")
+            self._say(f"Ray has no resources for a worker yet: each needs {self._asked_for}, and the cluster has {free} free.")
         self._has_begun = self._has_begun or bool(ready)
         return [(references[reference], self._answer(references[reference])) for reference in ready]
 
     def dismiss(self, worker: str) -> None:
-        """End an actor, whatever it does: a commit is all or nothing."""
+        """Stop an actor at any point: a commit is atomic."""
         self._answers.pop(worker, None)
         if (actor := self._actors.pop(worker, None)) is not None:
             ray.kill(actor)

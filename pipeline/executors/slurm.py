@@ -1,13 +1,13 @@
 """Runs the parts of a stage as a Slurm job array, through submitit: each task has a slice of the parts.
 
-Tasks need no coordinator. One that is killed leaves them at work, and the next, started by the same command, follows them: what it must
-know is in the run's folder, written before sbatch is called, and the jobs are found by their name.
+Tasks need no coordinator. If the coordinator is killed, the tasks keep running. The same command starts a new coordinator, which follows
+them: it finds the jobs by name, and reads their slices from the run's folder, where they are written before sbatch is called.
 
     runs/<run>/slurm/<job name>.json      the slices of a job's tasks
-    runs/<run>/logs/<job id>/             what submitit keeps, and the tasks' output
+    runs/<run>/logs/<job id>/             files of submitit, and the tasks' output
 
-A task that is preempted or runs out of time is requeued, and skips what is there already. Every machine must see the workspace, the models
-and this Python under the same paths.
+A task that is preempted or runs out of time is requeued, and skips committed parts. Every machine must see the workspace, the models and
+this Python under the same paths.
 """
 
 import getpass
@@ -34,28 +34,28 @@ from .work import Assignment, Follow, Stage
 try:
     import submitit
 except ImportError as error:
-    raise UsageError("--executor slurm needs submitit: pip install 'fuseline[slurm]'.") from error
+    raise UsageError("Install submitit for --executor slurm: pip install 'fuseline[slurm]'.") from error
 
 _DEFAULT_WORKERS = 4
-_POLL_SECONDS = 1.0  # between two looks for manifests
-_QUEUE_SECONDS = 15.0  # between two calls of squeue, which all users of a cluster wait for
-_SIGNAL_SECONDS = 90  # before the end of a task's time, so that the part at hand may be finished
-_Queue = dict[str, set[int]]  # jobs by name -> the indices of their tasks that are queued or running (0 where a job is no array)
-_NO_LIMIT = 1_000_000  # of requeues: `Task` counts how often the same part was begun
+_POLL_SECONDS = 1.0  # between two checks for manifests
+_QUEUE_SECONDS = 15.0  # between two calls of squeue, whose server all users of a cluster share
+_SIGNAL_SECONDS = 90  # before the end of a task's time, so that it may finish the part that it works on
+_Queue = dict[str, set[int]]  # job name -> indices of its queued or running tasks (0 if the job is no array)
+_NO_LIMIT = 1_000_000  # of requeues: `Task` counts how often a part was started
 
 
 class SlurmExecutor:
     """Runs parts in at most `workers` tasks at a time."""
 
     def __init__(self, config: ExecutorConfig, *, say: Callable[[str], None]) -> None:
-        """Raises UsageError where there is no Slurm."""
+        """Raises UsageError if Slurm is not available."""
         self.config, self._say = config, say
         missing = [command for command in ("sbatch", "squeue", "srun") if shutil.which(command) is None]
         if missing:
-            raise UsageError(f"--executor slurm needs {', '.join(missing)} on the PATH. Run fuseline on a login node of the cluster.")
+            raise UsageError(f"Run fuseline on a login node of the cluster: --executor slurm needs {', '.join(missing)} on the PATH.")
 
     def run(self, stage: Stage, parts: Sequence[int], *, run_folder: Path, on_commit: Follow) -> None:
-        """See `Executor.run`. A KeyboardInterrupt leaves the jobs at work."""
+        """See `Executor.run`. After a KeyboardInterrupt the jobs keep running."""
         dataset, missing, fruitless = stage.dataset, set(parts), 0
         failed: dict[int, str] = {}
         queue = _queue()
@@ -66,24 +66,24 @@ class SlurmExecutor:
             uncovered = missing - failed.keys() - {part for job in jobs for part in job.parts_at_work(queue)}
             if uncovered:
                 if jobs:
-                    self._say(f"{len(uncovered)} parts are missing of which no task is at work any more: they are submitted again")
+                    self._say(f"submitting {len(uncovered)} missing parts again, because no task works on them any more")
                 jobs.append(self._submit(stage, _hopeful_first(uncovered, jobs), run_folder=run_folder, number=len(jobs) + 1))
             n_before = len(missing)
             try:
                 queue = self._follow(jobs, missing, dataset=dataset, on_commit=on_commit)
             except KeyboardInterrupt:
                 names = ",".join(job.name for job in jobs)
-                self._say(f"The Slurm tasks go on; the same command follows them again. To stop them: scancel --name={names}")
+                self._say(f"The Slurm tasks keep running; run the same command to follow them again. To stop them: scancel --name={names}")
                 raise
             failed = {part: reason for job in jobs for part, reason in job.failed().items() if part in missing}
             fruitless = fruitless + 1 if len(missing) == n_before else 0
         if missing:
-            reasons = {part: failed.get(part, "its tasks ended without it") for part in missing}
+            reasons = {part: failed.get(part, "its tasks ended without making it") for part in missing}
             raise parts_failed(dataset, reasons, run_folder=jobs[-1].run_folder)
 
     def _submit(self, stage: Stage, parts: Sequence[int], *, run_folder: Path, number: int) -> "_Job":
         if "%" in str(run_folder.absolute()):
-            raise UsageError(f"{run_folder.absolute()}: sbatch replaces % in the paths of logs. Use a --workspace without it.")
+            raise UsageError(f"Use a --workspace without % in its path: sbatch replaces % in the paths of logs ({run_folder.absolute()}).")
         n_tasks = min(self.config.workers or _DEFAULT_WORKERS, len(parts))
         job = _Job(
             name=f"fuseline-{run_folder.name}-{number}",
@@ -99,10 +99,10 @@ class SlurmExecutor:
             submitted = executor.submit_array(tasks)
         except (submitit.core.utils.FailedJobError, subprocess.SubprocessError, OSError) as error:
             job.path.unlink()
-            raise UsageError(f"sbatch refuses the job: {error}\nSee [executor.resources] and [executor.slurm] of the recipe.") from error
+            raise UsageError(f"sbatch refused the job: {error}\nCheck [executor.resources] and [executor.slurm] in the recipe.") from error
         self._say(
             f"{stage.dataset.kind}/{stage.dataset.name}: submitted {n_tasks} Slurm tasks as job {submitted[0].job_id.split('_')[0]}; "
-            f"they go on if this command is stopped, unless you do: scancel --name={job.name}"
+            f"they keep running if this command stops. To stop them: scancel --name={job.name}"
         )
         return job
 
@@ -114,7 +114,7 @@ class SlurmExecutor:
             "time": resources.minutes,
             "array_parallelism": n_tasks,
             "signal_delay_s": _SIGNAL_SECONDS,
-            # PYTHONSAFEPATH: no module of the folder in which sbatch was called is imported.
+            # PYTHONSAFEPATH: import no module from the folder in which sbatch was called.
             "setup": ["export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$SLURM_CPUS_PER_TASK}", "export PYTHONSAFEPATH=1"],
             "additional_parameters": {"requeue": True} | {key.replace("_", "-"): value for key, value in self.config.slurm.items()},
         }
@@ -125,7 +125,7 @@ class SlurmExecutor:
         return parameters
 
     def _follow(self, jobs: "Sequence[_Job]", missing: set[int], *, dataset: Dataset, on_commit: Follow) -> _Queue:
-        """Take parts out of `missing` as they appear, until all are there or no task is at work any more; returns the queue at the end."""
+        """Remove parts from `missing` as they appear, until all are there or no task is running. Return the last queue."""
         asked, queue = time.monotonic(), {job.name: set(range(len(job.slices))) for job in jobs}
         while missing and any(job.tasks_at_work(queue) for job in jobs):
             time.sleep(_POLL_SECONDS)
@@ -139,14 +139,14 @@ class SlurmExecutor:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Task:
-    """What a task of the array runs: its slice of the parts, one after another. submitit calls it, and `checkpoint` when its time is up."""
+    """A task of the array: it makes its slice of the parts, one by one. submitit calls it, and `checkpoint` when its time is over."""
 
     assignment: Assignment
     parts: list[int]
     retries: int
 
     def __call__(self) -> None:
-        """Make what is missing of the slice.
+        """Make the missing parts of the slice.
 
         Raises:
             FuselineError: parts failed.
@@ -156,19 +156,19 @@ class Task:
         states = list(journal.read_journals(run_folder))
         failed = {part for state in states for part in state.failed}
         missing = [part for part in self.parts if part not in failed | set(dataset.parts())]
-        deaths = _interrupted(states)  # and parts that took longer than a task's time
+        deaths = _interrupted(states)  # includes parts that took longer than a task's time
         ledger = Ledger(missing, retries=self.retries, deaths=deaths, say=lambda text: print(text, flush=True))
         work_alone(self.assignment, ledger, worker=f"slurm-{submitit.JobEnvironment().job_id}", on_commit=lambda manifest: None)
         require_all(dataset, ledger, run_folder=run_folder)
 
     def checkpoint(self) -> submitit.helpers.DelayedSubmission:
-        """What is to be run when the task is requeued: the same, since it looks for what is there."""
+        """The task to run after a requeue: the same task, because it skips committed parts."""
         return submitit.helpers.DelayedSubmission(self)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Job:
-    """A job array and what its tasks are to make."""
+    """A job array and the parts of its tasks."""
 
     name: str
     run_folder: Path
@@ -192,12 +192,12 @@ class _Job:
         return {part for task in self.tasks_at_work(queue) for part in self.slices[task]}
 
     def failed(self) -> dict[int, str]:
-        """Parts that a task tried often enough, with the reason."""
+        """Parts that failed permanently, with the reason."""
         return {part: reason for state in journal.read_journals(self.run_folder) for part, reason in state.failed.items()}
 
 
 def _jobs_at_work(runs_folder: Path, dataset: Dataset, *, queue: _Queue) -> Iterator[_Job]:
-    """The jobs that an earlier coordinator submitted for this dataset, and that are not done yet."""
+    """The unfinished jobs that an earlier coordinator submitted for this dataset."""
     for path in sorted(runs_folder.glob("*/slurm/*.json")):
         if path.stem not in queue:
             continue
@@ -214,7 +214,7 @@ def _jobs_at_work(runs_folder: Path, dataset: Dataset, *, queue: _Queue) -> Iter
 
 
 def _queue() -> _Queue:
-    """Look at the user's jobs that are queued or running; a look is for all of them.
+    """The user's jobs that are queued or running, from one call of squeue.
 
     Raises:
         FuselineError: Slurm does not answer.
@@ -226,9 +226,7 @@ def _queue() -> _Queue:
             break
         time.sleep(wait)
     else:
-        raise FuselineError(
-            f"squeue fails: {result.stderr.strip()}. Jobs that are at work go on; run the same command again to follow them."
-        )
+        raise FuselineError(f"squeue fails: {result.stderr.strip()}. Run the same command again to follow the jobs. They keep running.")
     found: _Queue = {}
     for line in result.stdout.splitlines():
         index, _, name = line.strip().partition(" ")
@@ -237,11 +235,11 @@ def _queue() -> _Queue:
 
 
 def _hopeful_first(parts: Iterable[int], jobs: Sequence[_Job]) -> list[int]:
-    """Parts that tasks died with come last, so that one which kills its task takes no others with it."""
+    """Sort parts by how many tasks died with them, fewest first. A part that kills its task then stops no other part."""
     deaths = _interrupted([state for job in jobs for state in journal.read_journals(job.run_folder)])
     return sorted(parts, key=lambda part: (deaths[part], part))
 
 
 def _interrupted(states: Iterable[journal.WorkerState]) -> Counter[int]:
-    """How often a worker died, or was requeued, with each part at hand; those whose tasks are gone have what was at hand still at hand."""
+    """How often a worker died or was requeued while it worked on each part. An unfinished part of an ended task counts once more."""
     return sum((state.interrupted + Counter(state.unfinished) for state in states), Counter())

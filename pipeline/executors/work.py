@@ -1,4 +1,4 @@
-"""What a worker does, whichever executor started it: compute a part while the one before it is being written."""
+"""The work of a worker of any executor: it computes a part while the previous part is written."""
 
 import os
 import time
@@ -16,33 +16,33 @@ from ...store.manifest import Manifest
 
 
 class Stage(Protocol):
-    """A stage is a plain function of a part, and the dataset that its results go into. It pickles as its arguments."""
+    """A stage: a plain function of a part, and the dataset for its results. It is pickled as its arguments."""
 
     dataset: Dataset
 
     def compute(self, part: int) -> PartContent:
-        """Read the part's inputs and compute its content."""
+        """Read a part's inputs and compute its content."""
 
 
-# A user's mistake fails again and again; a folder that cannot be written fails every part; an error may have been an accident.
+# "mistake": a user's mistake, which fails each time; "unwritable": no part can be written; "error": another attempt may succeed.
 FailureKind = Literal["mistake", "unwritable", "error"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Committed:
-    """A part is there."""
+    """A part is committed."""
 
     manifest: Manifest
 
     @property
     def part(self) -> int:
-        """Its index."""
+        """The index of the part."""
         return self.manifest.part
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Failed:
-    """An attempt at a part came to nothing."""
+    """An attempt at a part failed."""
 
     part: int
     reason: str
@@ -50,20 +50,20 @@ class Failed:
 
 
 Outcome = Committed | Failed
-Follow = Callable[[Manifest], None]  # is told of each part that is committed
+Follow = Callable[[Manifest], None]  # called with the manifest of each committed part
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Assignment:
-    """All that a worker needs to know. It travels to it as a pickle."""
+    """Everything that a worker needs. It is sent to the worker as a pickle."""
 
     stage: Stage
     run_folder: Path
-    directory: Path  # the coordinator's, to which the stage's paths may be relative
+    directory: Path  # of the coordinator; the stage's paths may be relative to it
 
 
 class Worker:
-    """Makes the parts it is handed. It never opens the catalog: what it has done it says by manifests, its journal, and its answers."""
+    """Makes the parts that it gets. It never opens the catalog; it reports through manifests, its journal, and its answers."""
 
     def __init__(self, assignment: Assignment, *, name: str) -> None:
         os.chdir(assignment.directory)
@@ -77,13 +77,13 @@ class Worker:
         return self
 
     def __exit__(self, *_: object) -> None:
-        with self._journal, self._writer:  # a write that has begun is finished
+        with self._journal, self._writer:  # finishes a write that has started
             self._written()
 
     def step(self, part: int | None) -> list[Outcome]:
-        """Compute a part, and say what became of the one before it, which was being written meanwhile; None only waits for that write.
+        """Compute a part, and return the outcome of the previous part, which is written meanwhile. With None, only wait for that write.
 
-        An attempt that fails is an outcome, with its traceback in the part's log; nothing is at hand then.
+        A failed attempt is also an outcome; its traceback is in the part's log. The worker then has no part to work on.
         """
         if part is None:
             return self._written()
@@ -91,7 +91,7 @@ class Worker:
         started = time.monotonic()
         try:
             content = self.stage.compute(part)
-        except Exception as error:  # a stage runs models' and other libraries' code, which raises anything
+        except Exception as error:  # code of models and libraries may raise any exception
             return [*self._written(), self._failed(part, error, kind=_kind(error))]
         seconds = time.monotonic() - started
         outcomes = self._written()

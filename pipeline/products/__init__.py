@@ -1,1 +1,1 @@
-"""The kinds of things that a recipe makes: one file for each family, `graph.py` puts them together."""
+"""The kinds of products of a recipe, one file for each family. `graph.py` combines them."""

@@ -1,4 +1,4 @@
-"""How a source's tokens and positions are brought to the target's: token matches, vocabulary maps, alignments."""
+"""Products that map a source's tokens and positions to the target's: token matches, vocabulary maps, alignments."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -12,13 +12,13 @@ from .cost import Cost, Sizes
 from .forward import Distributions
 from .product import Drawing, OpenSite, PartsProduct, Product, Site
 
-_MATCHES_BYTES = 0.3  # of a token: a part of 1M has about 60,000 different pairs
-_MAP_BYTES, _ALIGNMENT_BYTES = 14, 1.5  # of a source token, of a token of the corpus
+_MATCHES_BYTES = 0.3  # per token: a part of 1M tokens has about 60,000 different pairs
+_MAP_BYTES, _ALIGNMENT_BYTES = 14, 1.5  # per source token, per token of the corpus
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class PairProduct(PartsProduct):
-    """What is made of a source and the target."""
+    """A product of a source and the target."""
 
     command: ClassVar[str] = "align"
 
@@ -39,7 +39,7 @@ class PairProduct(PartsProduct):
         return (self.source, self.target)
 
     def sides(self, site: OpenSite) -> dict[str, Any]:
-        """What a stage over a source and the target reads."""
+        """The inputs of a stage over a source and the target."""
         return {
             "source": site.dataset(self.source),
             "target": site.dataset(self.target),
@@ -91,7 +91,7 @@ class TokenMatches(PairProduct):
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class VocabularyMap(PairProduct):
-    """`vocab_maps/<source>--<target>--<rule>`. It depends on the tokenizers alone, but for `stat`, which counts matches."""
+    """`vocab_maps/<source>--<target>--<rule>`. It depends only on the tokenizers; `stat` also on counts of matches."""
 
     kind: ClassVar[str] = "vocab_maps"
     noun: ClassVar[str] = "vocabulary map"
@@ -123,7 +123,7 @@ class VocabularyMap(PairProduct):
     @property
     def choices(self) -> Mapping[str, Any]:
         models = [side.choices["of"] | {"rendering": side.rendering} for side in (self.source, self.target)]
-        chat = self.recipe.corpus.chat  # whose template says which token ends a turn
+        chat = self.recipe.corpus.chat  # its template sets the token that ends a turn
         return {"rule": self.recipe.alignment.vocabulary, "models": models, "chat": None if chat is None else chat.model_dump()}
 
     @property
@@ -157,12 +157,12 @@ class VocabularyMap(PairProduct):
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Alignment(PairProduct):
-    """`alignments/<source>--<target>`: where each of the target's positions lies in the source."""
+    """`alignments/<source>--<target>`: the position in the source of each target position."""
 
     kind: ClassVar[str] = "alignments"
     noun: ClassVar[str] = "alignment"
 
-    vocabulary_map: VocabularyMap | None  # where the position map depends on it
+    vocabulary_map: VocabularyMap | None  # if the position map depends on it
 
     @classmethod
     def of(cls, drawing: Drawing) -> Iterator["Alignment"]:
@@ -188,7 +188,7 @@ class Alignment(PairProduct):
         return {"positions": alignment.positions, "match": alignment.dtw_match if alignment.positions == "dtw" else None}
 
     def _keys(self, site: Site) -> dict[str, Any]:
-        """The choices, and the map, for the identity and the stage."""
+        """The choices and the map, for the identity and the stage."""
         return {**self.choices, "vocabulary_map": None if self.vocabulary_map is None else site.dataset(self.vocabulary_map)}
 
     def identity(self, site: Site) -> Identity:

@@ -11,7 +11,7 @@ from ...store.fingerprint import Identity
 from .cost import Cost, Sizes
 from .product import AtLeast, Drawing, OpenSite, PartsProduct, Product, Site
 
-# Text of English compresses to this share; each document has numbers, a digest and names beside it.
+# English text compresses to this share. Each document also has numbers, a digest and names.
 _COMPRESSED, _DOCUMENT_BYTES = 0.45, 60
 
 
@@ -64,17 +64,17 @@ class Corpus(PartsProduct):
         return asked if stored is None else kept_identity(stored, asked=asked)
 
     def _asked(self, site: OpenSite) -> dict[str, Any]:
-        """The identity, not yet as an earlier version would have written it."""
+        """The identity in the form of this version."""
         tokenizers = [
             model.tokenizer
             for recipe in site.recipes(self)
             for model in site.models(recipe).values()
-            if model.config.chat_template == "shared"  # the others write conversations down themselves
+            if model.config.chat_template == "shared"  # the other models write conversations in their own templates
         ]
         unique = list({tokenizer.digest: tokenizer for tokenizer in tokenizers}.values())
         asked = corpus_identity(self.recipe.corpus, data_files=site.data_files(self), tokenizers=unique, chat=site.template(self))
         stored = self.stored(site.layout)
-        # Segments are settled when the corpus is first made: a source that is added later does not undo all that was stored.
+        # Segments are fixed when the corpus is first made, so that a source that is added later does not invalidate stored data.
         return asked if stored is None else asked | {"segmented_for": stored.identity["segmented_for"]}
 
     def description(self, site: OpenSite) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Baselines that need no training: the outputs of several models, mixed on the held-out text."""
+"""Baselines that need no training: the mixed outputs of several models on the held-out text."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from .cost import Cost, Sizes
 from .forward import Evaluation
 from .product import Drawing, OpenSite, PartsProduct, Product, Site
 
-_CHUNK_BYTES = 4  # stored, per token of the text
+_CHUNK_BYTES = 4  # stored bytes per token of the text
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -38,7 +38,7 @@ class Ensemble(PartsProduct):
 
     @property
     def model_name(self) -> str:
-        """What it is called in SQL and reports."""
+        """Its name in SQL and reports."""
         return self.suffixed(f"ensemble-{self.rule}")
 
     @property

@@ -1,4 +1,4 @@
-"""What models say of the corpus: distributions on the train split, likelihoods of the held-out one."""
+"""Predictions of models for the corpus: distributions on the train split, likelihoods of the held-out split."""
 
 import contextlib
 from abc import abstractmethod
@@ -19,10 +19,10 @@ _EVALUATION_BYTES = 6  # per token
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Forward(PartsProduct):
-    """What one model says of one split of the corpus."""
+    """Predictions of one model for one split of the corpus."""
 
     of_corpus: Corpus
-    config: ModelConfig | None  # of a model that the recipe names; None of one that it makes
+    config: ModelConfig | None  # of a model that the recipe names; None for one that it makes
 
     @property
     @abstractmethod
@@ -32,16 +32,16 @@ class Forward(PartsProduct):
     @property
     @abstractmethod
     def model_name(self) -> str:
-        """What the model is called in SQL and reports."""
+        """The model's name in SQL and reports."""
 
     @property
     def top_k(self) -> int:
-        """Entries that are stored of each distribution."""
+        """Number of stored entries of each distribution."""
         return self.recipe.distributions.top_k
 
     @property
     def codec(self) -> Literal["f16", "q8"]:
-        """How they are stored."""
+        """The encoding of the stored entries."""
         return self.recipe.distributions.codec
 
     @property
@@ -50,7 +50,7 @@ class Forward(PartsProduct):
 
     @property
     def rendering(self) -> str | None:
-        """How the model reads conversations; None of plain text."""
+        """How the model reads conversations; None for plain text."""
         if self.recipe.corpus.chat is None:
             return None
         if self.config is None or self.config.name == self.recipe.target.name:
@@ -109,7 +109,7 @@ class Forward(PartsProduct):
             top_k=self.top_k,
             codec=self.codec,
             chat=chat,
-            # A model's own template may write more than the one that segments were cut for.
+            # A model's own template may write more tokens than the template for which segments were cut.
             context_length=model.context_length if chat is not None and chat.rendering == "own" else None,
         )
 
@@ -153,7 +153,7 @@ class Distributions(Forward):
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Evaluation(Forward):
-    """`evaluations/<model>--<split>`: the likelihood of held-out text, under a model that the recipe names or makes."""
+    """`evaluations/<model>--<split>`: the likelihood of held-out text, for a model that the recipe names or makes."""
 
     kind: ClassVar[str] = "evaluations"
     command: ClassVar[str] = "eval"
@@ -161,7 +161,7 @@ class Evaluation(Forward):
     is_last: ClassVar[bool] = True
     is_made_on_demand: ClassVar[bool] = True
 
-    made: Product | None = None  # the model, where the recipe makes it
+    made: Product | None = None  # the model, if the recipe makes it
 
     @classmethod
     def of(cls, drawing: Drawing) -> Iterator["Evaluation"]:
@@ -218,7 +218,7 @@ class Evaluation(Forward):
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class MadeEvaluation(Evaluation):
-    """The same of the models that the recipe makes."""
+    """The evaluations of the models that the recipe makes."""
 
     @classmethod
     def of(cls, drawing: Drawing) -> Iterator["MadeEvaluation"]:

@@ -15,13 +15,13 @@ from .cost import Cost, Sizes, entry_bytes
 from .forward import Distributions
 from .product import Drawing, InputMissing, OpenSite, PartsProduct, Product, Site
 
-_COMPONENTS = ("distributions", "alignment", "vocabulary map")  # of a source, as the identity lists them
-_TARGET_BYTES = 3.5  # of a token, beside its entries
+_COMPONENTS = ("distributions", "alignment", "vocabulary map")  # of a source, in the order of the identity
+_TARGET_BYTES = 3.5  # per token, in addition to its entries
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Aligned:
-    """A source, and how it lies to the target; the target's own start has no maps."""
+    """A source and its maps to the target. The target's own start has no maps."""
 
     name: str
     distributions: Distributions
@@ -30,11 +30,11 @@ class Aligned:
 
     @property
     def products(self) -> tuple[PartsProduct, ...]:
-        """What is read of it."""
+        """The products that are read."""
         return tuple(product for product in (self.distributions, self.alignment, self.vocabulary_map) if product is not None)
 
     def source(self, site: Site) -> FusionSource:
-        """What the stage reads."""
+        """The input of the stage."""
         maps = [None if product is None else site.dataset(product) for product in (self.alignment, self.vocabulary_map)]
         return FusionSource(name=self.name, distributions=site.dataset(self.distributions), alignment=maps[0], vocabulary_map=maps[1])
 
@@ -84,7 +84,7 @@ class Targets(PartsProduct):
 
     @property
     def config(self) -> FusionConfig:
-        """The recipe's, with the length of a pack."""
+        """The recipe's fusion, with the length of a pack."""
         return self.recipe.fusion.model_copy(update={"pack_length": self.recipe.pack_length})
 
     @property
@@ -113,14 +113,14 @@ class Targets(PartsProduct):
 
     def changes(self, stored: Identity, asked: Identity, *, layout: Layout) -> list[str]:
         names = {dataset.fingerprint: dataset.name for dataset in layout.datasets() if dataset.kind == "distributions"}
-        were, are = ([names.get(parts[0], f"one that is gone ({parts[0][:12]}…)") for parts in each["sources"]] for each in (stored, asked))
+        were, are = ([names.get(parts[0], f"a missing one ({parts[0][:12]}…)") for parts in each["sources"]] for each in (stored, asked))
         if were != are:
             lines = [f"sources: stored {', '.join(were)}; asked for {', '.join(are)}"]
         else:
             lines = []
             for name, was, now in zip(are, stored["sources"], asked["sources"], strict=True):
                 changed = [what for what, before, after in zip(_COMPONENTS, was, now, strict=False) if before != after]
-                lines += [f"sources: {name} has another {' and '.join(changed)} than it had"] if changed else []
+                lines += [f"sources: {name} has changed: {' and '.join(changed)}"] if changed else []
         rest = [{key: value for key, value in identity.items() if key != "sources"} for identity in (stored, asked)]
         return lines + differences(*rest)
 

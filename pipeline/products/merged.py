@@ -1,4 +1,4 @@
-"""The merged model: those that were trained each with one source become one, in parameter space (FuseChat, arXiv:2408.07990)."""
+"""The merged model: models that were each trained with one source are merged in parameter space (FuseChat, arXiv:2408.07990)."""
 
 import json
 from collections.abc import Iterator, Mapping
@@ -24,15 +24,15 @@ from .trained import ITEM_BYTES, ModelProduct, Trained
 class Merged(ModelProduct):
     """`exports/<merge>-<number of models>`.
 
-    Its identity says which trainings the models are from, besides what they are: a merged model of different sources is then reported
-    before anything is trained.
+    Its identity has the models' trainings, not only their weights. A merged model of different sources is thus reported before any training
+    starts.
     """
 
     kind: ClassVar[str] = "merge"
     command: ClassVar[str] = "eval"
     noun: ClassVar[str] = "merge"
 
-    trainings: tuple[tuple[str, Trained], ...]  # by name of the source that each learned from
+    trainings: tuple[tuple[str, Trained], ...]  # by the name of the source of each
     start: Distributions  # of the target's start
 
     @classmethod
@@ -69,15 +69,15 @@ class Merged(ModelProduct):
         return {"settings": self.config.determines([source for source, _ in self.trainings])}
 
     def _planned(self, *, base: str, trainings: Mapping[str, str]) -> dict[str, Any]:
-        """What of the identity is known before the trainings are done: `base` is the start's digest, `trainings` are fingerprints."""
+        """The part of the identity that is known before training: `base` is the start's digest, `trainings` are fingerprints."""
         identity = merge_identity(self.config, base=base, models=dict.fromkeys(trainings, ""))
         return {key: value for key, value in identity.items() if key != "models"} | {"trainings": dict(sorted(trainings.items()))}
 
     def planned(self, site: Site) -> Identity:
-        """What of the identity is known before the trainings are done.
+        """The part of the identity that is known before training.
 
         Raises:
-            InputMissing: a training is not done, where the models are not opened.
+            InputMissing: the models are not opened, and a training is not done.
         """
         models = site.models(self.recipe)
         if models is not None:
@@ -100,11 +100,11 @@ class Merged(ModelProduct):
         return dict(self.planned(site)) | merge_identity(self.config, base=models[self.recipe.target.name].weights_digest, models=digests)
 
     def models(self, layout: Layout) -> dict[str, ModelFolder]:
-        """What is merged, by name of the source that each learned from."""
+        """The models to merge, by the name of the source of each."""
         return {source: training.exported(layout) for source, training in self.trainings}
 
     def lineage(self, site: OpenSite) -> dict[str, Any]:
-        """What the model comes from, for its card."""
+        """The origin of the model, for its card."""
         trainings = {source: training.job(site).lineage for source, training in self.trainings}
         corpus = site.corpus_stage(self.start).dataset
         return merged_lineage(
@@ -118,7 +118,7 @@ class Merged(ModelProduct):
         return (self.export_folder(layout) / "config.json").exists()
 
     def finished_identity(self, layout: Layout) -> Identity | None:
-        """Empty if what is there is no merge."""
+        """The identity of the stored model; empty if it is not a merge."""
         folder = self.export_folder(layout)
         if not folder.exists():
             return None

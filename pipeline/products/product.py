@@ -1,6 +1,6 @@
-"""What all products of a recipe have in common: a place in the graph, and an identity that follows from those of their inputs.
+"""The base of all products of a recipe: a place in the graph, and an identity that depends on the identities of the inputs.
 
-To add a kind of product: a subclass with its stage, and its name in `graph.KINDS`. What runs, plans, reports and repairs walks the graph.
+To add a kind of product, write a subclass with its stage, and add it to `graph.KINDS`. Runs, plans, reports and repairs use the graph.
 """
 
 import json
@@ -27,11 +27,11 @@ if TYPE_CHECKING:
 
 
 class AtLeast(dict[str, Any]):
-    """An identity of which only some keys are known, because the models were not opened; it is compared by these keys."""
+    """An identity with only the keys that are known without opening the models. Only these keys are compared."""
 
 
 class InputMissing(FuselineError):
-    """An input of a product is not there, so that the identity of the product is not known yet."""
+    """An input of a product is missing, so the identity of the product is not known yet."""
 
     def __init__(self, product: "Product") -> None:
         super().__init__(f"{product.kind}/{product.name} is not there yet.")
@@ -39,7 +39,7 @@ class InputMissing(FuselineError):
 
 
 class Site(Protocol):
-    """A workspace as products see it: one that a run has opened, or one that is only looked at."""
+    """A workspace as products see it: open for a run, or only read."""
 
     layout: Layout
 
@@ -47,119 +47,119 @@ class Site(Protocol):
         """The dataset of a product.
 
         Raises:
-            InputMissing: it is not there, and this site begins none.
+            InputMissing: it does not exist, and this site does not create datasets.
         """
 
     def identity(self, product: "Product") -> Identity:
         """`product.identity`, computed once."""
 
     def models(self, recipe: Recipe) -> Mapping[str, ModelFolder] | None:
-        """The target's start and the sources of a recipe, by name; None where models are not opened."""
+        """The target's start and the sources of a recipe, by name; None if models are not opened."""
 
     def model(self, product: "Product") -> ModelFolder | None:
-        """The model that a product reads the corpus with; None where models are not opened."""
+        """The model with which a product reads the corpus; None if models are not opened."""
 
 
 class OpenSite(Site, Protocol):
-    """A workspace that a run has opened: everything is found, and what is missing can be made."""
+    """A workspace that is open for a run: models are available, and missing products can be made."""
 
-    base: Path  # of the recipe, to which its paths are relative
+    base: Path  # folder of the recipe, to which its paths are relative
 
     def models(self, recipe: Recipe) -> Mapping[str, ModelFolder]:
         """The target's start and the sources of a recipe, by name."""
 
     def model(self, product: "Product") -> ModelFolder:
-        """The model that a product reads the corpus with."""
+        """The model with which a product reads the corpus."""
 
     def recipes(self, product: "Product") -> list[Recipe]:
-        """The recipes, of variants too, that ask for a product."""
+        """The recipes, including variants, that need a product."""
 
     def data_files(self, product: "Product") -> "DataFiles":
-        """Where the documents of a corpus are."""
+        """The files with the documents of a corpus."""
 
     def template(self, product: "Product") -> "CorpusTemplate | None":
-        """The chat template that the conversations of a corpus are written in; None of plain text."""
+        """The chat template of the conversations of a corpus; None for plain text."""
 
     def reading(self, product: "Product") -> "ChatReading | None":
-        """How the model of a forward pass reads conversations; None of plain text."""
+        """How the model of a forward pass reads conversations; None for plain text."""
 
     def stage(self, product: "PartsProduct") -> Stage:
-        """`product.stage`, made once."""
+        """`product.stage`, created once."""
 
     def corpus_stage(self, product: "Product") -> CorpusStage:
-        """The stage of the corpus that a product is made from, or that it is."""
+        """The stage of a product's corpus, or of the product itself if it is a corpus."""
 
     def tokenizer_folder(self, model: ModelFolder) -> Path:
-        """Where the tokenizer of a model is stored."""
+        """The folder of a model's stored tokenizer."""
 
     def parts(self, product: "PartsProduct") -> list[int]:
-        """The parts that a product has; its corpus must be there."""
+        """The parts of a product; its corpus must be there."""
 
     def arithmetic(self, dataset: Dataset, *, dtype: str) -> str:
-        """The number format in which the forward passes of a dataset that is begun here are computed."""
+        """The number format of the forward passes of a new dataset."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Product(ABC):
-    """One thing that a recipe makes."""
+    """A product of a recipe."""
 
-    recipe: Recipe  # the first that asks for it
-    suffix: str = ""  # of its name, where a variant needs another product of the same name
+    recipe: Recipe  # the first recipe that needs it
+    suffix: str = ""  # of its name, if a variant needs a different product of the same name
 
     kind: ClassVar[str]
-    command: ClassVar[str]  # that makes it: `fuseline <command> RECIPE`
+    command: ClassVar[str]  # the command that makes it: `fuseline <command> RECIPE`
     noun: ClassVar[str]  # in titles
-    is_last: ClassVar[bool] = False  # made after everything that does not need it
-    is_made_on_demand: ClassVar[bool] = False  # together with the product that needs it, whatever the command
+    is_last: ClassVar[bool] = False  # made after all products that do not need it
+    is_made_on_demand: ClassVar[bool] = False  # made together with the product that needs it, by any command
 
     @classmethod
     @abstractmethod
     def of(cls, draft: "Drawing") -> Iterator["Product"]:
-        """Those that a recipe asks for."""
+        """The products of this kind that a recipe needs."""
 
     @property
     @abstractmethod
     def role(self) -> str:
-        """What the others of the same recipe find it by: the name of a model or of a fusion, say."""
+        """The key with which other products of the recipe find it, for example the name of a model or fusion."""
 
     @property
     @abstractmethod
     def name(self) -> str:
-        """Its name in its kind."""
+        """Its name, unique in its kind."""
 
     @property
     @abstractmethod
     def inputs(self) -> tuple["Product", ...]:
-        """What it is made from."""
+        """The products from which it is made."""
 
     @property
     @abstractmethod
     def choices(self) -> Mapping[str, Any]:
-        """What of the recipe determines it, beside what is in its inputs. Two products of one kind, choices and inputs are one."""
+        """The settings that determine it, in addition to its inputs. Products with equal kind, choices and inputs are one product."""
 
     @abstractmethod
     def identity(self, site: Site) -> Identity:
-        """What determines its content, from the identities of its inputs; `AtLeast` where the models are not opened.
+        """The data that determine its content, from the identities of its inputs; `AtLeast` if the models are not opened.
 
         Raises:
-            InputMissing: that of an input is not known yet.
+            InputMissing: the identity of an input is not known yet.
         """
 
     @abstractmethod
     def folders(self, layout: Layout) -> list[Path]:
-        """Where it is, or would be."""
+        """Its folders, which may not exist yet."""
 
     @abstractmethod
     def is_done(self, layout: Layout) -> bool:
-        """Whether all of it is there, by the files alone; whether it is this one, its identity says."""
+        """Whether its files are complete. The identity is not checked."""
 
     @abstractmethod
     def cost(self, sizes: Sizes) -> Cost:
-        """What all of it takes."""
+        """The cost of the whole product."""
 
     @property
     def name_key(self) -> tuple[str, str] | None:
-        """Section and key of the recipe that name it; None of what is named after its inputs."""
+        """Section and key of the recipe that set its name; None if it is named after its inputs."""
         return None
 
     @property
@@ -173,7 +173,7 @@ class Product(ABC):
 
     @property
     def title(self) -> str:
-        """What it is called in messages."""
+        """Its name in messages."""
         return f"{self.noun} {self.name}"
 
     @property
@@ -183,64 +183,64 @@ class Product(ABC):
 
     @cached_property
     def key(self) -> tuple[Any, ...]:
-        """Equal for products that are one."""
+        """A key that is equal for equal products."""
         chosen = json.dumps(self.choices, sort_keys=True, default=str)
         return (self.kind, chosen, *(product.key for product in self.determining))
 
     def suffixed(self, name: str) -> str:
-        """A name, with the variant's where another product has it already."""
+        """A name, with the variant's name added if another product already has it."""
         return f"{name}-{self.suffix}" if self.suffix else name
 
     def changes(self, stored: Identity, asked: Identity, *, layout: Layout) -> list[str]:
-        """A line for each difference between what is stored under its name and what is asked for."""
+        """A line for each difference between the stored product of this name and this one."""
         return differences(restricted(stored, to=asked), asked)
 
     def without_input(self, missing: InputMissing) -> list[str]:
-        """What differs where something is stored under its name, and an input of what is asked for is not there."""
+        """A line for each difference if a product of this name is stored, and an input of this one is missing."""
         return []
 
     def require_done(self, site: OpenSite) -> None:
-        """Raise UsageError unless it is there, with the command that makes it."""
+        """Raise UsageError if it is missing; the text names the command that makes it."""
         if not self.is_done(site.layout):
-            raise UsageError(f"{self.title} is not there yet. Make it first: fuseline {self.command} RECIPE.")
+            raise UsageError(f"Make {self.title} first: fuseline {self.command} RECIPE. It is not there yet.")
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class PartsProduct(Product):
-    """A product that a stage makes part by part: a dataset."""
+    """A dataset, which a stage makes part by part."""
 
     @abstractmethod
     def stage(self, site: OpenSite) -> Stage:
-        """What makes its parts."""
+        """The stage that makes its parts."""
 
     @property
     def split(self) -> str | None:
-        """The split of the corpus whose parts it has; None of one that has a single part."""
+        """The split of the corpus whose parts it has; None if it has a single part."""
         return "train"
 
     @property
     def corpus(self) -> "PartsProduct | None":
-        """The corpus whose parts it has; None of a corpus."""
+        """The corpus whose parts it has; None for a corpus."""
         return next((product.corpus or product for product in self.inputs if isinstance(product, PartsProduct)), None)
 
     def description(self, site: OpenSite) -> dict[str, Any]:
-        """Facts that do not determine the content: see `Dataset.description`."""
+        """Facts that do not determine the content; see `Dataset.description`."""
         return {} if self.corpus is None or self.split is None else {"corpus": self.corpus.name}
 
     def folder(self, layout: Layout) -> Path:
-        """Of its dataset."""
+        """The folder of its dataset."""
         return layout.folder(self.kind, self.name)
 
     def folders(self, layout: Layout) -> list[Path]:
         return [self.folder(layout)]
 
     def stored(self, layout: Layout) -> Dataset | None:
-        """What is stored under its name, whatever its identity."""
+        """The stored dataset with its name, of any identity."""
         folder = self.folder(layout)
         return Dataset.open(folder) if (folder / "dataset.json").exists() else None
 
     def planned_parts(self, plan: Mapping[str, Any] | None) -> list[int] | None:
-        """Its parts, by the plan of its corpus; None where that is not planned yet."""
+        """Its parts, by the plan of its corpus; None if the corpus is not planned yet."""
         if self.split is None:
             return [0]
         return None if plan is None else [index for index, part in enumerate(plan["parts"]) if part["split"] == self.split]
@@ -258,7 +258,7 @@ Made = TypeVar("Made", bound=Product)
 
 
 class Drawing(Protocol):
-    """A graph as it is drawn, of one recipe: the kinds before this one are in it."""
+    """The graph of one recipe while it is built. It has all kinds before the current one."""
 
     recipe: Recipe
 

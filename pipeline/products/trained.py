@@ -1,4 +1,4 @@
-"""The trainings: on fused targets, and the baseline on text alone."""
+"""Trainings: on fused targets, and the baseline on text alone."""
 
 import json
 from abc import abstractmethod
@@ -21,8 +21,8 @@ from .forward import Distributions, Evaluation
 from .fused import Targets
 from .product import AtLeast, Drawing, InputMissing, OpenSite, PartsProduct, Product, Site
 
-ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}  # of a weight
-_STATE_BYTES = 12  # of a parameter in a checkpoint, beside the weight: a float32 master and two moments
+ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}  # per weight
+_STATE_BYTES = 12  # per parameter of a checkpoint, in addition to the weight: a float32 master and two moments
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -30,27 +30,27 @@ class ModelProduct(Product):
     """A model of the target's shape that a recipe makes: `exports/<name>`."""
 
     def export_folder(self, layout: Layout) -> Path:
-        """Of the model, in the Hugging Face format."""
+        """Folder of the model in the Hugging Face format."""
         return layout.folder("exports", self.name)
 
     def exported(self, layout: Layout) -> ModelFolder:
-        """The model that is there, checked."""
+        """Check and return the stored model."""
         folder = self.export_folder(layout)
         config = self.recipe.target.model_copy(update={"name": self.name, "model": str(folder), "revision": None})
         return ModelFolder(config, folder).check()
 
     @abstractmethod
     def finished_identity(self, layout: Layout) -> Identity | None:
-        """Of the model that is there under this name; None if there is none."""
+        """Identity of the stored model of this name; None if there is none."""
 
     @abstractmethod
     def require_same(self, site: OpenSite) -> None:
-        """Raise FingerprintMismatch unless the model that is there is this one."""
+        """Raise FingerprintMismatch if the stored model is not this one."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Trained(ModelProduct):
-    """A training and the model that comes of it."""
+    """A training and its model."""
 
     kind: ClassVar[str] = "training"
     command: ClassVar[str] = "train"
@@ -58,9 +58,9 @@ class Trained(ModelProduct):
 
     training: Training
     of_corpus: Corpus
-    start: Distributions  # of the target's start
-    targets: Targets | None  # None of a training on text alone, which reads the tokens from `start`
-    held_out: Evaluation | None  # what the training is evaluated on
+    start: Distributions  # distributions of the target's start
+    targets: Targets | None  # None for a training on text alone, which reads the tokens from `start`
+    held_out: Evaluation | None  # the data on which the training is evaluated
 
     @classmethod
     def of(cls, drawing: Drawing) -> Iterator["Trained"]:
@@ -98,7 +98,7 @@ class Trained(ModelProduct):
 
     @property
     def learned_from(self) -> PartsProduct:
-        """The targets; or, on text alone, the distributions that have its tokens."""
+        """The targets; for a training on text alone, the distributions with its tokens."""
         return self.start if self.targets is None else self.targets
 
     @property
@@ -116,7 +116,7 @@ class Trained(ModelProduct):
         return self.job(site).identity  # type: ignore[arg-type]  # a site with models is open
 
     def job(self, site: OpenSite) -> TrainJob:
-        """Everything that the ranks need to know; the corpus must be there."""
+        """All data that the ranks need; the corpus must be there."""
         models, layout = site.models(self.recipe), site.layout
         model, distributions = models[self.recipe.target.name], site.dataset(self.start)
         learned = fingerprint(site.identity(self.learned_from))
@@ -138,7 +138,7 @@ class Trained(ModelProduct):
             corpus_folder=corpus.folder.absolute(),
             held_out=held_out,
             export_folder=self.export_folder(layout).absolute(),
-            # Where the recipe names none, the export has the start's own.
+            # If the recipe names none, the export has the start's own template.
             chat_template=template.template.source if template is not None and chat is not None and chat.template is not None else None,
             lineage=lineage(
                 None if self.targets is None else self.targets.name,
@@ -152,7 +152,7 @@ class Trained(ModelProduct):
         )
 
     def run_folder(self, layout: Layout) -> Path:
-        """Of checkpoints, metrics and logs."""
+        """Folder of checkpoints, metrics and logs."""
         return layout.folder("runs", self.name)
 
     def folders(self, layout: Layout) -> list[Path]:
@@ -166,7 +166,7 @@ class Trained(ModelProduct):
         return None if done is None else done["identity"]
 
     def stored_identity(self, layout: Layout) -> Identity | None:
-        """Of a training of this name that is finished, or that has checkpoints; None where there is nothing to keep."""
+        """Identity of a training of this name that is finished or has checkpoints; None if there is nothing to keep."""
         folder, finished = self.run_folder(layout), self.finished_identity(layout)
         if finished is None and (folder / "job.json").exists() and last_checkpoint(folder) is not None:
             return TrainJob.load(folder).identity
@@ -174,7 +174,7 @@ class Trained(ModelProduct):
 
     def require_done(self, site: OpenSite) -> None:
         if not self.is_done(site.layout):
-            raise UsageError(f"The model {self.name} is not trained yet. Train it first: fuseline train RECIPE.")
+            raise UsageError(f"Train the model {self.name} first: fuseline train RECIPE. It is not trained yet.")
 
     def require_same(self, site: OpenSite) -> None:
         self.require_done(site)
@@ -183,11 +183,11 @@ class Trained(ModelProduct):
     def changes(self, stored: Identity, asked: Identity, *, layout: Layout) -> list[str]:
         found = super().changes(stored, asked, layout=layout)
         if isinstance(asked, AtLeast) and found and all(line.startswith("targets: ") for line in found):
-            return [f"learned from something else than {self.learned_from.kind}/{self.learned_from.name}"]
+            return [f"was trained on other data than {self.learned_from.kind}/{self.learned_from.name}"]
         return found
 
     def without_input(self, missing: InputMissing) -> list[str]:
-        return [f"learned from something else than {self.learned_from.kind}/{self.learned_from.name}"]
+        return [f"was trained on other data than {self.learned_from.kind}/{self.learned_from.name}"]
 
     def cost(self, sizes: Sizes) -> Cost:
         config, target = self.config, sizes.model(self.start)

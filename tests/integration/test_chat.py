@@ -214,7 +214,7 @@ def test_sql_says_which_tokens_are_labels(project):
         ("[corpus.chat]\n", "[corpus.chat]\ntemplate = 'none.jinja'\n", "corpus.chat.template (none.jinja) cannot be read"),
         ("[corpus.chat]\n", "[corpus.chat]\ndate = 'today'\n", "corpus.chat.date"),
         ("[corpus.chat]\n", "", "'own' needs [corpus.chat]. Remove it"),
-        ('model = "models/smollm2"\n', 'model = "models/smollm2"\nchat_template = "own"\n', "'own' is for sources"),
+        ('model = "models/smollm2"\n', 'model = "models/smollm2"\nchat_template = "own"\n', "'own' is only for sources"),
         ('model = "models/smollm2"', 'model = "models/plain"', "has no chat template for conversations"),
     ],
 )

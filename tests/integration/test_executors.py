@@ -271,7 +271,7 @@ def test_a_part_that_raises_is_tried_again_and_then_reported_with_its_log(troubl
 
 def test_a_part_that_kills_its_worker_is_reported_and_the_others_finish(troubled, monkeypatch):
     monkeypatch.setattr("fuseline.pipeline.executors.ledger.MOST_DEATHS", 3)  # each costs the start of a process
-    with pytest.raises(FuselineError, match=r"part 4: its worker died \(SIGKILL, out of memory perhaps\) \(3 times\)"):
+    with pytest.raises(FuselineError, match=r"part 4: its worker died \(SIGKILL, perhaps out of memory\) \(3 times\)"):
         troubled(ExecutorConfig(workers=2), killing={4})
     assert Dataset.open(troubled.dataset).parts() == [part for part in range(20) if part != 4]
 
@@ -400,7 +400,7 @@ def test_slurm_reports_what_failed_and_makes_the_rest(troubled, slurm, monkeypat
         troubled(ExecutorConfig(kind="slurm", workers=2, retries=1), raising={4}, killing={5})
     assert "part 4: ValueError: part 4 is not to my liking" in str(raised.value)
     assert Path(re.findall(r"log: (\S+)", str(raised.value))[0]).read_text().count("Traceback") == 2
-    assert "part 5: its tasks ended without it" in str(raised.value)
+    assert "part 5: its tasks ended without making it" in str(raised.value)
     assert Dataset.open(troubled.dataset).parts() == [part for part in range(20) if part not in {4, 5}]
     troubled.trouble.unlink()
     troubled(ExecutorConfig(kind="slurm", workers=2))
@@ -421,4 +421,4 @@ def test_training_needs_no_slurm(project, models_dir, tmp_path):
     options = ("-w", tmp_path / "workspace", "--models", models_dir)
     result = fuseline("train", recipe, *options, "--only", "nothing", environment={"PATH": str(tmp_path)})
     assert result.returncode == 2
-    assert "--only (nothing) must be one of the recipe's trainings" in result.stderr
+    assert "--only (nothing) must be a training of the recipe" in result.stderr

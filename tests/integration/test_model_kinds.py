@@ -141,7 +141,7 @@ def test_tensors_that_a_target_does_not_have_are_refused_before_anything_is_made
     assert "has 1 tensors that its config.json does not describe; training would drop them: vision.weight. Use it as a source" in output
     code, output = ingest(project, models)
     assert code == 0  # as a source it can be used
-    assert "Beware: model target: 1 tensors in its weights are not used" in output
+    assert "Warning: model target: 1 tensors in its weights are not used" in output
 
 
 def test_what_is_odd_about_a_folder_is_told_each_time_and_found_once(project, models):
@@ -151,8 +151,8 @@ def test_what_is_odd_about_a_folder_is_told_each_time_and_found_once(project, mo
     for _ in range(2):
         code, output = ingest(project, models)
         assert code == 0
-        assert "Beware: model source: config.json says tie_word_embeddings = true, but the stored output layer differs" in output
-        assert "Beware: model target: its texts start with [1], but those of AutoTokenizer of transformers with no token" in output
+        assert "Warning: model source: config.json says tie_word_embeddings = true, but the stored output layer differs" in output
+        assert "Warning: model target: its texts start with [1], but those of AutoTokenizer of transformers with no token" in output
         assert "set prepends_bos = false for this model in the recipe" in output
     assert len(list((project.parent / "workspace" / "models").glob("*.json"))) == 2
 
@@ -165,7 +165,7 @@ def test_a_revision_of_a_local_folder(project, models):
     project.write_text(RECIPE.replace('model = "tiny-source"', 'model = "org/tiny-source"\nrevision = "main"'))
     code, output = ingest(project, models)
     assert code == 0
-    assert "Beware: model source: " in output
+    assert "Warning: model source: " in output
     assert "whether it is revision 'main' is not known: nothing in it says which revision it is" in output
 
 

@@ -237,7 +237,7 @@ def test_the_baseline_on_text_is_the_same_training_whichever_sources_there_are_a
     ("new", "code", "message"),
     [
         (("--name", "third", "--model", "tiny-nowhere"), 1, "tiny-nowhere"),
-        (("--name", "source", "--model", "tiny-third"), 2, "--name (source) must be none of the recipe's names"),
+        (("--name", "source", "--model", "tiny-third"), 2, "--name (source) must be a new name"),
         (("--name", "a b", "--model", "tiny-third"), 2, "--name (a b) is wrong"),
         (("--name", "third"), 2, "Missing option '--model'"),
     ],
@@ -254,7 +254,7 @@ def test_a_source_is_not_added_to_what_is_of_other_inputs_or_fuses_all_at_once(p
     text = project.read_text()
     project.write_text(text.replace("[merge]", '[fusion]\nmethod = "avgce"\n[merge]'))
     code, output = fuseline("fuse", "add-source", *options(project, models), *new)
-    assert (code, "Made from different inputs than the recipe's: targets/fused--source" in output) == (2, True), output
+    assert (code, "These were made from different inputs: targets/fused--source" in output) == (2, True), output
     project.write_text(text.replace("[merge]\n", ""))
     code, output = fuseline("fuse", "add-source", *options(project, models), *new)
     assert (code, "has no [merge]" in output) == (2, True), output

@@ -262,7 +262,7 @@ def test_an_export_of_another_training_is_not_evaluated(project, models_dir, fin
     shutil.rmtree(finished / "runs" / "clm")
     result = fuseline("eval", recipe, "-w", finished, "--models", models_dir)
     assert result.returncode == 2
-    assert "clm is not trained yet" in result.stderr
+    assert "Train the model clm first" in result.stderr
 
 
 def test_another_fusion_shares_what_does_not_depend_on_it(project, models_dir, finished):
@@ -304,7 +304,7 @@ def test_training_waits_for_all_targets_and_names_those_that_are_missing(project
     for more in ((), ("--prepare",)):
         result = fuseline("train", project, "-w", finished, "--models", models_dir, "--only", "fused", *more)
         assert result.returncode == 2
-        message = f"targets/fused lacks 4 of {len(parts)} parts (1-3, 5). First: fuseline fuse RECIPE."
+        message = f"targets/fused lacks 4 of {len(parts)} parts (1-3, 5). Make them first: fuseline fuse RECIPE."
         assert message in " ".join(result.stderr.split())
         assert "Traceback" not in result.stderr
     assert not (finished / "runs" / "fused").exists()
@@ -335,4 +335,4 @@ def test_asked_to_stop_it_saves_the_step_that_it_is_at(project, models_dir, fini
     assert "Traceback" not in log.read_text()
     (checkpoint,) = (finished / "runs" / "fused" / "checkpoints").glob("step-*")
     assert int(checkpoint.name.removeprefix("step-")) == _n_done(finished, "runs", "fused")
-    assert f"the last checkpoint is of step {_n_done(finished, 'runs', 'fused')}" in fuseline("status", "-w", finished).stdout
+    assert f"last checkpoint at step {_n_done(finished, 'runs', 'fused')}" in fuseline("status", "-w", finished).stdout

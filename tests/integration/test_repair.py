@@ -119,7 +119,7 @@ def test_what_a_repair_with_another_recipe_has_set_aside_stays_written_down(proj
     code, output = fuseline("store", "repair", project, "-w", workspace, "--models", models_dir)
     assert code == 1
     assert "targets/fused part 1: made again" in output
-    assert "other/part-00003.json: is not of this recipe, and a repair that was interrupted had set it aside" in output
+    assert "other/part-00003.json: belongs to another recipe, and an interrupted repair set it aside" in output
     assert json.loads(record.read_text())["parts"] == [foreign]
     assert Dataset.open(workspace / "targets" / "fused").parts() == list(range(len(Dataset.open(workspace / "targets" / "fused").parts())))
 
@@ -133,7 +133,7 @@ def test_what_a_repair_wrote_down_and_cannot_be_read_is_told(project, models_dir
         record.write_text(text)
         code, output = fuseline("store", "repair", project, "-w", workspace, "--models", models_dir)
         assert code == 1
-        assert f"{record}, what an interrupted repair wrote down, cannot be read" in " ".join(output.split("\n"))
+        assert f"{record}, the record of an interrupted repair, cannot be read" in " ".join(output.split("\n"))
         assert "Remove it" in output
     assert sorted(workspace.glob("*/*/part-*")) == before
 
@@ -158,7 +158,7 @@ def test_a_part_that_comes_out_other_than_it_was_is_told_and_the_catalog_has_the
     flip(targets.folder / "part-00000.zarr" / "token_ids_T" / "c" / "0")
     code, output = fuseline("store", "repair", project, "-w", workspace, "--models", models_dir, "--full")
     assert code == 0, output
-    assert "targets/fused part 0: made again, but not as it was: lost_mass_S/c/0" in output
+    assert "targets/fused part 0: made again, but different from before: lost_mass_S/c/0" in output
     assert targets.read(0, "lost_mass_S")[0].tolist() == data["lost_mass_S"].tolist()
     with catalog.reading(Workspace.open(workspace)) as connection:
         query = "SELECT epoch_us(committed_at) FROM parts WHERE (kind, name, part) = ('targets', 'fused', 0)"
@@ -205,7 +205,7 @@ def test_the_other_commands_of_the_store_say_what_they_saw(workspace):
     code, output = fuseline("store", "verify", "-w", workspace)
     assert code == 0
     assert "5 datasets" in output or "6 datasets" in output
-    assert "nothing wrong" in output
+    assert "no problems" in output
     found = json.loads(fuseline("store", "verify", "-w", workspace, "--json")[1])
     assert found["findings"] == []
     assert found["parts"] > 10

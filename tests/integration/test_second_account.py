@@ -62,7 +62,7 @@ def state(folder: Path) -> dict[str, tuple[int, str]]:
         (["status"], "distributions/"),
         (["sql", "SELECT count(*) AS n_datasets FROM datasets", "--format", "csv"], "n_datasets\n6\n"),
         (["sql", "SELECT count(*) > 0 AS found FROM positions", "--format", "csv"], "found\ntrue\n"),
-        (["store", "verify", "--full"], "nothing wrong"),
+        (["store", "verify", "--full"], "no problems"),
         (["store", "du"], "total"),
         (["store", "gc"], "Nothing to do"),
     ],

@@ -135,31 +135,31 @@ def test_one_slice_over_all_layers_is_the_whole_model():
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        ("ties", "della", r"merge_method \(della\) must be one of .*ties"),
+        ("ties", "della", r"merge_method \(della\) must be a supported method: .*ties"),
         ("dtype: float32", "dtype: float64", r"dtype \(float64\) must be one of float32"),
         ("tokenizer_source: base", "tokenizer_source: union", r"tokenizer_source \(union\) must be base, or one of the models"),
-        ("tokenizer_source: base", "chat_template: auto", "chat_template is not offered"),
-        ("weight: 0.5", "weight: [0, 0.5, 1]", "one.weight .* must be one number: gradients"),
+        ("tokenizer_source: base", "chat_template: auto", "chat_template is not supported"),
+        ("weight: 0.5", "weight: [0, 0.5, 1]", "one.weight .* must be one number for all layers: gradients"),
         ("weight: 0.5", "weight: [{filter: mlp, value: 1}, {value: 0}]", "one.weight .* filters"),
-        ("weight: 0.5", "gamma: 0.5", "models.parameters.gamma of one is not offered for one model"),
-        ("int8_mask: true", "epsilon: 0.1", r"parameters.epsilon \(0.1\) is not offered"),
-        ("int8_mask: true", "select_topk: 0.1", r"parameters.select_topk \(0.1\) is not offered"),
+        ("weight: 0.5", "gamma: 0.5", "models.parameters.gamma of one is not supported for one model"),
+        ("int8_mask: true", "epsilon: 0.1", r"parameters.epsilon \(0.1\) is not supported"),
+        ("int8_mask: true", "select_topk: 0.1", r"parameters.select_topk \(0.1\) is not supported"),
         ("int8_mask: true", "t: 0.1", "t is only for method = slerp"),
-        ("int8_mask: true", "rescale: true", r"parameters.rescale \(True\) is not offered"),
-        ("org/one@main", "org/one+org/adapter", "must be without an adapter"),
+        ("int8_mask: true", "rescale: true", r"parameters.rescale \(True\) is not supported"),
+        ("org/one@main", "org/one+org/adapter", "must not have an adapter"),
         ("density: 0.4", "density: 0", "densities.one"),
-        ("models:", "modules: {}\nmodels:", "modules is not offered"),
-        ("models:", "slices: []\nmodels:", "models must be given, or slices, and not both"),
+        ("models:", "modules: {}\nmodels:", "modules is not supported"),
+        ("models:", "slices: []\nmodels:", "models or slices must be given, but not both"),
         ("merge_method: ties", "merge_method: [", "is not valid YAML"),
-        ("merge_method: ties", "merge_method: [ties]", r"merge_method \(\['ties'\]\) must be one of"),
-        ("parameters: {weight: 0.5, density: 0.4}", "parameters: [1]", r"models.parameters \(\[1\]\) must hold keys and values"),
-        ("parameters: {normalize: false, int8_mask: true, lambda: 0.9}", "parameters: 3", r"parameters \(3\) must hold keys"),
+        ("merge_method: ties", "merge_method: [ties]", r"merge_method \(\['ties'\]\) must be a supported method"),
+        ("parameters: {weight: 0.5, density: 0.4}", "parameters: [1]", r"models.parameters \(\[1\]\) must contain keys and values"),
+        ("parameters: {normalize: false, int8_mask: true, lambda: 0.9}", "parameters: 3", r"parameters \(3\) must contain keys"),
         ("tokenizer_source: base", "tokenizer_source: [base]", r"tokenizer_source \(\['base'\]\) must be base"),
         ("model: org/base", "model: {path: org/base}", r"model \(.*\) must be a path or an id"),
         ("weight: 0.5", "weight: true", r"one.weight \(True\) must be one number"),
     ],
 )
-def test_what_is_not_offered_is_refused_by_name(old, new, message):
+def test_what_is_not_supported_is_refused_by_name(old, new, message):
     assert old in VALID
     with pytest.raises(UsageError, match=message):
         parse_mergekit(VALID.replace(old, new), path=Path("merge.yaml"))

@@ -105,7 +105,7 @@ def test_a_recipe_that_was_changed_meanwhile_stays(tmp_path):
     path = recipe(tmp_path)
     added = add_source(path, name="three", model="org/three")
     recipe(tmp_path, RECIPE + "# mine\n")
-    with pytest.raises(UsageError, match="was changed meanwhile"):
+    with pytest.raises(UsageError, match="has changed since it was read"):
         added.save()
     assert path.read_text() == RECIPE + "# mine\n"
 
@@ -113,9 +113,9 @@ def test_a_recipe_that_was_changed_meanwhile_stays(tmp_path):
 @pytest.mark.parametrize(
     ("text", "options", "message"),
     [
-        (RECIPE.split("[merge]")[0], {}, r"has no \[merge\]: its sources are fused all at once"),
-        (RECIPE, {"name": "one"}, r"--name \(one\) must be none of the recipe's names: target, one, two, clm, fused--one, "),
-        (RECIPE, {"name": "merged-2"}, r"--name \(merged-2\) must be none"),
+        (RECIPE.split("[merge]")[0], {}, r"has no \[merge\]: it fuses all sources at once"),
+        (RECIPE, {"name": "one"}, r"--name \(one\) must be a new name; the recipe already has: target, one, two, clm, fused--one, "),
+        (RECIPE, {"name": "merged-2"}, r"--name \(merged-2\) must be a new name"),
         (RECIPE, {"name": "a b"}, r"--name: 'a b' is wrong: String should match pattern"),
         (RECIPE, {"dtype": "float8"}, r"--dtype: 'float8' should be"),
         (RECIPE, {"model": "org/target"}, r"three cannot be added\.[\s\S]*line 23: sources\.2\.model: is the target's start"),
@@ -124,7 +124,7 @@ def test_a_recipe_that_was_changed_meanwhile_stays(tmp_path):
         (
             "sources = [{name = 'one', model = 'org/one'}, {name = 'two', model = 'org/two'}]\n" + re.sub(r"\[\[sou[^[]*", "", RECIPE),
             {},
-            r"No table can be added to .*Write its sources as \[\[sources\]\] tables",
+            r"Write the sources of .* as \[\[sources\]\] tables.*No table can be added",
         ),
     ],
 )  # fmt: skip

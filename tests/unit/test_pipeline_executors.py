@@ -320,18 +320,18 @@ class TestRecipe:
             ("[executor.resources.evaluations]\ngpu = 1", "unknown key. Did you mean gpus?"),
             ("[executor.slurm]\npartition = [1]", "partition ([1]) must be text, a number, or true"),
             ('[executor.slurm]\njob-name = "x"', "job-name is set by fuseline"),
-            ("[executor.slurm]\ncpus-per-task = 8", "cpus-per-task is set from [executor.resources]: say cpus in"),
-            ("[executor.slurm]\ngpus_per_node = 2", "gpus_per_node is set from [executor.resources]: say gpus in"),
-            ('[executor.slurm]\nmem = "8G"', "mem is set from [executor.resources]: say memory_gb in"),
+            ("[executor.slurm]\ncpus-per-task = 8", "cpus-per-task is set from [executor.resources]: set cpus in"),
+            ("[executor.slurm]\ngpus_per_node = 2", "gpus_per_node is set from [executor.resources]: set gpus in"),
+            ('[executor.slurm]\nmem = "8G"', "mem is set from [executor.resources]: set memory_gb in"),
             ('[executor.slurm]\ncomment = "x\\ntouch /tmp/x #"', "comment ('x\\ntouch /tmp/x #') must not contain control characters"),
             ('[executor.slurm]\ncomment = "x\\u2028y"', "must not contain control characters"),
-            ('[executor.slurm]\n"comment=x\\ntouch /tmp/x #" = true', "is not read from a recipe"),
+            ('[executor.slurm]\n"comment=x\\ntouch /tmp/x #" = true', "must not be in a recipe"),
             *(
-                (f'[executor.slurm]\n"{name}" = "x"', f"'{name}' is not read from a recipe: remove it, and set SBATCH_…")
+                (f'[executor.slurm]\n"{name}" = "x"', f"'{name}' must not be in a recipe: remove it, and set SBATCH_…")
                 for name in ("Qos x", "wrap", "wra", "export", "export_file", "chdi", "container_image", "task_prolog", "uenv", "wait")
             ),
-            ('[executor]\nray_address = "10.0.0.1:6379"', "ray_address is not read from a recipe: remove it, and set RAY_ADDRESS"),
-            ("[executor.slurm]\ntime = 90", "time is set from [executor.resources]: say minutes in"),
+            ('[executor]\nray_address = "10.0.0.1:6379"', "ray_address must not be in a recipe: remove it, and set RAY_ADDRESS"),
+            ("[executor.slurm]\ntime = 90", "time is set from [executor.resources]: set minutes in"),
         ],
     )
     def test_what_is_wrong_is_told_with_its_line(self, tmp_path, section, message):

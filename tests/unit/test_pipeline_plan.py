@@ -60,7 +60,7 @@ def test_the_demo_says_how_long_it_takes_before_it_looks_for_its_models(machine,
     stages = plan.plan(products(load_recipe(DEMO)), base=DEMO.parent, models_dir=tmp_path, layout=Layout(tmp_path))
     minutes = round(seconds_here(stages) / 60)
     how_long = f"This takes {minutes} to {2 * minutes} minutes here (1 thread)"
-    assert first == f"{how_long}, downloads apart, if nothing else runs on the machine."
+    assert first == f"{how_long}, without downloads, if nothing else runs on the machine."
     assert "SmolLM2-135M-Instruct" in "".join(rest)
 
 

@@ -178,13 +178,13 @@ def test_combinations_are_told_beside_wrong_and_unknown_keys_and_sections(tmp_pa
     )
     assert {(number, key, what.split(":")[0]) for number, key, what in told(tmp_path, text)} == {
         (line(text, 'name = "one"', nth=2), "sources.1.name", "'one' is also sources.0.name"),
-        (line(text, 'model = "org/target"', nth=2), "sources.0.model", "is the target's start, which always is a source"),
+        (line(text, 'model = "org/target"', nth=2), "sources.0.model", "is the target's start, which is always a source"),
         (line(text, "dtyp"), "sources.0.dtyp", "unknown key. Did you mean dtype? Valid are"),
         (line(text, "[nonsense]"), "nonsense", "unknown key. Valid are"),
         (line(text, "[[more.nonsense]]"), "more", "unknown key. Valid are"),
         (line(text, "[training]"), "training", "epochs (1) and steps (5) must not both be given"),
         (line(text, 'name = "target"', nth=2), "training.name", "'target' is also target.name"),
-        (line(text, "split"), "evaluation.split", "'train' is what the models are trained on"),
+        (line(text, "split"), "evaluation.split", "'train' is the training data of the models"),
     }
 
 
@@ -193,32 +193,32 @@ def test_combinations_are_told_beside_wrong_and_unknown_keys_and_sections(tmp_pa
     [
         ('[training]\n[evaluation]\nclm_name = "fused"', "evaluation.clm_name", "'fused' is also training.name: choose another"),
         ('[evaluation]\nclm_name = "one"', "evaluation.clm_name", "'one' is also sources.0.name: choose another"),
-        ("[training]\nclm_weight = 1", "training.clm_weight", "1 is what the baseline trains with: set evaluation.clm_baseline = false"),
+        ("[training]\nclm_weight = 1", "training.clm_weight", "1 is the value of the baseline: set evaluation.clm_baseline = false"),
         ('[training]\nname = "two"', "training.name", "'two' is also sources.1.name: choose another"),
         (
             "[evaluation]\nall_at_once = true",
             "evaluation.all_at_once",
-            "is for recipes with [merge]; without it all sources are fused at once: remove it",
+            "needs [merge]; without it all sources are fused at once: remove it",
         ),
         (
             '[merge]\nmethod = "slerp"',
             "merge.method",
-            "'slerp' merges 1 model with the target's start, and there are 2: choose another",
+            "'slerp' merges 1 model with the target's start, but there are 2: choose another",
         ),
         (
             '[merge]\nmethod = "linear"\nweights = {one = 1, tow = 2}',
             "merge.weights.tow",
-            "'tow' is none of the sources: one, two",
+            "'tow' must be the name of a source: one, two",
         ),
         (
             '[merge]\nvocabulary = "common"',
             "merge.vocabulary",
-            "is for models of different vocabularies, and these all have the target's: remove it",
+            "is for models with different vocabularies, but all models here have the target's: remove it",
         ),
         (
             "[evaluation]\nclm_baseline = false\n[merge]\n[training]\nclm_weight = 1",
             "training.clm_weight",
-            "1 learns nothing of the sources: with [merge] their models would all be the same",
+            "1 learns nothing from the sources: with [merge] their models would all be the same",
         ),
         ("[merge]\ndensity = 2", "merge.density", "2 should be less than or equal to 1"),
         (
@@ -257,22 +257,22 @@ FIXED = '[fusion]\nmethod = "fixed"\n'
             '[fusion]\nmethod = "fixed"',
             "[fusion]",
             "fusion.weights",
-            "method = 'fixed' needs a weight above 0 here, for at least one of the models: target, one, two",
+            "method = 'fixed' needs a weight above 0 for at least one of the models: target, one, two",
         ),
         (
             FIXED + "[fusion.weights]\none = 0\ntwo = 0.0",
             "[fusion.weights]",
             "fusion.weights",
-            "method = 'fixed' needs a weight above 0 here, for at least one of the models: target, one, two",
+            "method = 'fixed' needs a weight above 0 for at least one of the models: target, one, two",
         ),
-        (FIXED + "weights = {one = 1, tow = 1}", "weights", "fusion.weights.tow", "'tow' is none of the models: target, one, two"),
+        (FIXED + "weights = {one = 1, tow = 1}", "weights", "fusion.weights.tow", "'tow' must be the name of a model: target, one, two"),
         (FIXED + "weights = {one = 1, two = -1}", "weights", "fusion.weights.two", "-1 should be greater than or equal to 0"),
         (FIXED + "weights = {one = inf}", "weights", "fusion.weights.one", "inf should be a finite number"),
         (
             FIXED + "weights = {one = 1}\n[fusion.domain_weights.code]\ntwo = 1",
             "[fusion.domain_weights.code]",
             "fusion.domain_weights",
-            "needs to know the documents' domains: say corpus.domain_column",
+            "needs the domains of the documents: set corpus.domain_column",
         ),
     ],
 )
@@ -285,7 +285,7 @@ def test_weights_that_cannot_be_meant_are_told(tmp_path, added, at, key, what):
 
 def test_with_merge_a_weight_is_needed_in_each_pair(tmp_path):
     text = GOOD + FIXED + "weights = {one = 1}\n[merge]\n"
-    what = "method = 'fixed' needs a weight above 0 here, for at least one of the models: target, two"
+    what = "method = 'fixed' needs a weight above 0 for at least one of the models: target, two"
     assert told(tmp_path, text) == [(line(text, "weights"), "fusion.weights", what)]
     (tmp_path / "recipe.toml").write_text(text.replace("one = 1", "one = 1, target = 0.5"))
     load_recipe(tmp_path / "recipe.toml")

@@ -413,12 +413,12 @@ def test_the_command(family, tmp_path):
     assert json.loads(command(tmp_path / "merge.toml", "-o", output, "--json"))["done"] == "nothing to do"
     assert output.stat().st_mtime_ns == before
     (tmp_path / "other.toml").write_text(FILE.replace("0.2", "0.3"))
-    assert "must be a folder that is not there yet" in command(tmp_path / "other.toml", "-o", output, exit_code=2)
+    assert "must be a new folder" in command(tmp_path / "other.toml", "-o", output, exit_code=2)
     template = tmp_path / "one" / "chat_template.jinja"  # of the model whose tokenizer is then to be copied
     (tmp_path / "tokenizer.toml").write_text(FILE.replace("[merge]\n", '[merge]\ntokenizer = "first"\n', 1))
     template.write_text("{{ messages }}")
     try:
-        assert "must be a folder that is not there yet" in command(tmp_path / "tokenizer.toml", "-o", output, exit_code=2)
+        assert "must be a new folder" in command(tmp_path / "tokenizer.toml", "-o", output, exit_code=2)
     finally:
         template.unlink()
     shown = CliRunner().invoke(main, ["merge", str(tmp_path / "other.toml"), "-o", str(tmp_path / "json"), "--json"])
@@ -447,9 +447,9 @@ def test_the_command(family, tmp_path):
     [
         ("density = 0.2", "densty = 0.2", "line 3: merge.densty: unknown key. Did you mean density? Valid are: base, "),
         ("density = 0.2", "density = 2.0", "line 3: merge.density: 2.0 should be less than or equal to 1"),
-        ("density = 0.2", "weights = { first = 1.0 }", "line 3: merge.weights: say it as `weight` in each of [[merge.models]]"),
+        ("density = 0.2", "weights = { first = 1.0 }", "line 3: merge.weights: remove it, and set `weight` in each of [[merge.models]]"),
         ('model = "two"', "", "line 9: merge.models.1.model: is missing"),
-        ('name = "second"', 'name = "first"', "line 10: merge.models.1.name: 'first' is the name of another model too"),
+        ('name = "second"', 'name = "first"', "line 10: merge.models.1.name: 'first' is also the name of another model"),
         ('model = "two"', 'model = "two"\nweight = 1', "merge: weights is only for method"),
         ('model = "two"', 'model = "./none"', "The model second (./none) is not a local folder"),
         ("density = 0.2", 'tokenizer = "third"', "line 3: merge.tokenizer: 'third' must be one of the models: first, second"),
