@@ -1,4 +1,4 @@
-"""A source, or a target, that is added later: only what is new is made, nothing that is there is touched, and it is told what is which."""
+"""A source, or a target, that is added later: only what is new is made, nothing that is there is touched, and both are reported."""
 
 import json
 import shutil
@@ -113,7 +113,7 @@ def test_another_target_for_the_same_sources_makes_only_what_is_new(project, mod
     assert {path: seen for path, seen in files(project).items() if path in before} == before
 
 
-def test_names_that_are_taken_are_told_together_before_anything_is_computed_with_names_that_are_free(project, models):
+def test_names_that_are_taken_are_reported_together_before_anything_is_computed_with_names_that_are_free(project, models):
     before = files(project)
     recipe = write(project, ("[training]", OTHER_SOURCE))
     assert state(project, recipe)["targets/fused"] == "different inputs"
@@ -134,7 +134,7 @@ def test_names_that_are_taken_are_told_together_before_anything_is_computed_with
     assert made(output) == {"targets fused-2"}
 
 
-def test_other_parameters_under_a_taken_name_are_told_key_by_key(project, models):
+def test_other_parameters_under_a_taken_name_are_reported_key_by_key(project, models):
     recipe = write(project, ("[training]", '[fusion]\nmethod = "avgce"\nfallback = "one_hot"\n\n[training]'))
     code, output = fuseline("fuse", recipe, models=models)
     assert code == 1
@@ -166,7 +166,7 @@ def test_what_another_version_made_is_of_other_inputs_to_the_status_as_it_is_to_
                                                                          ("source", "target", "fused", "clm")}),
     ],
 )  # fmt: skip
-def test_other_choices_for_what_is_there_are_told(project, models, change, names):
+def test_other_choices_for_what_is_there_are_reported(project, models, change, names):
     recipe = write(project, change)
     found = {what for what, how in state(project, recipe).items() if how == "different inputs"}
     assert names <= found
@@ -175,7 +175,7 @@ def test_other_choices_for_what_is_there_are_told(project, models, change, names
     assert (code, "asked for" in output) == (1, True)
 
 
-def test_weights_of_a_domain_that_the_corpus_has_not_are_told_before_anything_is_computed(project, models):
+def test_weights_of_a_domain_that_the_corpus_has_not_are_reported_before_anything_is_computed(project, models):
     fixed = '[fusion]\nname = "fixed"\nmethod = "fixed"\nweights = {source = 1}\n[fusion.domain_weights.%s]\ntarget = 1\n\n'
     fixed += '[training]\nname = "fixed"'
     code, output = fuseline("run", write(project, ("[training]", fixed % "nowhere")), models=models)

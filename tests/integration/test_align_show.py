@@ -220,13 +220,13 @@ def test_the_terminal_shows_the_text_and_with_details_each_position(workspace, s
         ([], "Missing option '--doc'"),
     ],
 )
-def test_what_is_not_there_is_told(workspace, arguments, message):
+def test_what_is_not_there_is_reported(workspace, arguments, message):
     code, output = command(workspace, *arguments)
     assert code == 2
     assert message in output.replace("\n", " ")
 
 
-def test_a_document_of_another_split_and_a_part_that_is_gone_are_told(workspace):
+def test_a_document_of_another_split_and_a_part_that_is_gone_are_reported(workspace):
     first = "SELECT min(doc_id) AS doc_id FROM documents WHERE split = $split"
     held_out, trained = (workspace.sql(first, {"split": split})["doc_id"].item() for split in ("test", "train"))
     code, output = command(workspace, "--doc", held_out)

@@ -23,7 +23,7 @@ def ingest_corpus(project: Path, models_dir: Path) -> tuple[int, str]:
 
 
 def assert_usable_afterwards(project: Path, models_dir: Path, corpus_texts: list[str]) -> None:
-    """With the mistake mended, the same workspace works."""
+    """After the mistake is fixed, the same workspace works."""
     write_project(project.parent, texts=corpus_texts)
     code, output = ingest_corpus(project, models_dir)
     assert code == 0, output
@@ -95,7 +95,7 @@ def test_a_model_that_is_nowhere(project, tmp_path):
     assert "--models" in output
 
 
-def test_recipe_mistakes_are_told_all_at_once_with_their_lines(project, models_dir):
+def test_recipe_mistakes_are_reported_all_at_once_with_their_lines(project, models_dir):
     text = RECIPE.replace("part_bytes = 4096", 'part_bytez = 4096\nseed = "x"').replace("steps = 24", "steps = 24\nepochs = 2")
     project.write_text(text)
     lines = text.splitlines()
@@ -141,7 +141,7 @@ def test_a_folder_that_is_not_a_workspace_is_left_alone(project, models_dir):
     assert "is not empty and is not a workspace" in output
 
 
-def test_a_second_coordinator_is_told_so_and_changes_nothing(project, models_dir, tmp_path):
+def test_a_second_coordinator_is_refused_and_changes_nothing(project, models_dir, tmp_path):
     workspace = project.parent / "workspace"
     first = start("run", project, "-w", workspace, "--models", models_dir, log=tmp_path / "log")
     try:

@@ -218,7 +218,7 @@ def test_sql_says_which_tokens_are_labels(project):
         ('model = "models/smollm2"', 'model = "models/plain"', "has no chat template for conversations"),
     ],
 )
-def test_a_mistake_is_told(project, tmp_path, old, new, said):
+def test_a_mistake_is_reported(project, tmp_path, old, new, said):
     plain = project / "models" / "plain"
     if not plain.exists():
         plain.mkdir()

@@ -84,7 +84,7 @@ def workers_of(workspace: Path, kind: str) -> list[journal.WorkerState]:
 
 
 def killed_at_random(process: subprocess.Popen, workspace: Path, kind: str, *, times: int, seed: int) -> int:
-    """Kill random workers that have a part at hand, until the process ends; returns how many."""
+    """Kill random workers that work on a part, until the process ends; returns how many."""
     generator, kills = random.Random(seed), 0
     while process.poll() is None:
         busy = [state for state in workers_of(workspace, kind) if state.unfinished and state.is_alive]
@@ -98,7 +98,7 @@ def killed_at_random(process: subprocess.Popen, workspace: Path, kind: str, *, t
 
 
 def assert_no_part_at_two_workers(workspace: Path, kind: str, *, kills: int) -> None:
-    """A part is begun once, and once more for each worker that died with it at hand; a worker has at most two."""
+    """A part is begun once, and once more for each worker that died while it worked on it; a worker has at most two."""
     states = workers_of(workspace, kind)
     begun = sum((state.begun for state in states), Counter())
     interrupted = sum((state.interrupted for state in states), Counter())
@@ -233,7 +233,7 @@ def test_a_damaged_part_is_reported_the_others_finish_and_the_next_run_makes_onl
 
 @pytest.fixture
 def troubled(tmp_path, monkeypatch):
-    """Runs the parts of a stage with troubles, until they are mended."""
+    """Runs the parts of a stage with troubles, until they are fixed."""
     monkeypatch.setenv("PYTHONPATH", SUPPORT, prepend=os.pathsep)
     monkeypatch.chdir(tmp_path)
     opened = Workspace.create(tmp_path / "workspace")

@@ -144,7 +144,7 @@ def test_tensors_that_a_target_does_not_have_are_refused_before_anything_is_made
     assert "Warning: model target: 1 tensors in its weights are not used" in output
 
 
-def test_what_is_odd_about_a_folder_is_told_each_time_and_found_once(project, models):
+def test_what_is_odd_about_a_folder_is_reported_each_time_and_found_once(project, models):
     change(models / "tiny-source", lambda tensors: tensors.update({"lm_head.weight": tensors["model.embed_tokens.weight"] + 0.1}))
     config = {"tokenizer_class": "LlamaTokenizerFast", "add_bos_token": True, "bos_token": "<|im_start|>", "eos_token": "<|endoftext|>"}
     (models / "tiny-target" / "tokenizer_config.json").write_text(json.dumps(config))

@@ -174,7 +174,7 @@ def test_what_was_killed_ends_with_the_weights_of_what_was_not(added, models):
     assert weights(exports / "merged-3") == resumed
 
 
-def test_the_costs_of_a_source_that_would_be_added_are_told_and_nothing_is_changed(project, models):
+def test_the_costs_of_a_source_that_would_be_added_are_reported_and_nothing_is_changed(project, models):
     text, before = project.read_text(), files(project)
     code, output = fuseline("fuse", "add-source", *options(project, models), *THIRD, "--dry-run")
     assert code == 0, output
@@ -198,7 +198,7 @@ def test_all_sources_at_once_are_a_baseline_of_their_own(project, models):
     assert (job.targets_folder.name, list(job.lineage["sources"])) == ("fused-all-2", ["source", "other"])
 
 
-def test_a_merge_of_other_models_under_a_taken_name_is_told_before_anything_is_trained(project, models):
+def test_a_merge_of_other_models_under_a_taken_name_is_reported_before_anything_is_trained(project, models):
     before, text = files(project), project.read_text()
     project.write_text(text.replace("[merge]", "[merge]\ndensity = 0.5"))
     assert {what for what, how in state(project).items() if how != "done"} == {"merge/merged-2"}
@@ -242,7 +242,7 @@ def test_the_baseline_on_text_is_the_same_training_whichever_sources_there_are_a
         (("--name", "third"), 2, "Missing option '--model'"),
     ],
 )
-def test_a_source_that_cannot_be_added_is_told_and_the_recipe_stays(project, models, new, code, message):
+def test_a_source_that_cannot_be_added_is_reported_and_the_recipe_stays(project, models, new, code, message):
     text, before = project.read_bytes(), files(project)
     found, output = fuseline("fuse", "add-source", *options(project, models), *new)
     assert (found, message in output) == (code, True), output

@@ -132,7 +132,7 @@ def test_collisions_are_dropped_as_asked(workspace):
     assert masses["spans"][0] > 0
 
 
-def test_everything_is_found_in_order_and_mended_when_it_is_lost(folder, models_dir, workspace):
+def test_everything_is_found_in_order_and_repaired_when_it_is_lost(folder, models_dir, workspace):
     result = fuseline("store", "verify", "--full", "-w", workspace.root)
     assert result.returncode == 0, result.stdout + result.stderr
     before = contents(workspace.root)

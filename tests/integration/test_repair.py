@@ -124,7 +124,7 @@ def test_what_a_repair_with_another_recipe_has_set_aside_stays_written_down(proj
     assert Dataset.open(workspace / "targets" / "fused").parts() == list(range(len(Dataset.open(workspace / "targets" / "fused").parts())))
 
 
-def test_what_a_repair_wrote_down_and_cannot_be_read_is_told(project, models_dir, workspace):
+def test_what_a_repair_wrote_down_and_cannot_be_read_is_reported(project, models_dir, workspace):
     record = workspace / "repair.json"
     damage(workspace)
     before = sorted(workspace.glob("*/*/part-*"))
@@ -147,7 +147,7 @@ def test_parts_that_never_were_are_left_to_run(project, models_dir, workspace):
     assert 2 not in targets.parts()
 
 
-def test_a_part_that_comes_out_other_than_it_was_is_told_and_the_catalog_has_the_new_one(project, models_dir, workspace):
+def test_a_part_that_comes_out_other_than_it_was_is_reported_and_the_catalog_has_the_new_one(project, models_dir, workspace):
     targets = Dataset.open(workspace / "targets" / "fused")
     arrays, counts = targets.arrays(0), targets.manifest(0).counts
     data = {name: arrays.read(name) for name in arrays.names}
@@ -166,7 +166,7 @@ def test_a_part_that_comes_out_other_than_it_was_is_told_and_the_catalog_has_the
     assert moments == [pytest.approx(targets.manifest(0).producer["committed_at"] * 1e6, abs=2)], "the catalog must know the new one alone"
 
 
-def test_the_plan_the_catalog_and_a_tokenizer_are_made_anew(project, models_dir, workspace, fused):
+def test_the_plan_the_catalog_and_a_tokenizer_are_made_again(project, models_dir, workspace, fused):
     flip(workspace / "corpus" / "corpus" / "documents.parquet")
     (workspace / "catalog.duckdb").write_bytes(b"x" * 5000)
     tokenizer = sorted((workspace / "tokenizers").glob("*/"))[0]
@@ -177,7 +177,7 @@ def test_the_plan_the_catalog_and_a_tokenizer_are_made_anew(project, models_dir,
     assert contents(workspace) == contents(fused)
 
 
-def test_what_another_recipe_made_is_left_and_told(project, models_dir, workspace):
+def test_what_another_recipe_made_is_left_and_reported(project, models_dir, workspace):
     other = Dataset.create(workspace / "vocab_maps" / "other--target", identity={"source": "a", "target": "b"})
     rules = pl.DataFrame({"source_id": [0], "target_id": [0], "rule": ["exact"]})
     other.commit(0, content=PartContent(data=rules, counts={}), seconds=0)

@@ -98,7 +98,7 @@ def test_the_run_folder_is_complete(alone):
     assert found[-1]["learning_rate"] < found[0]["learning_rate"] <= 1e-3
 
 
-def test_a_start_that_is_another_model_than_that_of_the_distributions_is_told(alone, data_parallel):
+def test_a_start_that_is_another_model_than_that_of_the_distributions_is_reported(alone, data_parallel):
     job, found = data_parallel
     assert [record["warning"] is not None for record in found] == [True] + [False] * (len(found) - 1)
     assert "The training does not start from the model of the target's stored distributions" in found[0]["warning"]
@@ -253,7 +253,7 @@ def resumed(job: TrainJob, *, of: TrainJob) -> list[dict]:
     return found
 
 
-def test_a_damaged_checkpoint_is_told(inputs, alone, tmp_path):
+def test_a_damaged_checkpoint_is_reported(inputs, alone, tmp_path):
     job = make_job(inputs, tmp_path / "damaged")
     damaged = checkpoint_folder(job.run_folder, step=7)
     shutil.copytree(checkpoint_folder(alone[0].run_folder, step=7), damaged)
@@ -273,7 +273,7 @@ def test_a_damaged_checkpoint_is_told(inputs, alone, tmp_path):
     assert re.fullmatch(r"\S+ has \d+ bytes, but had \d+", checkpoint_damage(damaged, full=False))
 
 
-def test_a_checkpoint_takes_what_was_foretold(alone):
+def test_a_checkpoint_has_the_predicted_size(alone):
     job, _ = alone
     size = sum(path.stat().st_size for path in checkpoint_folder(job.run_folder, step=7).iterdir())
     architecture = read_architecture(job.model_folder, training=job.config)

@@ -331,7 +331,7 @@ def test_what_each_source_brings_adds_up(three):
 
 
 @pytest.mark.parametrize("fallback", ["target", "one_hot", "one_hot_published"])
-def test_what_is_fused_is_found_in_order_and_a_share_that_is_off_is_told(three, tmp_path, fallback):
+def test_what_is_fused_is_found_in_order_and_a_share_that_is_off_is_reported(three, tmp_path, fallback):
     content = fused(three[:2], fallback=fallback)
     assert (ONE_HOT in content.data["source_T"]) == (fallback != "target")
     sound = Dataset.create(tmp_path / "targets" / "sound", identity={})

@@ -267,7 +267,7 @@ def test_bos_and_roles_are_those_of_autotokenizer(models_dir, fresh, data):
         theirs = AutoTokenizer.from_pretrained(readable)
     whole, alone = theirs("hello").input_ids, theirs("hello", add_special_tokens=False).input_ids
     asks = model == "tiny-target" and (name or "").startswith("LlamaTokenizer") and add_bos_token is True
-    if asks:  # read as in transformers 4, and told
+    if asks:  # read as in transformers 4, and reported
         return
     ours = Tokenizer.from_model_folder(folder)
     leading = next(whole[:start] for start in range(len(whole)) if whole[start : start + len(alone)] == alone)
@@ -278,7 +278,7 @@ def test_bos_and_roles_are_those_of_autotokenizer(models_dir, fresh, data):
             assert ours.roles[role] == token_id or (role == "bos" and [ours.roles[role]] == leading), role
 
 
-def test_a_byte_level_llama_tokenizer_that_asks_for_bos_gets_it_and_the_difference_is_told(byte_level_folder, models_dir, tmp_path):
+def test_a_byte_level_llama_tokenizer_that_asks_for_bos_gets_it_and_the_difference_is_reported(byte_level_folder, models_dir, tmp_path):
     """As DeepSeek's: transformers 5 forgets its bos."""
     folder = Path(shutil.copytree(models_dir / "tiny-target", tmp_path / "model"))
     config = {"tokenizer_class": "LlamaTokenizerFast", "add_bos_token": True, "bos_token": "<|im_start|>", "eos_token": "<|endoftext|>"}

@@ -170,7 +170,7 @@ def test_a_megabyte_without_a_space(byte_level, sentencepiece):
 
 
 @pytest.mark.parametrize("bad", ["\ud800", "a\udfffb", "\udc00\ud800", "fine " * 100 + "\ud83d"])
-def test_a_lone_surrogate_is_told_with_the_text_it_is_in(tokenizer, bad):
+def test_a_lone_surrogate_is_reported_with_the_text_it_is_in(tokenizer, bad):
     for entrance in (
         tokenizer.encode,
         tokenizer.encode_segments,

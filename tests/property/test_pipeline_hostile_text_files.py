@@ -313,7 +313,7 @@ def test_lines_are_those_of_the_definition(text):
         assert lines.of(path) == reference_line(text, path), path
 
 
-def test_a_problem_of_a_recipe_is_still_told_in_full():
+def test_a_problem_of_a_recipe_is_still_reported_in_full():
     text = (RECIPES / "demo.toml").read_text() + "\n[nonsense]\na = 1\n"
     with pytest.raises(UsageError, match=r"has 1 problem:\n  line \d+: nonsense: unknown key"):
         parse_recipe(text, path=Path("r.toml"))

@@ -1,4 +1,4 @@
-"""Tokenizers of every family read any text: what they rewrite is placed in it, or is told; and their positions agree."""
+"""Tokenizers of every family read any text: what they rewrite is placed in it, or is reported; and their positions agree."""
 
 import itertools
 import unicodedata
@@ -67,7 +67,7 @@ def test_another_text_is_no_equivalent(rewritten):
 def test_every_family_reads_every_text(families, segments):
     for name, tokenizer in families.items():
         encoded = tokenizer.encode_segments(segments)
-        # A Unigram model has its control tokens among its pieces: a text that holds one is told of, and left out.
+        # A Unigram model has its control tokens among its pieces: a text that holds one is reported, and left out.
         is_readable_S = [name != "unigram" or "</s>" not in text for text in segments]
         assert encoded.is_lossless_S.tolist() == is_readable_S, name
         encoded, readable = encoded.select(encoded.is_lossless_S), list(itertools.compress(segments, is_readable_S))

@@ -154,7 +154,7 @@ def test_dare_keeps_a_position_scaled_or_drops_it_whatever_the_blocks(found, den
     assert np.all(np.isclose(change, 0, atol=1e-12) | np.isclose(change, delta / density, rtol=1e-9))
 
 
-def test_dare_keeps_the_share_of_its_density_and_draws_for_each_seed_model_and_tensor_anew():
+def test_dare_keeps_the_share_of_its_density_and_draws_again_for_each_seed_model_and_tensor():
     base, models = torch.zeros(100_000), torch.ones(2, 100_000)
     config = MergeConfig(method="dare_linear", density=0.3, seed=1)
     kept = [

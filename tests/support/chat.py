@@ -79,7 +79,7 @@ def _trained(family: str, folder: Path) -> str:
     definition = json.loads((FAMILIES[family](folder / family, texts=TEXTS) / "tokenizer.json").read_text())
     definition["added_tokens"] = [token for token in definition["added_tokens"] if token["content"] == "<unk>"]
     definition["post_processor"] = None
-    if family == "unigram":  # where control tokens are pieces, text that spells them cannot be read, which is told
+    if family == "unigram":  # where control tokens are pieces, text that spells them cannot be read, which is reported
         definition["model"]["vocab"][1:3] = [["\ue000", 0.0], ["\ue001", 0.0]]
     if family == "metaspace":  # as Mistral's later ones: a space is put before the text's start alone
         definition["normalizer"] = None

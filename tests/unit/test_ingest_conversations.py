@@ -56,12 +56,12 @@ def test_alpaca_rows():
         ([{"role": "user", "content": "\ud800"}], "message 1: the text is not valid Unicode"),
     ],
 )
-def test_what_is_wrong_with_a_row_is_told(value, said):
+def test_what_is_wrong_with_a_row_is_reported(value, said):
     with pytest.raises(ValueError, match=re.escape(said)):
         read_messages(value)
 
 
-def test_columns_say_the_format_and_a_missing_one_is_told():
+def test_columns_say_the_format_and_a_missing_one_is_reported():
     assert find_reader(["id", "conversations"], wanted=None, column=None, where="d").required == ("conversations",)
     assert find_reader(["instruction", "output", "messages"], wanted="alpaca", column=None, where="d").required == ("instruction", "output")
     assert find_reader(["turns"], wanted=None, column="turns", where="d").required == ("turns",)
@@ -96,7 +96,7 @@ EVERY = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_en
         ("{% for m in messages %}", "Unexpected end of template"),
     ],
 )
-def test_a_template_that_does_not_write_every_message_once_and_as_it_is_is_told(chatml, source, said):
+def test_a_template_that_does_not_write_every_message_once_and_as_it_is_is_reported(chatml, source, said):
     with pytest.raises((RefusedConversation, DataError)) as error:
         template(chatml, source).render((Message("user", "a"), Message("assistant", "b")))
     assert said in str(error.value)
@@ -127,7 +127,7 @@ def test_a_model_without_a_template_has_none_and_one_of_several_is_the_default(c
         (tmp_path / "kept").rename(chatml / "chat_template.jinja")
 
 
-def test_tokens_that_the_files_do_not_name_are_told_to_templates_that_ask_for_them(chatml, tmp_path):
+def test_tokens_that_the_files_do_not_name_are_passed_to_templates_that_ask_for_them(chatml, tmp_path):
     folder = Path(shutil.copytree(chatml, tmp_path / "model"))
     config = {key: value for key, value in json.loads((folder / "tokenizer_config.json").read_text()).items() if not key.endswith("_token")}
     (folder / "tokenizer_config.json").write_text(json.dumps(config | {"tokenizer_class": "Qwen2Tokenizer", "bos_token": "<|im_start|>"}))
@@ -137,7 +137,7 @@ def test_tokens_that_the_files_do_not_name_are_told_to_templates_that_ask_for_th
     assert asks.render(ASKED).text.endswith("<|im_end|><|endoftext|>")
 
 
-def test_a_control_token_without_an_embedding_is_told(chatml):
+def test_a_control_token_without_an_embedding_is_reported(chatml):
     tokenizer = Tokenizer.from_model_folder(chatml)
     reader = ConversationsReader(tokenizer, template=template(chatml), rendering="shared")
     reader.require_known(tokenizer.vocab_size)

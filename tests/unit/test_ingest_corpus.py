@@ -157,7 +157,7 @@ def test_a_split_and_a_domain_column(tmp_path):
     assert chosen.n_duplicates == 1
 
 
-def test_a_document_without_a_split_is_told(tmp_path):
+def test_a_document_without_a_split_is_reported(tmp_path):
     source = jsonl(tmp_path / "all.jsonl", {"text": "a", "kind": "train"}, {"text": "b", "kind": None})
     with pytest.raises(DataError, match=r"all\.jsonl, line 2: kind names no split"):
         chosen_from(source, split_column="kind")
@@ -235,7 +235,7 @@ def test_the_plan_is_made_once_and_read_again(tmp_path, minipile, byte_level_fol
     assert sum(part["text_bytes"] for part in plan.parts) == plan.summary["text_bytes"] == plan.documents["n_bytes"].sum()
 
 
-def test_a_document_that_changed_since_the_plan_is_told(tmp_path, byte_level_folder):
+def test_a_document_that_changed_since_the_plan_is_reported(tmp_path, byte_level_folder):
     Tokenizer.from_model_folder(byte_level_folder).save(tmp_path / "tokenizer")
     source = jsonl(tmp_path / "a.jsonl", {"text": "as it was"})
     stage = corpus_stage(tmp_path, source)
@@ -262,7 +262,7 @@ def test_the_identity_changes_with_the_content_and_not_with_the_place(tmp_path, 
 
 
 @pytest.mark.parametrize("rows", [[], [{"text": ""}], [{"text": " \n\t "}, {"text": None}]])
-def test_a_corpus_without_text_is_told(tmp_path, rows):
+def test_a_corpus_without_text_is_reported(tmp_path, rows):
     source = jsonl(tmp_path / "a.jsonl", *rows)
     with pytest.raises(DataError, match=rf"a\.jsonl has no text: {len(rows)} documents"):
         chosen_from(source)
@@ -275,14 +275,14 @@ def test_empty_and_white_space_documents_are_counted(tmp_path):
 
 
 @pytest.mark.parametrize(("choices", "column"), [({}, "text"), ({"text_column": "body", "domain_column": "origin"}, "origin")])
-def test_a_missing_column_is_told_with_those_there_are(tmp_path, choices, column):
+def test_a_missing_column_is_reported_with_those_there_are(tmp_path, choices, column):
     source = jsonl(tmp_path / "a.jsonl", {"body": "x", "kind": "y"})
     with pytest.raises(DataError, match=rf"has no column '{column}'; it has: body, kind"):
         chosen_from(source, **choices)
 
 
 @pytest.mark.parametrize("value", [1, 1.5, True, {"a": 1}, ["x"]])
-def test_a_column_that_is_not_text_is_told(tmp_path, value):
+def test_a_column_that_is_not_text_is_reported(tmp_path, value):
     source = jsonl(tmp_path / "a.jsonl", {"text": value})
     with pytest.raises(DataError, match=r"the text column has type .*, not text\. Name another column with corpus\.text_column"):
         chosen_from(source)
@@ -295,7 +295,7 @@ def test_bytes_are_not_taken_for_text(tmp_path):
 
 
 @pytest.mark.parametrize("bad", [b"bad \xff", b"bad \xed\xa0\x80", rb"bad \ud800 x"])
-def test_a_document_that_is_not_unicode_is_told_with_its_row(tmp_path, bad):
+def test_a_document_that_is_not_unicode_is_reported_with_its_row(tmp_path, bad):
     (tmp_path / "a.jsonl").write_bytes(b'{"text": "fine"}\n{"text": "' + bad + b'"}\n')
     with pytest.raises(DataError, match=r"a\.jsonl, line 2: "):
         chosen_from(tmp_path / "a.jsonl")
@@ -306,7 +306,7 @@ def test_a_surrogate_pair_escape_is_a_character(tmp_path):
     assert texts_by_split(tmp_path / "a.jsonl", chosen_from(tmp_path / "a.jsonl")) == {"train": ["😀"]}
 
 
-def test_invalid_utf8_in_parquet_and_in_text_files_is_told_with_its_place(tmp_path):
+def test_invalid_utf8_in_parquet_and_in_text_files_is_reported_with_its_place(tmp_path):
     broken = pa.Array.from_buffers(pa.string(), 2, [None, pa.py_buffer(b"\0\0\0\0\1\0\0\0\2\0\0\0"), pa.py_buffer(b"a\xff")])
     pyarrow.parquet.write_table(pa.table({"text": broken}), tmp_path / "a.parquet")
     with pytest.raises(DataError, match=r"a\.parquet, row 1: the text is not valid UTF-8"):
@@ -320,7 +320,7 @@ def test_invalid_utf8_in_parquet_and_in_text_files_is_told_with_its_place(tmp_pa
 
 @pytest.mark.parametrize("broken", ["train-00000-of-00001.parquet", "test-00000-of-00001.parquet"])
 @pytest.mark.parametrize("n_left", [0, 3, 300, -5])
-def test_a_truncated_parquet_file_is_told(tmp_path, broken, n_left):
+def test_a_truncated_parquet_file_is_reported(tmp_path, broken, n_left):
     for name in ("train-00000-of-00001.parquet", "test-00000-of-00001.parquet"):
         parquet(tmp_path / "corpus" / "data" / name, text=[f"{name} {i}" for i in range(50)])
     path = tmp_path / "corpus" / "data" / broken
@@ -329,7 +329,7 @@ def test_a_truncated_parquet_file_is_told(tmp_path, broken, n_left):
         chosen_from(tmp_path / "corpus")
 
 
-def test_files_of_several_kinds_are_told(tmp_path):
+def test_files_of_several_kinds_are_reported(tmp_path):
     parquet(tmp_path / "corpus" / "train.parquet", text=["x"])
     jsonl(tmp_path / "corpus" / "test.jsonl", {"text": "y"})
     with pytest.raises(DataError, match=r"mixes files of several kinds \(json, parquet\)"):
@@ -337,7 +337,7 @@ def test_files_of_several_kinds_are_told(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["notes.md", "weights.bin", "noext"])
-def test_a_folder_or_file_without_data_is_told(tmp_path, name):
+def test_a_folder_or_file_without_data_is_reported(tmp_path, name):
     (tmp_path / "corpus").mkdir()
     (tmp_path / "corpus" / name).write_text("x")
     for source in (tmp_path / "corpus", tmp_path / "corpus" / name):
@@ -345,7 +345,7 @@ def test_a_folder_or_file_without_data_is_told(tmp_path, name):
             source_of(source)
 
 
-def test_a_column_of_text_and_numbers_is_told(tmp_path):
+def test_a_column_of_text_and_numbers_is_reported(tmp_path):
     path = tmp_path / "mixed.jsonl"
     path.write_text('{"text": "a text"}\n{"text": 42}\n')
     with pytest.raises(DataError, match=r"mixed\.jsonl, line 2: the text column has type int"):

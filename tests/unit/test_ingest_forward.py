@@ -212,7 +212,7 @@ def test_in_float32_arithmetic_only_the_weights_are_rounded(models_dir, capped_f
     ("damage", "message"),
     [("no_config", r"config\.json: .*fix the file"), ("pickle_only", r"no \*\.safetensors"), ("no_such_type", "does not recognize")],
 )
-def test_a_model_that_cannot_be_loaded_is_told(tmp_path, models_dir, damage, message):
+def test_a_model_that_cannot_be_loaded_is_reported(tmp_path, models_dir, damage, message):
     folder = tmp_path / "model"
     folder.mkdir()
     config = json.loads((models_dir / "tiny-target" / "config.json").read_text())
@@ -273,7 +273,7 @@ def test_the_books_of_a_part_are_right(tmp_path, models_dir, name, top_k):
             with torch.inference_mode():
                 logprobs_NV = made.model.model(input_ids=torch.tensor([ids], device=made.model.device)).logits[0].double().log_softmax(-1)
             gold = [logprobs_NV[j, token].item() for j, token in enumerate(ids[1:])]
-        scored = gold[1:] if tokenizer.prepends_bos else gold  # the text's first token is not scored, for all models alike
+        scored = gold[1:] if tokenizer.prepends_bos else gold  # the text's first token is not scored, for any model
         terms = model_terms(layers=2, hidden=32, ffn=64, head_dim=8, length=len(ids)) + 600 / LANES
         assert arrays["nll_S"][s] == pytest.approx(-sum(scored), abs=rounding(-sum(scored), terms=terms, averaged=max(len(scored), 1)))
         assert arrays["n_scored_S"][s] == len(scored)

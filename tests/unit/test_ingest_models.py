@@ -139,13 +139,13 @@ def file(name: str, text: str) -> Callable[[Path], None]:
         (broken_index, r"model\.safetensors\.index\.json cannot be read"),
     ],
 )
-def test_what_is_wrong_with_a_model_folder_is_told(folder, damage, message):
+def test_what_is_wrong_with_a_model_folder_is_reported(folder, damage, message):
     damage(folder)
     with pytest.raises(DataError, match=message):
         check(folder)
 
 
-def test_a_tokenizer_larger_than_the_vocabulary_is_told(folder, models_dir):
+def test_a_tokenizer_larger_than_the_vocabulary_is_reported(folder, models_dir):
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(models_dir / "tiny-source" / name, folder / name)
     with pytest.raises(DataError, match=r"the largest id of the tokenizer \(799\) must be below vocab_size of config\.json \(600\)"):
@@ -202,7 +202,7 @@ def test_a_model_is_looked_for_beside_the_recipe_then_in_the_models_folder_where
     assert find(places) == places["models"] / "tiny"
 
 
-def test_a_model_that_is_nowhere_is_told_with_the_ways_to_name_it(places):
+def test_a_model_that_is_nowhere_is_reported_with_the_ways_to_name_it(places):
     for parent in places.values():
         shutil.rmtree(parent)
     places["here"].mkdir()
@@ -216,7 +216,7 @@ def test_a_model_that_is_nowhere_is_told_with_the_ways_to_name_it(places):
 
 
 @pytest.mark.parametrize("model", ["not a valid id", "a/b/c", "../nowhere"])
-def test_an_id_that_no_hub_has_is_told_likewise(places, model):
+def test_an_id_that_no_hub_has_is_reported_likewise(places, model):
     with pytest.raises(DataError, match=r"The model m"):
         find(places, model)
 

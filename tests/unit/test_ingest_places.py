@@ -97,7 +97,7 @@ def test_a_revision_of_a_named_folder_must_be_known(models_dir, models):
         find(models, str(folder), revision="main")
 
 
-def test_a_revision_of_a_model_in_the_models_folder_is_compared_or_told(models_dir, models):
+def test_a_revision_of_a_model_in_the_models_folder_is_compared_or_reported(models_dir, models):
     folder = put(models_dir, models / "tiny")
     (note,) = find(models, "org/tiny", revision=COMMIT).remarks
     assert re.search(rf"tiny, but does not know whether it is revision '{COMMIT}': nothing in it says .*Remove revision", note)
@@ -118,7 +118,7 @@ def test_a_snapshot_of_the_hub_is_of_its_commit(models_dir, models, tmp_path):
 
 
 @pytest.mark.parametrize("parent", ["snapshots", "models--org--tiny/snapshots", "blobs"])
-def test_a_folder_with_a_name_as_in_the_cache_is_none_of_it(tmp_path, parent):
+def test_a_folder_with_a_name_as_in_the_cache_is_not_part_of_it(tmp_path, parent):
     folder = tmp_path / parent / COMMIT
     folder.mkdir(parents=True)
     assert snapshot_commit(folder) is None

@@ -1,4 +1,4 @@
-"""A source that is added to a recipe file: what was there stays, byte for byte, and mistakes are told before anything is written."""
+"""A source that is added to a recipe file: what was there stays, byte for byte, and mistakes are reported before anything is written."""
 
 import re
 import tomllib
@@ -128,7 +128,7 @@ def test_a_recipe_that_was_changed_meanwhile_stays(tmp_path):
         ),
     ],
 )  # fmt: skip
-def test_what_cannot_be_added_is_told_and_the_recipe_stays(tmp_path, text, options, message):
+def test_what_cannot_be_added_is_reported_and_the_recipe_stays(tmp_path, text, options, message):
     path = recipe(tmp_path, text)
     with pytest.raises(UsageError, match=message):
         add_source(path, **{"name": "three", "model": "org/three"} | options)

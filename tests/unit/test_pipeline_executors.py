@@ -167,7 +167,7 @@ class TestWorkersThatCannotBeStarted:
         return started
 
     @pytest.mark.parametrize("error", [BlockingIOError(11, "Resource temporarily unavailable"), KeyboardInterrupt()])
-    def test_their_error_is_told_and_the_others_are_ended(self, run_folder, processes, error):
+    def test_their_error_is_reported_and_the_others_are_ended(self, run_folder, processes, error):
         self.error = error
         dataset = Dataset.create(run_folder.parent.parent / "corpus" / "x", identity={"stage": "x"})
         assignment = Assignment(stage=_Stage(dataset), run_folder=run_folder, directory=run_folder)
@@ -260,7 +260,7 @@ class TestWorker:
         assert isinstance(second, Failed)
         assert dataset.parts() == [0]
 
-    def test_a_folder_that_cannot_be_written_is_told_from_an_error(self, run_folder, monkeypatch):
+    def test_a_folder_that_cannot_be_written_is_distinguished_from_an_error(self, run_folder, monkeypatch):
         own, _ = worker(run_folder)
 
         def full(*_, **__):
@@ -334,7 +334,7 @@ class TestRecipe:
             ("[executor.slurm]\ntime = 90", "time is set from [executor.resources]: set minutes in"),
         ],
     )
-    def test_what_is_wrong_is_told_with_its_line(self, tmp_path, section, message):
+    def test_what_is_wrong_is_reported_with_its_line(self, tmp_path, section, message):
         from support.workspaces import RECIPE
 
         (tmp_path / "recipe.toml").write_text(f"{RECIPE}\n{section}\n")
@@ -343,7 +343,7 @@ class TestRecipe:
         assert message in str(raised.value)
         assert "1 problem:" in str(raised.value)
 
-    def test_all_wrong_options_of_sbatch_are_told_at_once(self, tmp_path):
+    def test_all_wrong_options_of_sbatch_are_reported_at_once(self, tmp_path):
         from support.workspaces import RECIPE
 
         section = '[executor.slurm]\narray = "1"\npartition = "gpu"\ntime = 90\nwrap = "x"\nqos = false\ncomment = "x\\ny"\n'

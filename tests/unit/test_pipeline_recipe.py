@@ -1,4 +1,4 @@
-"""Recipes: those that come with the package load, and all mistakes in one are told at once, each with its line."""
+"""Recipes: those that come with the package load, and all mistakes in one are reported at once, each with its line."""
 
 import re
 from pathlib import Path
@@ -33,8 +33,8 @@ model = "org/two"
 """
 
 
-def told(tmp_path: Path, text: str) -> list[tuple[int, str, str]]:
-    """(line, key, what) of every problem that is told of a recipe."""
+def reported(tmp_path: Path, text: str) -> list[tuple[int, str, str]]:
+    """(line, key, what) of every problem that is reported of a recipe."""
     path = tmp_path / "recipe.toml"
     path.write_bytes(text.encode())
     with pytest.raises(UsageError) as error:
@@ -139,14 +139,14 @@ def test_the_fusions_top_k_comes_before_the_distributions(tmp_path):
     assert load_recipe(tmp_path / "recipe.toml").top_k == 7
 
 
-def test_all_problems_are_told_at_once_in_the_order_of_their_lines(tmp_path):
+def test_all_problems_are_reported_at_once_in_the_order_of_their_lines(tmp_path):
     text = (
         GOOD.replace('path = "data"', 'path = "data"\ncontext_lenght = 512\nseed = "x"\npart_bytes = 10')
         .replace('model = "org/one"', "model = 3\ndtype = 'float64'")
         .replace('name = "two"\n', "")
         + '\n[fusion]\nmethod = "best"\nmetric = "bpb"\n\n[evalution]\nsplit = "test"\n\n[training]\ntail = "cut"\nclm_weight = 1.5\n'
     )
-    problems = told(tmp_path, text)
+    problems = reported(tmp_path, text)
     assert [(number, key) for number, key, _ in problems] == [
         (line(text, "context_lenght"), "corpus.context_lenght"),
         (line(text, "seed"), "corpus.seed"),
@@ -171,12 +171,12 @@ def test_all_problems_are_told_at_once_in_the_order_of_their_lines(tmp_path):
     assert what["training.clm_weight"] == "1.5 should be less than or equal to 1"
 
 
-def test_combinations_are_told_beside_wrong_and_unknown_keys_and_sections(tmp_path):
+def test_combinations_are_reported_beside_wrong_and_unknown_keys_and_sections(tmp_path):
     text = (
         GOOD.replace('name = "two"', 'name = "one"').replace('model = "org/one"', 'model = "org/target"\ndtyp = "float32"')
         + '[nonsense]\nx = 1\n[[more.nonsense]]\n[training]\nname = "target"\nepochs = 1\nsteps = 5\n[evaluation]\nsplit = "train"\n'
     )
-    assert {(number, key, what.split(":")[0]) for number, key, what in told(tmp_path, text)} == {
+    assert {(number, key, what.split(":")[0]) for number, key, what in reported(tmp_path, text)} == {
         (line(text, 'name = "one"', nth=2), "sources.1.name", "'one' is also sources.0.name"),
         (line(text, 'model = "org/target"', nth=2), "sources.0.model", "is the target's start, which is always a source"),
         (line(text, "dtyp"), "sources.0.dtyp", "unknown key. Did you mean dtype? Valid are"),
@@ -228,11 +228,11 @@ def test_combinations_are_told_beside_wrong_and_unknown_keys_and_sections(tmp_pa
         ),
     ],
 )
-def test_what_does_not_go_together_is_told(tmp_path, added, key, what):
+def test_what_does_not_go_together_is_reported(tmp_path, added, key, what):
     text = GOOD + added + "\n"
     section, name, *_ = [*key.split("."), ""]
     at = line(text, name, nth=4 if key == "training.name" else 1) if name else line(text, f"[{section}]")
-    assert told(tmp_path, text) == [(at, key, what)]
+    assert reported(tmp_path, text) == [(at, key, what)]
 
 
 FIXED = '[fusion]\nmethod = "fixed"\n'
@@ -276,9 +276,9 @@ FIXED = '[fusion]\nmethod = "fixed"\n'
         ),
     ],
 )
-def test_weights_that_cannot_be_meant_are_told(tmp_path, added, at, key, what):
+def test_weights_that_cannot_be_meant_are_reported(tmp_path, added, at, key, what):
     text = GOOD + added + "\n"
-    found = {key: (number, what) for number, key, what in told(tmp_path, text)}
+    found = {key: (number, what) for number, key, what in reported(tmp_path, text)}
     assert found.pop(key) == (line(text, at), what)
     assert set(found) <= {"fusion.weights"}, "what was wrong is dropped, and then may be missing"
 
@@ -286,29 +286,29 @@ def test_weights_that_cannot_be_meant_are_told(tmp_path, added, at, key, what):
 def test_with_merge_a_weight_is_needed_in_each_pair(tmp_path):
     text = GOOD + FIXED + "weights = {one = 1}\n[merge]\n"
     what = "method = 'fixed' needs a weight above 0 for at least one of the models: target, two"
-    assert told(tmp_path, text) == [(line(text, "weights"), "fusion.weights", what)]
+    assert reported(tmp_path, text) == [(line(text, "weights"), "fusion.weights", what)]
     (tmp_path / "recipe.toml").write_text(text.replace("one = 1", "one = 1, target = 0.5"))
     load_recipe(tmp_path / "recipe.toml")
 
 
-def test_a_source_with_the_name_of_what_is_made_is_told(tmp_path):
+def test_a_source_with_the_name_of_what_is_made_is_reported(tmp_path):
     text = GOOD.replace('name = "one"', 'name = "merged-2"').replace('name = "two"', 'name = "fused-all-2"')
-    assert told(tmp_path, text + "[merge]\n[evaluation]\nall_at_once = true\n") == [
+    assert reported(tmp_path, text + "[merge]\n[evaluation]\nall_at_once = true\n") == [
         (1, "training.name", "'fused-all-2' is also sources.1.name: choose another"),
         (len(text.splitlines()) + 1, "merge.name", "'merged-2' is also sources.0.name: choose another"),
     ]
 
 
-def test_a_wrong_weight_of_a_domain_is_told_in_its_place(tmp_path):
+def test_a_wrong_weight_of_a_domain_is_reported_in_its_place(tmp_path):
     weights = "[fusion.weights]\none = 1\n[fusion.domain_weights.law]\nthree = 1\n[fusion.domain_weights.code]\none = 0\n"
     text = GOOD.replace('path = "data"', 'path = "data"\ndomain_column = "domain"') + FIXED + weights
-    assert [(number, key) for number, key, _ in told(tmp_path, text)] == [
+    assert [(number, key) for number, key, _ in reported(tmp_path, text)] == [
         (line(text, "three"), "fusion.domain_weights.law.three"),
         (line(text, "[fusion.domain_weights.code]"), "fusion.domain_weights.code"),
     ]
 
 
-def test_a_pack_is_as_long_as_the_context_unless_told(tmp_path):
+def test_a_pack_is_by_default_as_long_as_the_context(tmp_path):
     (tmp_path / "recipe.toml").write_text(
         GOOD.replace('path = "data"', 'path = "data"\ncontext_length = 300') + '[fusion]\nunit = "pack"\n'
     )
@@ -317,9 +317,9 @@ def test_a_pack_is_as_long_as_the_context_unless_told(tmp_path):
     assert load_recipe(tmp_path / "recipe.toml").pack_length == 64
 
 
-def test_a_model_named_clm_is_told_only_where_there_is_a_baseline(tmp_path):
+def test_a_model_named_clm_is_reported_only_where_there_is_a_baseline(tmp_path):
     text = GOOD.replace('name = "one"', 'name = "clm"')
-    ((_, key, what),) = told(tmp_path, text)
+    ((_, key, what),) = reported(tmp_path, text)
     assert (key, what) == ("evaluation.clm_name", "'clm' is also sources.0.name: choose another")
     (tmp_path / "recipe.toml").write_text(text + "[evaluation]\nclm_baseline = false\n")
     assert [training.name for training in load_recipe(tmp_path / "recipe.toml").trainings] == ["fused"]
@@ -330,18 +330,18 @@ def test_the_same_model_at_another_revision_is_a_source(tmp_path):
     assert load_recipe(tmp_path / "recipe.toml").sources[0].revision == "v1"
 
 
-def test_missing_sections_and_no_sources_are_told(tmp_path):
-    assert {key for _, key, _ in told(tmp_path, "")} == {"corpus", "target", "sources"}
+def test_missing_sections_and_no_sources_are_reported(tmp_path):
+    assert {key for _, key, _ in reported(tmp_path, "")} == {"corpus", "target", "sources"}
     text = "sources = []\n" + GOOD.split("[[sources]]")[0]
-    ((number, key, what),) = told(tmp_path, text)
+    ((number, key, what),) = reported(tmp_path, text)
     assert (number, key) == (1, "sources")
     assert "at least 1" in what
 
 
 @pytest.mark.parametrize("name", ["", "a/b", "../up", ".hidden", "a b", "a--b", "ü"])
-def test_names_that_would_not_do_for_a_folder_are_told(tmp_path, name):
+def test_names_that_would_not_do_for_a_folder_are_reported(tmp_path, name):
     text = GOOD.replace('name = "one"', f'name = "{name}"')
-    assert [(number, key) for number, key, _ in told(tmp_path, text)] == [(line(text, f'name = "{name}"'), "sources.0.name")]
+    assert [(number, key) for number, key, _ in reported(tmp_path, text)] == [(line(text, f'name = "{name}"'), "sources.0.name")]
 
 
 def test_lines_are_right_after_values_of_several_lines_and_odd_characters(tmp_path):
@@ -350,12 +350,12 @@ def test_lines_are_right_after_values_of_several_lines_and_odd_characters(tmp_pa
         + GOOD[GOOD.index("[target]") :]
         + "[training]\nsteps = 'x'\n"
     )
-    assert [(number, key) for number, key, _ in told(tmp_path, text)] == [
+    assert [(number, key) for number, key, _ in reported(tmp_path, text)] == [
         (line(text, "seed = ["), "corpus.seed"),
         (line(text, "nope"), "corpus.nope"),
         (line(text, "steps"), "training.steps"),
     ]
-    assert [(number, key) for number, key, _ in told(tmp_path, text.replace("\n", "\r\n"))] == [
+    assert [(number, key) for number, key, _ in reported(tmp_path, text.replace("\n", "\r\n"))] == [
         (line(text, "seed = ["), "corpus.seed"),
         (line(text, "nope"), "corpus.nope"),
         (line(text, "steps"), "training.steps"),
@@ -369,14 +369,14 @@ def test_dotted_and_inline_tables_have_lines_too(tmp_path):
         '  {name = "two", model = "org/two", dtyp = "float32"},\n'
         "]\n" + GOOD.split("[[sources]]")[0]
     )
-    problems = told(tmp_path, text)
+    problems = reported(tmp_path, text)
     assert (problems[0][:2], problems[1][1]) == ((1, "training.steps"), "sources.1.dtyp")
     assert line(text, "sources") <= problems[1][0] <= line(text, "  {name", nth=2)
 
 
 def test_a_value_of_several_lines_at_the_very_beginning_has_line_one(tmp_path):
     text = "sources = [\n  1,\n]\n" + GOOD.split("[[sources]]")[0]
-    assert {number for number, key, _ in told(tmp_path, text) if key.startswith("sources")} == {1}
+    assert {number for number, key, _ in reported(tmp_path, text) if key.startswith("sources")} == {1}
 
 
 def test_line_of_what_is_not_there_is_the_line_of_its_section():
@@ -394,13 +394,13 @@ def test_line_of_what_is_not_there_is_the_line_of_its_section():
         (b"[corpus]\npath = \"\xff\"\n", r"line 2: is not valid UTF-8"),
     ],
 )  # fmt: skip
-def test_what_is_not_toml_is_told(tmp_path, raw, message):
+def test_what_is_not_toml_is_reported(tmp_path, raw, message):
     (tmp_path / "recipe.toml").write_bytes(raw)
     with pytest.raises(UsageError, match=message):
         load_recipe(tmp_path / "recipe.toml")
 
 
-def test_a_recipe_that_is_not_there_is_told(tmp_path):
+def test_a_recipe_that_is_not_there_is_reported(tmp_path):
     for path in (tmp_path / "nowhere.toml", tmp_path):
         with pytest.raises(UsageError, match=rf"The recipe {path} cannot be read: "):
             load_recipe(path)
@@ -419,11 +419,11 @@ def test_a_recipe_that_is_not_there_is_told(tmp_path):
         ('positions = "dtw"\ngold_anchor = true', "gold_anchor (true) needs positions whose prefixes end at the same byte"),
     ],
 )
-def test_ways_to_align_that_do_not_go_together_are_told(tmp_path, alignment, what):
+def test_ways_to_align_that_do_not_go_together_are_reported(tmp_path, alignment, what):
     text = f"{GOOD}[alignment]\n{alignment}\n"
-    ((number, key, told_what),) = told(tmp_path, text)
+    ((number, key, what_is_reported),) = reported(tmp_path, text)
     assert (number, key) == (line(text, "[alignment]"), "alignment")
-    assert told_what.startswith(what)
+    assert what_is_reported.startswith(what)
 
 
 def test_dtw_has_no_gold_anchor_unless_other_positions_are_asked_for(tmp_path):
@@ -447,7 +447,7 @@ def test_each_way_to_align_has_its_own_place_in_the_workspace():
 
 
 @pytest.mark.parametrize("name", ["fusellm-7b", "fusechat-7b"])
-def test_what_the_published_settings_take_is_told_without_a_network(tmp_path, name):
+def test_what_the_published_settings_take_is_reported_without_a_network(tmp_path, name):
     (path,) = (path for path in RECIPES if path.stem == name)
     recipe = load_recipe(path)
     stages = plan(products(recipe), base=path.parent, models_dir=tmp_path / "models", layout=Layout(tmp_path / "workspace"))

@@ -229,7 +229,7 @@ def test_intervals_are_refused_with_what_to_say_instead(workspace, value):
         workspace.sql(f"SELECT {value} AS took")
 
 
-def test_columns_of_the_same_name_are_told_apart(workspace):
+def test_columns_of_the_same_name_are_distinguished(workspace):
     assert workspace.sql("SELECT 1 AS a, 2 AS a, 3 AS a_1").columns == ["a", "a_1", "a_1_1"]
     assert fuseline(workspace.root, "SELECT 1 AS a, 2 AS a", "--format", "csv").stdout == "a,a_1\n1,2\n"
 

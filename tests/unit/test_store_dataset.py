@@ -1,4 +1,4 @@
-"""Parts: what is committed comes back to the bit, and what is damaged is told, never read."""
+"""Parts: what is committed comes back to the bit, and what is damaged is reported, never read."""
 
 import json
 import os
@@ -154,7 +154,7 @@ def shards(dataset: Dataset) -> dict[str, object]:
 
 
 @pytest.mark.parametrize("name", ARRAYS)
-def test_a_flipped_bit_in_a_shard_is_told(dataset, name):
+def test_a_flipped_bit_in_a_shard_is_reported(dataset, name):
     commit(dataset)
     path = shards(dataset)[name]
     whole = path.read_bytes()
@@ -167,7 +167,7 @@ def test_a_flipped_bit_in_a_shard_is_told(dataset, name):
 
 
 @pytest.mark.parametrize("n_left", [0, 1, 4, 100, -1, None])
-def test_a_missing_or_short_shard_is_told_and_not_read_as_zeros(dataset, n_left):
+def test_a_missing_or_short_shard_is_reported_and_not_read_as_zeros(dataset, n_left):
     commit(dataset)
     path = shards(dataset)["ids_T"]
     if n_left is None:
@@ -179,7 +179,7 @@ def test_a_missing_or_short_shard_is_told_and_not_read_as_zeros(dataset, n_left)
     assert dataset.read(0, "wide_T")[0].tolist() == ARRAYS["wide_T"].tolist()
 
 
-def test_a_missing_array_is_told(dataset):
+def test_a_missing_array_is_reported(dataset):
     commit(dataset)
     shutil.rmtree(dataset.folder / "part-00000.zarr" / "ids_T")
     with pytest.raises(DamagedPart, match="ids_T"):
@@ -188,7 +188,7 @@ def test_a_missing_array_is_told(dataset):
         dataset.read(0, "never_T")
 
 
-def test_a_flipped_bit_in_the_metadata_is_told(dataset):
+def test_a_flipped_bit_in_the_metadata_is_reported(dataset):
     commit(dataset)
     path = dataset.folder / "part-00000.zarr" / "zarr.json"
     whole = path.read_bytes()
@@ -200,14 +200,14 @@ def test_a_flipped_bit_in_the_metadata_is_told(dataset):
             dataset.read(0, "wide_T")
 
 
-def test_a_missing_payload_is_told(dataset):
+def test_a_missing_payload_is_reported(dataset):
     commit(dataset)
     shutil.rmtree(dataset.folder / "part-00000.zarr")
     with pytest.raises(DamagedPart, match=r"part-00000\.zarr.*store repair RECIPE -w .* --full"):
         dataset.read(0, "ids_T")
 
 
-def test_a_flipped_bit_in_a_table_is_told(dataset):
+def test_a_flipped_bit_in_a_table_is_reported(dataset):
     """Parquet as Polars writes it has no checksums: most flipped bits would change the text silently."""
     table = pl.DataFrame({"text": ["".join(random.Random(row).choices("abc def", k=300)) for row in range(50)]})
     dataset.commit(0, content=PartContent(data=table, counts={}), seconds=0)
@@ -225,7 +225,7 @@ def test_a_flipped_bit_in_a_table_is_told(dataset):
             dataset.table(0)
 
 
-def test_a_truncated_manifest_is_told_at_any_length(dataset):
+def test_a_truncated_manifest_is_reported_at_any_length(dataset):
     commit(dataset)
     path = dataset.folder / "part-00000.json"
     whole = path.read_bytes()
@@ -236,14 +236,14 @@ def test_a_truncated_manifest_is_told_at_any_length(dataset):
 
 
 @pytest.mark.parametrize("record", ["[]", "{}", '{"files": 3}', "null", '"x"'])
-def test_a_manifest_of_other_json_is_told(dataset, record):
+def test_a_manifest_of_other_json_is_reported(dataset, record):
     commit(dataset)
     (dataset.folder / "part-00000.json").write_text(record)
     with pytest.raises(DamagedPart, match=r"part-00000\.json cannot be read"):
         dataset.manifest(0)
 
 
-def test_a_manifest_of_another_dataset_is_told(dataset, tmp_path):
+def test_a_manifest_of_another_dataset_is_reported(dataset, tmp_path):
     other = Dataset.create(tmp_path / "distributions" / "other", identity=IDENTITY | {"top_k": 32})
     commit(other)
     for path in other.folder.glob("part-*"):
@@ -293,13 +293,13 @@ def test_a_description_does_not_determine_the_identity(dataset, tmp_path):
 
 
 @pytest.mark.parametrize("text", ["", "{", "{}", "[]", "null", '{"identity": {}, "description": {}}'])
-def test_a_broken_dataset_record_is_told(dataset, text):
+def test_a_broken_dataset_record_is_reported(dataset, text):
     (dataset.folder / "dataset.json").write_text(text)
     with pytest.raises(DamagedPart, match=r"dataset\.json cannot be read"):
         Dataset.open(dataset.folder)
 
 
-def test_an_edited_dataset_record_is_told(dataset):
+def test_an_edited_dataset_record_is_reported(dataset):
     path = dataset.folder / "dataset.json"
     record = json.loads(path.read_text())
     record["identity"]["top_k"] = 32
@@ -341,7 +341,7 @@ def test_a_coordinator_sweeps_what_was_interrupted_and_keeps_what_was_committed(
     assert [found.name for found in workspace.datasets()] == ["model"]
 
 
-def test_a_payload_that_is_gone_is_told_by_its_path(tmp_path):
+def test_a_payload_that_is_gone_is_reported_by_its_path(tmp_path):
     dataset = Dataset.create(tmp_path / "distributions" / "model", identity={})
     dataset.commit(3, content=PartContent(data={"x": np.arange(3)}, counts={}), seconds=0)
     dataset.require_payload(3)

@@ -75,7 +75,7 @@ def test_a_config_of_numbers_that_are_too_large_together_is_refused(folder, tmp_
         {"model_type": ["llama"]},
     ],
 )
-def test_values_that_transformers_cannot_use_are_told_with_the_file_and_what_to_do(folder, tmp_path, changes):
+def test_values_that_transformers_cannot_use_are_reported_with_the_file_and_what_to_do(folder, tmp_path, changes):
     edit(folder / "config.json", **changes)
     for load in loaded_by_transformers(folder, tmp_path=tmp_path):
         with pytest.raises(DataError) as caught:

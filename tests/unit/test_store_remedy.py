@@ -34,7 +34,7 @@ def workspace(made, tmp_path) -> Workspace:
         ({"files": {"../x": [1, 2]}}, "must be the plain name of a file in this folder"),
     ],
 )
-def test_a_bad_manifest_is_told_by_all_commands_in_the_same_words(workspace, changes, message):
+def test_a_bad_manifest_is_reported_by_all_commands_in_the_same_words(workspace, changes, message):
     path = workspace.root / "targets" / "fused" / "part-00000.json"
     record = json.loads(path.read_text())
     del record["checksum"]

@@ -72,7 +72,7 @@ def read_all(workspace: Workspace) -> dict[str, object]:
     return found
 
 
-def test_a_flipped_bit_in_any_file_is_told_and_nothing_is_silently_wrong(workspace):
+def test_a_flipped_bit_in_any_file_is_reported_and_nothing_is_silently_wrong(workspace):
     """Every file of every kind of payload, and the small files around them, at several random places."""
     for folder in ("targets", "alignments", "vocab_maps", "distributions/target"):  # what is left has every kind of file
         shutil.rmtree(workspace.root / folder)
@@ -102,14 +102,14 @@ def test_a_flipped_bit_in_any_file_is_told_and_nothing_is_silently_wrong(workspa
 
 
 @pytest.mark.parametrize("path", ["targets/fused/dataset.json", "corpus/corpus/plan.json", "distributions/target/part-00001.json"])
-def test_a_small_file_cut_short_at_any_length_is_told(workspace, path):
+def test_a_small_file_cut_short_at_any_length_is_reported(workspace, path):
     whole = (workspace.root / path).read_bytes()
     for n_left in range(0, len(whole.rstrip()), max(1, len(whole) // 12)):
         (workspace.root / path).write_bytes(whole[:n_left])
         assert any(path in f"{where}: {problem}" for where, problem in problems(workspace))
 
 
-def test_a_part_that_the_catalog_knows_and_that_is_gone_is_told(workspace):
+def test_a_part_that_the_catalog_knows_and_that_is_gone_is_reported(workspace):
     fused = dataset(workspace, "targets/fused")
     fused.drop(0)
     shutil.rmtree(workspace.root / "distributions" / "source" / "part-00001.zarr")
@@ -119,7 +119,7 @@ def test_a_part_that_the_catalog_knows_and_that_is_gone_is_told(workspace):
 
 
 @pytest.mark.parametrize("share", [None, 0, 0.001, 0.02, 0.3, 0.6, 0.9])
-def test_a_missing_or_truncated_catalog_is_told_and_made_anew(workspace, share):
+def test_a_missing_or_truncated_catalog_is_reported_and_made_again(workspace, share):
     path, tables = workspace.catalog_path, _tables(workspace)
     if share is None:
         path.unlink()
@@ -133,7 +133,7 @@ def test_a_missing_or_truncated_catalog_is_told_and_made_anew(workspace, share):
     assert _tables(workspace) == tables
 
 
-def test_datasets_that_do_not_fit_together_are_told(workspace):
+def test_datasets_that_do_not_fit_together_are_reported(workspace):
     shutil.rmtree(workspace.root / "distributions" / "source")
     catalog.fold(workspace)
     found = dict(problems(workspace))
@@ -143,7 +143,7 @@ def test_datasets_that_do_not_fit_together_are_told(workspace):
     assert any("needs the tokenizer" in problem for _, problem in problems(workspace))
 
 
-def test_another_corpus_of_the_same_name_is_told(workspace):
+def test_another_corpus_of_the_same_name_is_reported(workspace):
     shutil.rmtree(workspace.root / "corpus")
     workspace.dataset("corpus", "corpus", identity={"context_length": 32, "segmented_for": []})
     catalog.fold(workspace)
@@ -163,14 +163,14 @@ def recommit(workspace: Workspace, path: str, **changes) -> None:
     item.commit(0, content=PartContent(data=data, counts=counts, attributes=arrays.attributes), seconds=0)
 
 
-def test_targets_with_other_counts_than_the_target_models_are_told(workspace):
+def test_targets_with_other_counts_than_the_target_models_are_reported(workspace):
     recommit(workspace, "targets/fused", tokens=3)
     ((where, problem),) = problems(workspace)
     assert where == "targets/fused/part-00000.json"
     assert "has 3 tokens, but distributions/target has" in problem
 
 
-def test_contents_that_make_no_sense_are_told_by_reading_everything(workspace):
+def test_contents_that_make_no_sense_are_reported_by_reading_everything(workspace):
     item = dataset(workspace, "distributions/target")
     (offsets, ids_T) = item.read(0, "segment_offsets", "token_ids_T")
     too_large = ids_T.copy()
@@ -190,7 +190,7 @@ def test_contents_that_make_no_sense_are_told_by_reading_everything(workspace):
             break
 
 
-def test_sources_of_targets_that_make_no_sense_are_told_by_reading_everything(workspace):
+def test_sources_of_targets_that_make_no_sense_are_reported_by_reading_everything(workspace):
     names = ("weight_SN", "lost_SN", "source_S")
     weight_SN, lost_SN, source_S = dataset(workspace, "targets/fused").read(0, *names)
     for change, message in [
@@ -231,7 +231,7 @@ def counted_matches(workspace: Workspace, rows: list[tuple[int, int, int]]) -> D
         ([(1, 2, 3), (1, 2, 1)], "a pair of tokens has several rows"),
     ],
 )
-def test_counts_of_matches_that_make_no_sense_are_told(workspace, rows, message):
+def test_counts_of_matches_that_make_no_sense_are_reported(workspace, rows, message):
     counted_matches(workspace, rows)
     assert problems(workspace) == []
     found = problems(workspace, full=True)
@@ -240,7 +240,7 @@ def test_counts_of_matches_that_make_no_sense_are_told(workspace, rows, message)
     )
 
 
-def test_a_map_whose_matches_are_gone_is_told(workspace):
+def test_a_map_whose_matches_are_gone_is_reported(workspace):
     matches = counted_matches(workspace, [(1, 2, 3)])
     shutil.rmtree(matches.folder)
     catalog.fold(workspace)
@@ -257,7 +257,7 @@ def test_a_map_whose_matches_are_gone_is_told(workspace):
         ({"source_id": [0, 1], "target_id": [0, None], "rule": ["exact", "mined"]}, "token 1 has a target_id that contradicts"),
     ],
 )
-def test_a_vocabulary_map_that_makes_no_sense_is_told(workspace, columns, message):
+def test_a_vocabulary_map_that_makes_no_sense_is_reported(workspace, columns, message):
     vocab_map = dataset(workspace, "vocab_maps/source--target")
     vocab_map.drop(0)
     vocab_map.commit(0, content=PartContent(data=pl.DataFrame(columns), counts={"mapped": 1}), seconds=0)
@@ -266,7 +266,7 @@ def test_a_vocabulary_map_that_makes_no_sense_is_told(workspace, columns, messag
     assert message in problem
 
 
-def test_text_that_is_not_its_documents_is_told(workspace):
+def test_text_that_is_not_its_documents_is_reported(workspace):
     corpus = dataset(workspace, "corpus/corpus")
     table, counts = corpus.table(0), corpus.manifest(0).counts
     corpus.drop(0)
@@ -276,7 +276,7 @@ def test_text_that_is_not_its_documents_is_told(workspace):
     assert "the text of document 0 does not hash to its sha256" in problem
 
 
-def test_a_manifest_of_another_part_or_of_the_future_is_told(workspace):
+def test_a_manifest_of_another_part_or_of_the_future_is_reported(workspace):
     folder = workspace.root / "targets" / "fused"
     shutil.copy(folder / "part-00000.json", folder / "part-00007.json")
     record = json.loads((folder / "part-00001.json").read_text())
@@ -306,7 +306,7 @@ def test_a_finding_says_its_path_once(workspace):
 
 
 @pytest.mark.parametrize("text", ["{}", "[]", "3", "{", '{"run": "x", "status": "done"}'])
-def test_a_record_of_a_run_that_lacks_something_is_told(workspace, text):
+def test_a_record_of_a_run_that_lacks_something_is_reported(workspace, text):
     record = workspace.root / "runs" / "1" / "run.json"
     record.parent.mkdir(parents=True)
     record.write_text(text)
@@ -324,7 +324,7 @@ def test_an_error_keeps_its_remedy_on_its_way_from_a_worker():
     )
 
 
-def test_damaged_tokenizers_are_told(workspace):
+def test_damaged_tokenizers_are_reported(workspace):
     (folder,) = (workspace.root / "tokenizers").glob("*/")
     table = pl.read_parquet(folder / "token_bytes.parquet")
     table.with_columns(bytes=pl.lit(b"x")).write_parquet(folder / "token_bytes.parquet")
@@ -467,7 +467,7 @@ def test_usage_adds_up(workspace):
     assert by_name["distributions", "target"].tokens == by_name["targets", "fused"].tokens > 0
 
 
-def test_the_catalog_made_anew_equals_one_of_many_folds(workspace, tmp_path, byte_level_folder):
+def test_the_catalog_made_again_equals_one_of_many_folds(workspace, tmp_path, byte_level_folder):
     """Parts that come one by one, and one that is dropped and made again in between."""
     grown = Workspace.create(tmp_path / "grown")
     catalog.fold(grown)

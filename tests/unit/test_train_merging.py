@@ -275,7 +275,7 @@ def test_pickles_are_refused(family, tmp_path):
         run(family, tmp_path / "out", models={"one": tmp_path / "one"})
 
 
-def test_rows_that_mean_other_tokens_are_refused_and_other_added_tokens_told(family, tmp_path):
+def test_rows_that_mean_other_tokens_are_refused_and_other_added_tokens_reported(family, tmp_path):
     copy(family / "one", tmp_path / "one")
     path = tmp_path / "one" / "tokenizer.json"
     definition = json.loads(path.read_text())
@@ -325,12 +325,12 @@ def test_keys_of_other_methods_are_refused():
             MergeConfig(method="linear", **{key: value})
 
 
-def test_weights_that_the_dtype_cannot_hold_are_told(family, tmp_path):
+def test_weights_that_the_dtype_cannot_hold_are_reported(family, tmp_path):
     with pytest.raises(DataError, match=r"too large for torch\.float16"):
         run(family, tmp_path / "out", config=MergeConfig(method="task_arithmetic", scale=1e9, dtype="float16"))
 
 
-def test_a_disk_that_is_too_small_is_told_before_anything_is_written(family, tmp_path, monkeypatch):
+def test_a_disk_that_is_too_small_is_reported_before_anything_is_written(family, tmp_path, monkeypatch):
     monkeypatch.setattr(merge_module, "_SPARE_BYTES", 1 << 60)
     with pytest.raises(DataError, match=r"The free space of .* must be more than the merged model takes"):
         run(family, tmp_path / "out")
@@ -457,7 +457,7 @@ def test_the_command(family, tmp_path):
         ("[merge]", "[merge", "is not valid TOML"),
     ],
 )
-def test_what_is_wrong_in_a_file_is_told_with_its_line(old, new, message, family, tmp_path):
+def test_what_is_wrong_in_a_file_is_reported_with_its_line(old, new, message, family, tmp_path):
     for name in ("base", "one", "two"):
         (tmp_path / name).symlink_to(family / name)
     (tmp_path / "merge.toml").write_text(FILE.replace(old, new))

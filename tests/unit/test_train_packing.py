@@ -224,7 +224,7 @@ def test_masked_positions_have_neither_label_nor_target(tmp_path):
     for packing in ("isolated", "concatenated"):
         batches = make_data(masked, packing=packing).micro_batches(0, data_rank=0)
         others = make_data(plain, packing=packing).micro_batches(0, data_rank=0)
-        # Tokens count modulo VOCAB, so the place of a token is not told by its id; what is masked is seen at labels and targets alike.
+        # Tokens count modulo VOCAB, so its id does not give the place of a token; what is masked is seen at both labels and targets.
         labels_T, other_T = joined(batches, "labels_T"), joined(others, "labels_T")
         assert torch.equal(joined(batches, "token_ids_T"), joined(others, "token_ids_T"))
         assert ((labels_T == other_T) | (labels_T == IGNORED)).all()
@@ -293,7 +293,7 @@ def test_data_without_any_label_is_refused(tmp_path):
         ({"global_batch_size": 8, "epochs": 4}, None),
     ],
 )
-def test_how_often_a_training_reads_its_corpus_is_told(tmp_path, settings, remark):
+def test_how_often_a_training_reads_its_corpus_is_reported(tmp_path, settings, remark):
     dataset = write(tmp_path / "targets", {0: np.arange(11) * LENGTH})
     remarks = list(make_data(dataset, **settings).reading.remarks())
     assert [bool(re.search(remark or "never", said)) for said in remarks] == [True] * (remark is not None)

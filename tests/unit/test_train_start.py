@@ -82,7 +82,7 @@ def check(tmp_path: Path, *, stored_in: str, trained_in: str, noise: float, **ch
         ("float16", "float32", 0.2, True),
     ],
 )
-def test_what_rounding_does_not_explain_is_told(tmp_path, stored_in, trained_in, noise, is_told):
+def test_what_rounding_does_not_explain_is_reported(tmp_path, stored_in, trained_in, noise, is_told):
     found = check(tmp_path, stored_in=stored_in, trained_in=trained_in, noise=noise)
     assert found is not None
     # Two tokens a segment at most are not compared: the last of all has no next one, and one is cut.

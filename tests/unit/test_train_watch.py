@@ -1,10 +1,10 @@
-"""A figure is told when it stands out from the steps before, and only then."""
+"""A figure is reported when it stands out from the steps before, and only then."""
 
 import pytest
 from fuseline.train.watch import WINDOW, Watch
 
 
-def test_a_spike_is_told_with_its_ratio():
+def test_a_spike_is_reported_with_its_ratio():
     watch = Watch(5.0, before=[1.0, 2.0, 3.0] * 10)
     assert watch.ratio(11.0) == pytest.approx(5.5)
     assert watch.ratio(9.0) is None
