@@ -178,11 +178,12 @@ def print_alignment(document: "ShownDocument", *, console: "rich.console.Console
         f"{_percent(summary.inside / max(summary.positions, 1))} inside a token of {document.source_name})\n"
         f"bits per byte of the text: {document.source_name} {_number(summary.source_bpb)}, through the map {_number(summary.mapped_bpb)} "
         f"(over {_percent(summary.mapped_bytes)} of the bytes), {document.target_name} {_number(summary.target_bpb)}\n"
-        f"probability on its way: mapped {_percent(summary.mapped)}, merged {_percent(summary.merged)}, lost {_percent(summary.lost)}, "
+        f"probability of the source: mapped {_percent(summary.mapped)}, merged {_percent(summary.merged)}, lost {_percent(summary.lost)}, "
         f"not stored {_percent(summary.tail)}"
     )
     console.print(
-        "[yellow]ends inside a token of the other[/]   [red]has no counterpart[/]   | ends a token   · space   ⏎ line break", markup=True
+        "[yellow]ends inside a token of the other model[/]   [red]has no matching position[/]   | ends a token   · space   ⏎ line break",
+        markup=True,
     )
     table = rich.table.Table(box=rich.box.SIMPLE_HEAD, expand=True, padding=(0, 1))
     table.add_column(document.source_name, ratio=1, overflow="fold")

@@ -92,7 +92,7 @@ def _show_states(found: "Sequence[Wanted]") -> None:
         on_disk = size(getattr(item.status, "stored_bytes", 0)) if done else ""
         shared = [_shared(item.variants, of=n_variants)] if n_variants > 1 else []
         rows.append([f"{item.kind}/{item.name}", item.state, parts, on_disk, *shared])
-    columns = ["of the recipe", "state", "parts", "on disk", *(["for"] if n_variants > 1 else [])]
+    columns = ["product", "state", "parts", "on disk", *(["for"] if n_variants > 1 else [])]
     show_table(columns, rows, right=[False, False, True, True, False][: len(columns)])
     for item in found:
         for line in item.differences:

@@ -35,8 +35,8 @@ class EvaluationConfig(BaseModel):
     )
     ensembles: list[Literal["uniform", "bayes", "oracle_document", "oracle_token"]] = Field(
         [],
-        description="baselines without training: the models' outputs on the held-out text, mixed with equal weights (`uniform`) or by "
-        "how well each predicted the document so far (`bayes`); and the bounds for the best model per document or token, chosen by the text",
+        description="baselines without training: the models' outputs on the held-out text, mixed with equal weights (`uniform`) or by how "
+        "well each predicted the document so far (`bayes`); and the bounds for the best model per document or token, chosen by the text",
     )
     ensemble_members: list[str] = Field([], description="names of the models to mix; by default all sources and the target's start")
 
