@@ -6,7 +6,7 @@ stored of each model, and its alignment, stays as it is and is used again.
 
 import itertools
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +15,7 @@ from ..store.layout import Layout
 from .opened import Opened
 from .products.fused import Targets
 from .products.merged import Merged
+from .products.product import Product
 from .products.trained import Trained
 
 _LONG_DIGEST = re.compile(r'"([0-9a-f]{12})[0-9a-f]{52}"')
@@ -32,10 +33,10 @@ class Conflict:
     differences: Sequence[str]  # between what is there and what the recipe asks for
 
 
-def conflicts(site: Opened) -> list[Conflict]:
+def conflicts(site: Opened, *, among: Collection[Product] | None = None) -> list[Conflict]:
     """Targets, trainings and merged models of the recipe's names that are of another identity; the corpus must be there."""
     found = []
-    for product in site.graph:
+    for product in site.graph if among is None else among:
         if isinstance(product, Targets):
             dataset = product.stored(site.layout)
             stored, asked, what = None if dataset is None else dataset.identity, site.identity(product), f"targets/{product.name}"
