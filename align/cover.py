@@ -16,7 +16,7 @@ Axes: T target positions, U source positions, V source vocabulary, B bytes of it
 H readings.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numba import njit
@@ -25,125 +25,176 @@ KEPT = 8  # readings besides the path that are kept when a token is read; more a
 ROOM = KEPT + 3  # besides the stored entries: the readings, the path, the token after it, and the target's next token
 
 
+class Entries(NamedTuple):
+    """A source's stored distributions."""
+
+    topk_ids_UK: Any
+    topk_probs_UK: Any
+    gold_ids_U: Any
+    gold_probs_U: Any
+    read_logprob_U: Any  # log-probability of the part's whole text up to each position
+
+
+class Places(NamedTuple):
+    """Where each target position lies in the source, and the target's next token there."""
+
+    position_T: Any
+    ahead_T: Any
+    gold_ids_T: Any
+
+
+class Pieces(NamedTuple):
+    """The vocabulary map: the target token of each source token, and of each rest of one."""
+
+    target_ids_V: Any
+    rest_ids_B: Any
+    buffer_B: Any
+    offsets_V1: Any
+
+
+class Filled(NamedTuple):
+    """The arrays of a `Projection` that are filled."""
+
+    ids_TC: Any
+    probs_TC: Any
+    n_T: Any
+    is_aligned_T: Any
+    mapped_T: Any
+    merged_T: Any
+    lost_T: Any
+    tail_T: Any
+
+
+class Readings(NamedTuple):
+    """Source tokens that the text may be inside of."""
+
+    tokens_H: Any
+    read_H: Any  # bytes of each that are read
+    mass_H: Any
+    says_H: Any  # the target token with which each continues
+
+
 @njit(cache=True)
-def project_cover(
-    topk_ids_UK: Any, topk_probs_UK: Any, gold_ids_U: Any, gold_probs_U: Any, read_logprob_U: Any, position_T: Any, ahead_T: Any,
-    target_ids_V: Any, rest_ids_B: Any, buffer_B: Any, offsets_V1: Any, gold_ids_T: Any,
-    ids_TC: Any, probs_TC: Any, n_T: Any, is_aligned_T: Any, mapped_T: Any, merged_T: Any, lost_T: Any, tail_T: Any,
-) -> None:  # fmt: skip
+def project_cover(entries: Entries, places: Places, pieces: Pieces, filled: Filled) -> None:
     """Fill the arrays of a `Projection`, whose capacity C is at least K + ROOM."""
-    n_most = topk_ids_UK.shape[1] + ROOM
-    tokens_H, read_H, mass_H = np.zeros(n_most, np.int64), np.zeros(n_most, np.int64), np.zeros(n_most)
-    says_H = np.zeros(n_most, np.int64)  # the target token with which each continues
+    n_most = entries.topk_ids_UK.shape[1] + ROOM
+    readings = Readings(np.zeros(n_most, np.int64), np.zeros(n_most, np.int64), np.zeros(n_most), np.zeros(n_most, np.int64))
     n, path, boundary, ended = 0, -1, 0.0, 0.0
     starts = True  # nothing has been read before this position
-    for t in range(len(position_T)):
-        u, ahead = position_T[t], ahead_T[t]
+    for t in range(len(places.position_T)):
+        u, ahead = places.position_T[t], places.ahead_T[t]
         if u < 0:
             starts = True
             continue
         if starts and ahead == 0:
             n, boundary, ended = 0, 1.0, 0.0
         elif starts:
-            total = _mass_of_beginning(
-                topk_ids_UK[u], topk_probs_UK[u], gold_ids_U[u], gold_probs_U[u], ahead, buffer_B, offsets_V1
-            )  # fmt: skip
+            total = _mass_of_beginning(entries, u, ahead, pieces)
             if not total > 0:
                 continue
             boundary, ended = 0.0, 0.0
-            n, path = _begin(
-                topk_ids_UK[u], topk_probs_UK[u], gold_ids_U[u], gold_probs_U[u], ahead, buffer_B, offsets_V1, 0, 1 / total,
-                tokens_H, read_H, mass_H,
-            )  # fmt: skip
+            n, path = _begin(entries, u, ahead, pieces, 0, 1 / total, readings)
         if ahead == 0:
-            n, path, tail_T[t] = _spread(
-                topk_ids_UK[u], topk_probs_UK[u], gold_ids_U[u], gold_probs_U[u], n, boundary, tokens_H, read_H, mass_H
-            )  # fmt: skip
-        is_aligned_T[t] = True
-
-        # The source's probability of the text from here to the end of the target's next token.
-        gold_id, along, beginning = gold_ids_T[t], 0.0, 1.0
-        starts = gold_id < 0 or path < 0 or position_T[t + 1] < u
+            n, path, filled.tail_T[t] = _spread(entries, u, n, boundary, readings)
+        filled.is_aligned_T[t] = True
+        along, beginning = 0.0, 1.0
+        starts = places.gold_ids_T[t] < 0 or path < 0 or places.position_T[t + 1] < u
         if not starts:
-            there, beyond = position_T[t + 1], ahead_T[t + 1]
-            along = mass_H[path]
-            if there > u:
-                if there > u + 1:
-                    along *= np.exp(read_logprob_U[there] - read_logprob_U[u + 1])
-                if beyond > 0:
-                    beginning = _mass_of_beginning(
-                        topk_ids_UK[there], topk_probs_UK[there], gold_ids_U[there], gold_probs_U[there], beyond, buffer_B, offsets_V1
-                    )  # fmt: skip
-                    along *= min(1.0, beginning)
+            along, beginning = _along(entries, places, pieces, t, readings.mass_H[path])
             starts = not along > 0
-        ids_C, probs_C = ids_TC[t], probs_TC[t]
-        n_entries, mapped, merged, lost = 0, 0.0, 0.0, ended
-        for h in range(n):
-            mass = mass_H[h]
-            if h == path and not starts:
-                if put(ids_C, probs_C, n_entries, gold_id, along):
-                    n_entries, mapped = n_entries + 1, mapped + along
-                else:
-                    merged += along
-                mass -= along
-            target_id = _mapped(tokens_H[h], read_H[h], target_ids_V, rest_ids_B, offsets_V1)
-            says_H[h] = target_id
-            if mass <= 0:
-                continue
-            if target_id < 0:
-                lost += mass
-            elif put(ids_C, probs_C, n_entries, target_id, mass):
-                n_entries, mapped = n_entries + 1, mapped + mass
-            else:
-                merged += mass
-        n_T[t], mapped_T[t], merged_T[t], lost_T[t] = n_entries, mapped, merged, lost
-        if starts:
-            continue
-
-        # Read the target's next token.
-        n_read = np.int64(beyond) - np.int64(ahead)
-        for step in range(u, there):
-            n_read += offsets_V1[gold_ids_U[step] + 1] - offsets_V1[gold_ids_U[step]]
-        total, boundary, ended, kept, path_token, path_mass = along, 0.0, 0.0, 0, tokens_H[path], mass_H[path]
-        for h in range(n):
-            if h == path or says_H[h] != gold_id:
-                continue
-            total += mass_H[h]
-            left = offsets_V1[tokens_H[h] + 1] - offsets_V1[tokens_H[h]] - read_H[h] - n_read
-            if left > 0 and kept < KEPT:
-                tokens_H[kept], read_H[kept], mass_H[kept] = tokens_H[h], read_H[h] + n_read, mass_H[h]
-                kept += 1
-            elif left == 0 and beyond == 0:
-                boundary += mass_H[h]  # other tokens with the same text; assume that the text continues as after the source's own token
-            else:
-                ended += mass_H[h]
-        n, path = kept, -1
-        if there == u:
-            tokens_H[n], read_H[n], mass_H[n] = path_token, beyond, path_mass
-            n, path = n + 1, n
-        elif beyond == 0:
-            boundary += along
-        else:
-            n, path = _begin(
-                topk_ids_UK[there], topk_probs_UK[there], gold_ids_U[there], gold_probs_U[there], beyond, buffer_B, offsets_V1, n,
-                along / beginning, tokens_H, read_H, mass_H,
-            )  # fmt: skip
-        for h in range(n):
-            mass_H[h] /= total
-        boundary, ended = boundary / total, ended / total
+        _say(t, n, -1 if starts else path, along, ended, readings, pieces, places, filled)
+        if not starts:
+            n, path, boundary, ended = _read(t, n, path, along, beginning, entries, places, pieces, readings)
 
 
 @njit(cache=True)
-def _spread(
-    topk_ids_K: Any, topk_probs_K: Any, gold_id: int, gold_prob: float, n: int, boundary: float, tokens_H: Any, read_H: Any, mass_H: Any
+def _along(entries: Entries, places: Places, pieces: Pieces, t: int, mass: float) -> Any:
+    """What the source gives the text from position t to the end of the target's next token, and the mass of the last beginning in it."""
+    u, there, beyond = places.position_T[t], places.position_T[t + 1], places.ahead_T[t + 1]
+    along, beginning = mass, 1.0
+    if there > u:
+        if there > u + 1:
+            along *= np.exp(entries.read_logprob_U[there] - entries.read_logprob_U[u + 1])
+        if beyond > 0:
+            beginning = _mass_of_beginning(entries, there, beyond, pieces)
+            along *= min(1.0, beginning)
+    return along, beginning
+
+
+@njit(cache=True)
+def _say(t: int, n: int, path: int, along: float, ended: float, readings: Readings, pieces: Pieces, places: Places, filled: Filled) -> None:
+    """Write the distribution at position t: what each reading continues with. The path, if there is one, says the next token."""
+    ids_C, probs_C = filled.ids_TC[t], filled.probs_TC[t]
+    n_entries, mapped, merged, lost = 0, 0.0, 0.0, ended
+    for h in range(n):
+        mass = readings.mass_H[h]
+        if h == path:
+            if put(ids_C, probs_C, n_entries, places.gold_ids_T[t], along):
+                n_entries, mapped = n_entries + 1, mapped + along
+            else:
+                merged += along
+            mass -= along
+        target_id = _mapped(readings.tokens_H[h], readings.read_H[h], pieces)
+        readings.says_H[h] = target_id
+        if mass <= 0:
+            continue
+        if target_id < 0:
+            lost += mass
+        elif put(ids_C, probs_C, n_entries, target_id, mass):
+            n_entries, mapped = n_entries + 1, mapped + mass
+        else:
+            merged += mass
+    filled.n_T[t], filled.mapped_T[t], filled.merged_T[t], filled.lost_T[t] = n_entries, mapped, merged, lost
+
+
+@njit(cache=True)
+def _read(
+    t: int, n: int, path: int, along: float, beginning: float, entries: Entries, places: Places, pieces: Pieces, readings: Readings
 ) -> Any:
-    """Add the entries of a source position; return the number of readings, the index of the path, and the mass outside the entries."""
+    """Read the target's next token: keep the readings that predicted it. Returns their number, the path, and the other masses."""
+    tokens_H, read_H, mass_H, says_H = readings
+    u, ahead, there, beyond = places.position_T[t], places.ahead_T[t], places.position_T[t + 1], places.ahead_T[t + 1]
+    offsets_V1, gold_id = pieces.offsets_V1, places.gold_ids_T[t]
+    n_read = np.int64(beyond) - np.int64(ahead)
+    for step in range(u, there):
+        n_read += offsets_V1[entries.gold_ids_U[step] + 1] - offsets_V1[entries.gold_ids_U[step]]
+    total, boundary, ended, kept, path_token, path_mass = along, 0.0, 0.0, 0, tokens_H[path], mass_H[path]
+    for h in range(n):
+        if h == path or says_H[h] != gold_id:
+            continue
+        total += mass_H[h]
+        left = offsets_V1[tokens_H[h] + 1] - offsets_V1[tokens_H[h]] - read_H[h] - n_read
+        if left > 0 and kept < KEPT:
+            tokens_H[kept], read_H[kept], mass_H[kept] = tokens_H[h], read_H[h] + n_read, mass_H[h]
+            kept += 1
+        elif left == 0 and beyond == 0:
+            boundary += mass_H[h]  # other tokens of the same text, which is taken to go on as after the source's own
+        else:
+            ended += mass_H[h]
+    n, path = kept, -1
+    if there == u:
+        tokens_H[n], read_H[n], mass_H[n] = path_token, beyond, path_mass
+        n, path = n + 1, n
+    elif beyond == 0:
+        boundary += along
+    else:
+        n, path = _begin(entries, there, beyond, pieces, n, along / beginning, readings)
+    for h in range(n):
+        mass_H[h] /= total
+    return n, path, boundary / total, ended / total
+
+
+@njit(cache=True)
+def _spread(entries: Entries, u: int, n: int, boundary: float, readings: Readings) -> Any:
+    """Add the entries of a source position. Returns how many readings there are, which is the path, and the mass outside the entries."""
+    tokens_H, read_H, mass_H, _ = readings
+    gold_id, gold_prob = entries.gold_ids_U[u], entries.gold_probs_U[u]
     path, tail = -1, boundary
-    for entry in range(len(topk_ids_K)):
-        prob = topk_probs_K[entry]
-        if topk_ids_K[entry] == gold_id and not np.isnan(gold_prob):
+    for entry in range(entries.topk_ids_UK.shape[1]):
+        prob = entries.topk_probs_UK[u, entry]
+        if entries.topk_ids_UK[u, entry] == gold_id and not np.isnan(gold_prob):
             path, prob = n, gold_prob
-        tokens_H[n], read_H[n], mass_H[n] = topk_ids_K[entry], 0, boundary * prob
+        tokens_H[n], read_H[n], mass_H[n] = entries.topk_ids_UK[u, entry], 0, boundary * prob
         tail -= mass_H[n]
         n += 1
     if path < 0 and not np.isnan(gold_prob):
@@ -154,29 +205,27 @@ def _spread(
 
 
 @njit(cache=True)
-def _begin(
-    topk_ids_K: Any, topk_probs_K: Any, gold_id: int, gold_prob: float, n_bytes: int, buffer_B: Any, offsets_V1: Any, n: int,
-    scale: float, tokens_H: Any, read_H: Any, mass_H: Any,
-) -> Any:  # fmt: skip
-    """Add the entries of a source position that begin like the next token; return the number of readings and the index of the path."""
-    for entry in range(len(topk_ids_K)):
-        token = topk_ids_K[entry]
-        if token != gold_id and _begin_equal(token, gold_id, n_bytes, buffer_B, offsets_V1):
-            tokens_H[n], read_H[n], mass_H[n] = token, n_bytes, scale * topk_probs_K[entry]
+def _begin(entries: Entries, u: int, n_bytes: int, pieces: Pieces, n: int, scale: float, readings: Readings) -> Any:
+    """Add the entries of a source position that begin as the next token. Returns how many readings there are, and which is the path."""
+    tokens_H, read_H, mass_H, _ = readings
+    gold_id = entries.gold_ids_U[u]
+    for entry in range(entries.topk_ids_UK.shape[1]):
+        token = entries.topk_ids_UK[u, entry]
+        if token != gold_id and _begin_equal(token, gold_id, n_bytes, pieces.buffer_B, pieces.offsets_V1):
+            tokens_H[n], read_H[n], mass_H[n] = token, n_bytes, scale * entries.topk_probs_UK[u, entry]
             n += 1
-    tokens_H[n], read_H[n], mass_H[n] = gold_id, n_bytes, scale * gold_prob
+    tokens_H[n], read_H[n], mass_H[n] = gold_id, n_bytes, scale * entries.gold_probs_U[u]
     return n + 1, n
 
 
 @njit(cache=True)
-def _mass_of_beginning(
-    topk_ids_K: Any, topk_probs_K: Any, gold_id: int, gold_prob: float, n_bytes: int, buffer_B: Any, offsets_V1: Any
-) -> float:
-    """The mass of the entries that `_begin` adds, unscaled; NaN if there is no next token."""
-    total = gold_prob
-    for entry in range(len(topk_ids_K)):
-        if topk_ids_K[entry] != gold_id and _begin_equal(topk_ids_K[entry], gold_id, n_bytes, buffer_B, offsets_V1):
-            total += topk_probs_K[entry]
+def _mass_of_beginning(entries: Entries, u: int, n_bytes: int, pieces: Pieces) -> float:
+    """The mass of the entries that `_begin` adds, unscaled; NaN if nothing follows."""
+    gold_id, total = entries.gold_ids_U[u], entries.gold_probs_U[u]
+    for entry in range(entries.topk_ids_UK.shape[1]):
+        token = entries.topk_ids_UK[u, entry]
+        if token != gold_id and _begin_equal(token, gold_id, n_bytes, pieces.buffer_B, pieces.offsets_V1):
+            total += entries.topk_probs_UK[u, entry]
     return total
 
 
@@ -189,14 +238,14 @@ def _begin_equal(token: int, other: int, n_bytes: int, buffer_B: Any, offsets_V1
 
 
 @njit(cache=True, inline="always")
-def _mapped(token: int, read: int, target_ids_V: Any, rest_ids_B: Any, offsets_V1: Any) -> int:
-    """The target token with which the text of a source token continues after its first bytes; -1 if it is unmapped."""
-    if token >= len(target_ids_V):
+def _mapped(token: int, read: int, pieces: Pieces) -> int:
+    """The target token with which the text of a source token continues after its first bytes; -1 if the map has none."""
+    if token >= len(pieces.target_ids_V):
         return -1
     if read == 0:
-        return target_ids_V[token]
-    place = offsets_V1[token] + read
-    return rest_ids_B[place] if place < offsets_V1[token + 1] else -1
+        return pieces.target_ids_V[token]
+    place = pieces.offsets_V1[token] + read
+    return pieces.rest_ids_B[place] if place < pieces.offsets_V1[token + 1] else -1
 
 
 @njit(cache=True, inline="always")

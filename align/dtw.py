@@ -21,7 +21,7 @@ Axes: T positions of a part, S segments, V source vocabulary, W target vocabular
 """
 
 from dataclasses import dataclass
-from typing import Any, Literal, Self
+from typing import Any, Literal, NamedTuple, Self
 
 import numpy as np
 from numba import njit
@@ -84,6 +84,48 @@ class Spellings:
         )
 
 
+class _Text(NamedTuple):
+    """A side's segments, for the compiled code."""
+
+    tokens_T: Any  # strings in `_warp`, ids in `_agree`
+    offsets: Any
+    text_starts_S: Any
+
+
+class _Strings(NamedTuple):
+    """Packed strings, for the compiled code."""
+
+    chars_C: Any
+    offsets_N1: Any
+    marks_N: Any
+
+
+class _Spelled(NamedTuple):
+    """Both vocabularies as `Spellings` has them, for the compiled code."""
+
+    spelling_V: Any
+    spelling_W: Any
+    marked_spelling_V: Any
+    marked_id_V: Any
+    starts_word_W: Any
+    bare_V: Any
+    bare_W: Any
+
+
+class _Numbered(NamedTuple):
+    """A segment as different strings, in order of appearance, and the index of each position's string."""
+
+    strings: Any
+    slots_T: Any
+
+
+class _Room(NamedTuple):
+    """What is computed again where it does not fit, in bytes."""
+
+    moves: int
+    costs: int
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Side:
     """One model's tokens of a part."""
@@ -131,11 +173,13 @@ def warp(source: Side, *, target: Side, source_segment_of_S: NDArray[np.int64], 
     first_T, last_T = np.full((2, len(target.token_ids_T)), UNALIGNED, np.int32)
     cost_S = np.zeros(len(source_segment_of_S), np.int64)
     strings = spellings.strings
-    _warp(
-        spellings.bare_V[source.token_ids_T], source.offsets, source.text_starts_S, spellings.bare_W[target.token_ids_T], target.offsets,
-        target.text_starts_S, source_segment_of_S, strings.chars_C, strings.offsets_N1, strings.marks_N, strings.n_chars, _MOVES_BYTES,
-        _COSTS_BYTES, first_T, last_T, cost_S,
-    )  # fmt: skip
+    texts = [
+        _Text(bare[side.token_ids_T], side.offsets, side.text_starts_S)
+        for side, bare in ((source, spellings.bare_V), (target, spellings.bare_W))
+    ]
+    masks_A = np.zeros(strings.n_chars, np.uint64)
+    packed, room = _Strings(strings.chars_C, strings.offsets_N1, strings.marks_N), _Room(_MOVES_BYTES, _COSTS_BYTES)
+    _warp(texts[0], texts[1], source_segment_of_S, packed, masks_A, room, first_T, last_T, cost_S)
     return Matches(first_T=first_T, last_T=last_T, cost_S=cost_S)
 
 
@@ -161,38 +205,31 @@ def agreeing_positions(
     position_T = np.full(len(target.token_ids_T), UNALIGNED, np.int32)
     if match == "em" or target_ids_V is None:
         target_ids_V = np.full(len(spellings.bare_V), -1, np.int32)
-    _agree(
-        matches.first_T, matches.last_T, source.token_ids_T, target.token_ids_T, target.offsets, target.text_starts_S,
-        spellings.spelling_V, spellings.spelling_W, spellings.marked_spelling_V, spellings.marked_id_V, spellings.starts_word_W,
-        spellings.bare_V, spellings.bare_W, spellings.strings.chars_C, spellings.strings.offsets_N1, target_ids_V, match == "fusechat",
-        position_T,
-    )  # fmt: skip
+    texts = [_Text(side.token_ids_T, side.offsets, side.text_starts_S) for side in (source, target)]
+    spelled = _Spelled(**{name: getattr(spellings, name) for name in _Spelled._fields})
+    strings = _Strings(spellings.strings.chars_C, spellings.strings.offsets_N1, spellings.strings.marks_N)
+    _agree(matches.first_T, matches.last_T, texts[0], texts[1], spelled, strings, target_ids_V, match == "fusechat", position_T)
     return position_T
 
 
 @njit(cache=True, nogil=True)
 def _warp(
-    source_T: Any, source_offsets: Any, source_starts_S: Any, target_T: Any, target_offsets: Any, target_starts_S: Any,
-    source_segment_of_S: Any, chars_C: Any, offsets_N1: Any, marks_N: Any, n_chars: int, moves_bytes: int, costs_bytes: int,
-    first_T: Any, last_T: Any, cost_S: Any,
+    source: _Text, target: _Text, source_segment_of_S: Any, packed: _Strings, masks_A: Any, room: _Room, first_T: Any, last_T: Any,
+    cost_S: Any,
 ) -> None:  # fmt: skip
-    masks_A = np.zeros(n_chars, np.uint64)
-    slot_N = np.full(len(marks_N), -1, np.int32)  # numbers a segment's different strings
+    slot_N = np.full(len(packed.marks_N), -1, np.int32)  # numbers a segment's different strings
     for s in range(len(source_segment_of_S)):
         of_source = source_segment_of_S[s]
         if of_source < 0:
             continue
-        source_start, target_start = source_starts_S[of_source], target_starts_S[s]
-        if source_start > source_offsets[of_source] and target_start > target_offsets[s]:
-            first_T[target_offsets[s]] = last_T[target_offsets[s]] = source_offsets[of_source]  # both segments begin with bos
-        source_strings, source_slots = _numbered(source_T[source_start : source_offsets[of_source + 1]], slot_N)
-        target_strings, target_slots = _numbered(target_T[target_start : target_offsets[s + 1]], slot_N)
-        if len(source_slots) == 0 or len(target_slots) == 0:
+        source_start, target_start = source.text_starts_S[of_source], target.text_starts_S[s]
+        if source_start > source.offsets[of_source] and target_start > target.offsets[s]:
+            first_T[target.offsets[s]] = last_T[target.offsets[s]] = source.offsets[of_source]  # both segments begin with bos
+        read = _numbered(source.tokens_T[source_start : source.offsets[of_source + 1]], slot_N)
+        wanted = _numbered(target.tokens_T[target_start : target.offsets[s + 1]], slot_N)
+        if len(read.slots_T) == 0 or len(wanted.slots_T) == 0:
             continue
-        cost_S[s] = _path(
-            source_strings, source_slots, target_strings, target_slots, chars_C, offsets_N1, marks_N, masks_A, moves_bytes, costs_bytes,
-            source_start, first_T[target_start:], last_T[target_start:],
-        )  # fmt: skip
+        cost_S[s] = _path(read, wanted, packed, masks_A, room, source_start, first_T[target_start:], last_T[target_start:])
 
 
 @njit(cache=True, nogil=True)
@@ -207,12 +244,13 @@ def _numbered(strings_T: Any, slot_N: Any) -> Any:
         slots_T[t] = slot_N[strings_T[t]]
     for slot in range(n):
         slot_N[strings[slot]] = -1
-    return strings[:n], slots_T
+    return _Numbered(strings[:n], slots_T)
 
 
 @njit(cache=True, nogil=True)
-def _costs(string: int, targets: Any, chars_C: Any, offsets_N1: Any, marks_N: Any, masks_A: Any, costs: Any) -> None:
+def _costs(string: int, targets: Any, packed: _Strings, masks_A: Any, costs: Any) -> None:
     """The distance of a string to each of several strings."""
+    chars_C, offsets_N1, marks_N = packed
     pattern_C = chars_C[offsets_N1[string] : offsets_N1[string + 1]]
     note_pattern(masks_A, pattern_C)
     for slot in range(len(targets)):
@@ -227,17 +265,16 @@ def _costs(string: int, targets: Any, chars_C: Any, offsets_N1: Any, marks_N: An
 
 @njit(cache=True, nogil=True)
 def _path(
-    source_strings: Any, source_slots: Any, target_strings: Any, target_slots: Any, chars_C: Any, offsets_N1: Any, marks_N: Any,
-    masks_A: Any, moves_bytes: int, costs_bytes: int, source_start: int, first_T: Any, last_T: Any,
-) -> int:  # fmt: skip
+    source: _Numbered, target: _Numbered, packed: _Strings, masks_A: Any, room: _Room, source_start: int, first_T: Any, last_T: Any
+) -> int:
     """The cheapest path through one segment: write the run of source positions of each target position, return the cost."""
-    n, m, m_strings = len(source_slots), len(target_slots), len(target_strings)
+    n, m, m_strings = len(source.slots_T), len(target.slots_T), len(target.strings)
     # Distances of the strings that appear first are cached, as many as fit; the others are computed again in each row.
-    n_kept = min(len(source_strings), max(1, costs_bytes // (4 * m_strings)))
+    n_kept = min(len(source.strings), max(1, room.costs // (4 * m_strings)))
     kept, passing = np.empty((n_kept, m_strings), np.int32), np.empty(m_strings, np.int32)
     for slot in range(n_kept):
-        _costs(source_strings[slot], target_strings, chars_C, offsets_N1, marks_N, masks_A, kept[slot])
-    block = min(n, max(1, moves_bytes // m))
+        _costs(source.strings[slot], target.strings, packed, masks_A, kept[slot])
+    block = min(n, max(1, room.moves // m))
     moves = np.empty((block, m), np.uint8)
     n_blocks = (n + block - 1) // block
     before_blocks = np.empty((n_blocks, m), np.int32)  # the row before each block, to compute the block's moves again
@@ -245,10 +282,10 @@ def _path(
     for b in range(n_blocks):
         before_blocks[b] = row
         for i in range(b * block, min(n, (b + 1) * block)):
-            slot = source_slots[i]
+            slot = source.slots_T[i]
             if slot >= n_kept:
-                _costs(source_strings[slot], target_strings, chars_C, offsets_N1, marks_N, masks_A, passing)
-            _row(kept[slot] if slot < n_kept else passing, target_slots, i == 0, row, moves[i - b * block])
+                _costs(source.strings[slot], target.strings, packed, masks_A, passing)
+            _row(kept[slot] if slot < n_kept else passing, target.slots_T, i == 0, row, moves[i - b * block])
     cost = row[m - 1]
     i, j, held = n - 1, m - 1, n_blocks - 1
     last_T[j] = source_start + i
@@ -257,10 +294,10 @@ def _path(
         if b != held:
             row[:] = before_blocks[b]
             for again in range(b * block, (b + 1) * block):
-                slot = source_slots[again]
+                slot = source.slots_T[again]
                 if slot >= n_kept:
-                    _costs(source_strings[slot], target_strings, chars_C, offsets_N1, marks_N, masks_A, passing)
-                _row(kept[slot] if slot < n_kept else passing, target_slots, again == 0, row, moves[again - b * block])
+                    _costs(source.strings[slot], target.strings, packed, masks_A, passing)
+                _row(kept[slot] if slot < n_kept else passing, target.slots_T, again == 0, row, moves[again - b * block])
             held = b
         move = moves[i - b * block, j]
         if move != 1:  # a step on the target's side
@@ -301,31 +338,30 @@ def _row(costs: Any, target_slots: Any, is_first: bool, row: Any, moves: Any) ->
 
 @njit(cache=True, nogil=True)
 def _agree(
-    first_T: Any, last_T: Any, source_ids_T: Any, target_ids_T: Any, target_offsets: Any, text_starts_S: Any, spelling_V: Any,
-    spelling_W: Any, marked_spelling_V: Any, marked_id_V: Any, starts_word_W: Any, bare_V: Any, bare_W: Any, chars_C: Any, offsets_N1: Any,
-    target_ids_V: Any, with_groups: bool, position_T: Any,
+    first_T: Any, last_T: Any, source: _Text, target: _Text, spelled: _Spelled, strings: _Strings, target_ids_V: Any, with_groups: bool,
+    position_T: Any,
 ) -> None:  # fmt: skip
-    for s in range(len(text_starts_S)):
-        for t in range(target_offsets[s], target_offsets[s + 1]):
+    for s in range(len(target.text_starts_S)):
+        for t in range(target.offsets[s], target.offsets[s + 1]):
             first, last = first_T[t], last_T[t]
             if first < 0:
                 continue
-            target_id, source_id = target_ids_T[t], source_ids_T[last]
-            if t < text_starts_S[s]:
+            target_id, source_id = target.tokens_T[t], source.tokens_T[last]
+            if t < target.text_starts_S[s]:
                 position_T[t] = last  # bos
             elif first == last:
-                spelling = spelling_V[source_id]
-                if t == text_starts_S[s] and starts_word_W[target_id] and spelling != marked_spelling_V[source_id]:
-                    spelling, mapped_id = marked_spelling_V[source_id], marked_id_V[source_id]
+                spelling = spelled.spelling_V[source_id]
+                if t == target.text_starts_S[s] and spelled.starts_word_W[target_id] and spelling != spelled.marked_spelling_V[source_id]:
+                    spelling, mapped_id = spelled.marked_spelling_V[source_id], spelled.marked_id_V[source_id]
                 else:
                     mapped_id = source_id
                 mapped = target_ids_V[mapped_id] if mapped_id >= 0 else -1
-                agrees = spelling == spelling_W[target_id] or mapped == target_id
+                agrees = spelling == spelled.spelling_W[target_id] or mapped == target_id
                 if not agrees and with_groups and _ends_group(first_T, t):
-                    agrees = _ends_with(bare_V[source_id], bare_W[target_id], chars_C, offsets_N1)
+                    agrees = _ends_with(spelled.bare_V[source_id], spelled.bare_W[target_id], strings.chars_C, strings.offsets_N1)
                 if agrees:
                     position_T[t] = last
-            elif with_groups and _ends_with(bare_W[target_id], bare_V[source_id], chars_C, offsets_N1):
+            elif with_groups and _ends_with(spelled.bare_W[target_id], spelled.bare_V[source_id], strings.chars_C, strings.offsets_N1):
                 position_T[t] = last
 
 

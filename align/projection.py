@@ -22,7 +22,7 @@ from numba import njit
 from numba.typed import List
 from numpy.typing import NDArray
 
-from .cover import ROOM, project_cover, put
+from .cover import ROOM, Entries, Filled, Pieces, Places, project_cover, put
 
 NO_GOLD = -1
 Collisions = Literal["sum", "first"]
@@ -109,23 +109,21 @@ def project(source: SourcePart, *, gold_ids_T: NDArray[np.int64], gold_anchor: b
         tail_T=np.zeros(n, np.float32),
         gold_logprob_T=np.full(n, np.nan, np.float32),
     )
-    filled = (
-        projection.ids_TC, projection.probs_TC, projection.n_T, projection.is_aligned_T, projection.mapped_T, projection.merged_T,
-        projection.lost_T, projection.tail_T,
-    )  # fmt: skip
+    filled = Filled(**{name: getattr(projection, name) for name in Filled._fields})
+    entries = Entries(
+        topk_ids_UK=source.topk_ids_UK,
+        topk_probs_UK=source.topk_probs_UK,
+        gold_ids_U=source.gold_ids_U,
+        gold_probs_U=np.exp(source.gold_logprob_U),
+        read_logprob_U=source.read_logprob_U,
+    )
     if source.ahead_T is None:
-        _project(
-            source.topk_ids_UK, source.topk_probs_UK, source.gold_ids_U, source.read_logprob_U, source.position_T,
-            vocabulary.target_ids_V, gold_ids_T, gold_anchor, collisions == "first", *filled,
-        )  # fmt: skip
+        _project(entries, source.position_T, gold_ids_T, vocabulary.target_ids_V, gold_anchor, collisions == "first", filled)
     else:
         assert gold_anchor
         assert collisions == "sum"
-        project_cover(
-            source.topk_ids_UK, source.topk_probs_UK, source.gold_ids_U, np.exp(source.gold_logprob_U), source.read_logprob_U,
-            source.position_T, source.ahead_T, vocabulary.target_ids_V, vocabulary.rest_ids_B, vocabulary.buffer_B, vocabulary.offsets_V1,
-            gold_ids_T, *filled,
-        )  # fmt: skip
+        places = Places(position_T=source.position_T, ahead_T=source.ahead_T, gold_ids_T=gold_ids_T)
+        project_cover(entries, places, Pieces(**{name: getattr(vocabulary, name) for name in Pieces._fields}), filled)
     _look_up(projection.ids_TC, projection.probs_TC, projection.n_T, projection.is_aligned_T, gold_ids_T, projection.gold_logprob_T)
     return projection
 
@@ -158,10 +156,10 @@ def mix(
 
 @njit(cache=True)
 def _project(
-    topk_ids_UK: Any, topk_probs_UK: Any, gold_ids_U: Any, read_logprob_U: Any, position_T: Any, target_ids_V: Any, gold_ids_T: Any,
-    gold_anchor: bool, only_first: bool,
-    ids_TC: Any, probs_TC: Any, n_T: Any, is_aligned_T: Any, mapped_T: Any, merged_T: Any, lost_T: Any, tail_T: Any,
-) -> None:  # fmt: skip
+    entries: Entries, position_T: Any, gold_ids_T: Any, target_ids_V: Any, gold_anchor: bool, only_first: bool, filled: Filled
+) -> None:
+    ids_TC, probs_TC, n_T, is_aligned_T, mapped_T, merged_T, lost_T, tail_T = filled
+    topk_ids_UK, topk_probs_UK, read_logprob_U = entries.topk_ids_UK, entries.topk_probs_UK, entries.read_logprob_U
     for t in range(len(position_T)):
         u, gold_id = position_T[t], gold_ids_T[t]
         if u < 0:
@@ -175,7 +173,7 @@ def _project(
             if mass <= 0:
                 continue
             target_id = target_ids_V[source_id] if source_id < len(target_ids_V) else -1
-            if is_anchored and source_id == gold_ids_U[u]:
+            if is_anchored and source_id == entries.gold_ids_U[u]:
                 lost += max(0.0, mass - along)
             elif target_id < 0 or (is_anchored and target_id == gold_id) or (only_first and _is_among(target_id, ids_C, n)):
                 lost += mass

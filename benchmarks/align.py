@@ -8,7 +8,6 @@ SOURCE and TARGET name distributions of the workspace.
 import argparse
 import resource
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 from statistics import median
@@ -22,6 +21,7 @@ from fuseline.align.sources import FusionSource
 from fuseline.store.dataset import Dataset, PartContent
 from fuseline.store.tokenizer import Tokenizer
 from fuseline.store.workspace import Workspace
+from timer import timed
 
 _NAMES = (
     "token_ids_T", "segment_offsets", "doc_id_S", "segment_S", "n_bytes_S", "nll_S", "n_scored_S", "scored_bytes_S", "entropy_T",
@@ -84,7 +84,7 @@ def measure(source: Dataset, target: Dataset, *, folders: list[Path], top_k: int
 def seconds(work: Callable[[], object]) -> float:
     """Median of seven, of the processor's time (other work may run on the machine), after one that compiles."""
     work()
-    return median(timed(work) for _ in range(7))
+    return median(timed(work).processor for _ in range(7))
 
 
 def large_part(dataset: Dataset, *, n_tokens: int, top_k: int, like: Dataset, folder: Path) -> Dataset:
@@ -106,12 +106,6 @@ def tiled(side: dict[str, np.ndarray], *, copies: int) -> dict[str, np.ndarray]:
     found["doc_id_S"] = found["doc_id_S"] + np.repeat(np.arange(copies) * step, len(side["doc_id_S"]))
     starts = (np.arange(copies)[:, None] * n_tokens + side["segment_offsets"][None, :-1]).ravel()
     return found | {"segment_offsets": np.append(starts, copies * n_tokens)}
-
-
-def timed(work) -> float:
-    started = time.process_time()
-    work()
-    return time.process_time() - started
 
 
 if __name__ == "__main__":

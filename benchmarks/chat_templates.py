@@ -9,7 +9,6 @@ wrote, and nothing else, to the byte; and conversations and tokens a second of o
 """
 
 import argparse
-import time
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +17,7 @@ from fuseline.ingest.chat.conversations import Conversation, read_messages
 from fuseline.ingest.chat.reader import ConversationsReader
 from fuseline.ingest.chat.template import ChatTemplate, RefusedConversation
 from fuseline.store.tokenizer import Tokenizer
+from timer import timer
 from transformers import PreTrainedTokenizerFast
 
 
@@ -27,17 +27,16 @@ def measure(folder: Path, *, source: str | None, conversations: list[Conversatio
     assert template is not None, f"{folder} has no chat template"
     reader = ConversationsReader(tokenizer, template=template, rendering="shared")
     reader.encode([template.render(conversations[0])])  # what is made once
-    started = time.perf_counter()
     rendered, taken = [], []
-    for conversation in conversations:
-        try:
-            rendered.append(template.render(conversation))
-            taken.append(conversation)
-        except RefusedConversation:
-            continue
-    rendering = time.perf_counter() - started
-    read = reader.encode(rendered)
-    reading = time.perf_counter() - started - rendering
+    with timer() as rendering:
+        for conversation in conversations:
+            try:
+                rendered.append(template.render(conversation))
+                taken.append(conversation)
+            except RefusedConversation:
+                continue
+    with timer() as reading:
+        read = reader.encode(rendered)
     hugging_face = PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"))
     offsets, ends_T = read.segments.segment_offsets, read.segments.byte_ends_T
     same = exact = 0
@@ -54,8 +53,8 @@ def measure(folder: Path, *, source: str | None, conversations: list[Conversatio
         "taken": f"{len(rendered)} of {len(conversations)}",
         "tokens of transformers": f"{same} of {len(rendered)}",
         "exact masks": f"{exact} of {len(rendered)}",
-        "rendered a second": round(len(conversations) / rendering),
-        "tokens read a second": round(int(offsets[-1]) / reading),
+        "rendered a second": round(len(conversations) / rendering.wall),
+        "tokens read a second": round(int(offsets[-1]) / reading.wall),
     }
 
 

@@ -4,7 +4,6 @@ python benchmarks/ingest.py MODEL_FOLDER CORPUS.parquet [--tokens 8000] [--pairs
 """
 
 import argparse
-import time
 from pathlib import Path
 from statistics import median
 
@@ -13,6 +12,7 @@ import polars as pl
 import torch
 from fuseline.ingest.forward import CausalModel, batches
 from fuseline.store.tokenizer import Tokenizer
+from timer import timed
 
 
 def main() -> None:
@@ -35,8 +35,8 @@ def main() -> None:
     model.distributions(segments[:2], top_k=arguments.top_k)
     ratios, rates = [], []
     for _ in range(arguments.pairs):
-        seconds_bare = timed(lambda: bare(model, segments))
-        seconds_capture = timed(lambda: model.distributions(segments, top_k=arguments.top_k))
+        seconds_bare = timed(lambda: bare(model, segments)).wall
+        seconds_capture = timed(lambda: model.distributions(segments, top_k=arguments.top_k)).wall
         ratios.append(seconds_bare / seconds_capture)
         rates.append(total / seconds_capture)
     print(f"{arguments.model.name}: {total} tokens, {median(rates):.0f} tokens/s, {median(ratios):.2f} of the bare pass's rate")
@@ -52,14 +52,6 @@ def bare(model: CausalModel, segments: list[np.ndarray]) -> None:
         for row, s in enumerate(batch):
             ids_BL[row, : len(segments[s])] = torch.from_numpy(segments[s])
         model.model(input_ids=ids_BL, use_cache=False)
-
-
-def timed(work) -> float:
-    started = time.perf_counter()
-    work()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter() - started
 
 
 if __name__ == "__main__":

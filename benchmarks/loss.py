@@ -9,7 +9,6 @@ the logits take; on CPUs Linux must tell it. The dense target is what the publis
 
 import argparse
 import multiprocessing
-import time
 from collections.abc import Callable
 from pathlib import Path
 from statistics import median
@@ -17,6 +16,7 @@ from statistics import median
 import psutil
 import torch
 from fuseline.train.loss import CHUNK_ELEMENTS, SoftTargets, fusion_loss
+from timer import timed
 from torch import Tensor
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -34,7 +34,7 @@ def main() -> None:
     arguments = parser.parse_args()
     for vocabulary in arguments.vocabulary:
         shape = {"n": arguments.positions, "v": vocabulary, "k": arguments.top_k, "dtype": getattr(torch, arguments.dtype)}
-        seconds = timed({name: variant(name, **shape) for name in VARIANTS}, rounds=arguments.rounds)
+        seconds = in_rounds({name: variant(name, **shape) for name in VARIANTS}, rounds=arguments.rounds)
         gigabytes = {name: peak_gigabytes(name, shape) for name in VARIANTS}
         print(f"{DEVICE.type}, vocabulary {vocabulary}, {arguments.positions} positions, k = {arguments.top_k}, {arguments.dtype}")
         for name in VARIANTS:
@@ -44,7 +44,7 @@ def main() -> None:
                 f"{gigabytes[name]:5.2f} GB beside the logits ({gigabytes[name] / gigabytes['dense']:.3f} of dense)"
             )
         sizes = {f"2^{log}": variant("ghost", **shape, chunk_elements=1 << log) for log in arguments.chunks}
-        for name, times in timed(sizes, rounds=arguments.rounds).items():
+        for name, times in in_rounds(sizes, rounds=arguments.rounds).items():
             print(f"  ghost, chunks of {name} logits: {median(times) * 1e3:.0f} ms")
 
 
@@ -103,16 +103,12 @@ def dense(logits_NV: Tensor, labels_N: Tensor, soft: SoftTargets) -> tuple[Tenso
     return torch.nn.functional.nll_loss(logprobs_NV, labels_N, reduction="none"), -(target_NV * logprobs_NV).sum(-1)
 
 
-def timed(runs: dict[str, Callable[[], None]], *, rounds: int) -> dict[str, list[float]]:
+def in_rounds(runs: dict[str, Callable[[], None]], *, rounds: int) -> dict[str, list[float]]:
     """Seconds of each in every round but a first, which warms up."""
     found: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(rounds + 1):
         for name, run in runs.items():
-            _wait()
-            started = _now()
-            run()
-            _wait()
-            found[name].append(_now() - started)
+            found[name].append(timed(run).computing)
     return {name: times[1:] for name, times in found.items()}
 
 
@@ -135,15 +131,6 @@ def _peak(name: str, shape: dict) -> float:
     run()
     (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
     return (int(line.split()[1]) * 1024 - before) / 1e9
-
-
-def _now() -> float:
-    return time.perf_counter() if DEVICE.type == "cuda" else time.process_time()
-
-
-def _wait() -> None:
-    if DEVICE.type == "cuda":
-        torch.cuda.synchronize()
 
 
 if __name__ == "__main__":

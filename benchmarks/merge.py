@@ -14,7 +14,6 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import time
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -24,6 +23,7 @@ from fuseline.train import weight_files
 from fuseline.train.merging.config import MergeConfig
 from fuseline.train.merging.merge import merge
 from fuseline.train.weight_files import WeightWriter
+from timer import timed, timer
 
 HIDDEN, VOCABULARY, SHARD = 2048, 151_936, 700_000_000
 METHODS = {
@@ -93,13 +93,12 @@ def make_models(folder: Path, *, megabytes: int, n_models: int) -> int:
 
 def copy(folder: Path) -> float:
     """Seconds of copying the base, until it is on the disk."""
-    started = time.perf_counter()
-    shutil.copytree(folder / "base", folder / "copy")
-    for path in (folder / "copy").iterdir():
-        durable.fsync(path)
-    seconds = time.perf_counter() - started
+    with timer() as took:
+        shutil.copytree(folder / "base", folder / "copy")
+        for path in (folder / "copy").iterdir():
+            durable.fsync(path)
     shutil.rmtree(folder / "copy")
-    return seconds
+    return took.wall
 
 
 def run_merge(folder: Path, method: str) -> None:
@@ -108,11 +107,11 @@ def run_merge(folder: Path, method: str) -> None:
     assert transformers
     config = MergeConfig(**METHODS[method])
     models = sorted(path for path in folder.glob("m*") if path.is_dir())
-    before, started = memory("VmRSS"), time.perf_counter()
+    before = memory("VmRSS")
     output = folder / "merged"
     used = {path.name: path for path in models[: config.most_models]}
-    merge(config, base=folder / "base", models=used, output=output, identity={}, lineage={})
-    print(json.dumps({"seconds": time.perf_counter() - started, "before": before, "peak": memory("VmHWM")}))
+    took = timed(lambda: merge(config, base=folder / "base", models=used, output=output, identity={}, lineage={}))
+    print(json.dumps({"seconds": took.wall, "before": before, "peak": memory("VmHWM")}))
     shutil.rmtree(output)
 
 

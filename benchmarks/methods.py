@@ -11,7 +11,6 @@ import argparse
 import multiprocessing
 import resource
 import sys
-import time
 from pathlib import Path
 from statistics import median
 
@@ -28,6 +27,7 @@ from fuseline.store.tokenizer import Tokenizer
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
 from support.textbook import warping
+from timer import timed, timer
 
 
 def main() -> None:
@@ -87,8 +87,8 @@ def positions(source: Tokenizer, *, target: Tokenizer, texts: list[str], n_slow:
         warping(*(names[k][starts[k][document] : starts[k][document + 1]] for k in (0, 1)))
 
     dtw()  # compiles
-    rates = {work.__name__: n / median(timed(work) for _ in range(3)) for work in (span, dtw)}
-    slow = [timed(lambda document=document: textbook(document)) for document in range(n_slow)]
+    rates = {work.__name__: n / median(timed(work).processor for _ in range(3)) for work in (span, dtw)}
+    slow = [timed(lambda document=document: textbook(document)).processor for document in range(n_slow)]
     rates["textbook"] = float((starts[1][n_slow] - starts[1][0]) / sum(slow))
     print(f"{n:,} target tokens in {len(texts)} documents, one core:")
     for name, rate in rates.items():
@@ -112,21 +112,15 @@ def whole_map(source_path: Path, target_path: Path, rule: str) -> tuple[float, f
     nearest(["a"], candidates=["b"])  # compiles
     times = []
     for _ in range(3):
-        started = time.process_time()
-        table = published_map(source, target=target) if rule == "mined_published" else vocabulary_map(source, target=target, rule=rule)
-        times.append(time.process_time() - started)
+        with timer() as took:
+            table = published_map(source, target=target) if rule == "mined_published" else vocabulary_map(source, target=target, rule=rule)
+        times.append(took.processor)
     counts = ", ".join(f"{count:,} {name}" for name, count in table["rule"].value_counts(sort=True).rows())
     return median(times), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6, counts
 
 
 def read_tokenizer(path: Path) -> Tokenizer:
     return Tokenizer(path.read_text(encoding="utf-8"), roles=dict.fromkeys(ROLES), prepends_bos=False)
-
-
-def timed(work) -> float:
-    started = time.process_time()
-    work()
-    return time.process_time() - started
 
 
 if __name__ == "__main__":

@@ -8,13 +8,13 @@ most of it.
 
 import statistics
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 from fuseline.store.dataset import Dataset, PartContent
 from fuseline.store.workspace import Workspace
+from timer import timed
 
 TOKENS, K, ROUNDS = 20_000, 10, 200
 
@@ -43,11 +43,7 @@ def main() -> None:
 
 def show(what: str, work: Callable[[], object]) -> None:
     """Print the median time of some work."""
-    seconds = []
-    for _ in range(ROUNDS):
-        started = time.perf_counter()
-        work()
-        seconds.append(time.perf_counter() - started)
+    seconds = [timed(work).wall for _ in range(ROUNDS)]
     print(f"{what}: {statistics.median(seconds) * 1e6:.0f} us")
 
 

@@ -10,7 +10,6 @@ import json
 import multiprocessing
 import resource
 import statistics
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -21,6 +20,7 @@ from fuseline.store import catalog
 from fuseline.store.corpus_plan import write_plan
 from fuseline.store.dataset import Dataset, PartContent
 from fuseline.store.workspace import Workspace
+from timer import timed
 
 K, VOCAB_SIZE, PART_TOKENS, DOMAINS = 10, 49_152, 1_000_000, ("code", "patents", "philosophy", "web")
 QUERIES = {
@@ -83,9 +83,7 @@ def _repeat(ask: Callable[[str], object], query: str, doc_ids: list[int]) -> lis
     seconds = []
     for doc_id in doc_ids if "{doc_id}" in query else doc_ids[:4]:
         text = query.format(doc_id=doc_id)
-        started = time.perf_counter()
-        ask(text)
-        seconds.append(time.perf_counter() - started)
+        seconds.append(timed(lambda text=text: ask(text)).wall)
     return seconds[1:]
 
 

@@ -11,7 +11,6 @@ import argparse
 import random
 import statistics
 import tempfile
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -26,6 +25,7 @@ from fuseline.store.arrays import CHUNK_ROWS
 from fuseline.store.dataset import Dataset, PartContent
 from fuseline.store.upkeep import usage
 from fuseline.store.workspace import Workspace
+from timer import timed, timer
 
 PER_TOKEN = ("token_ids_T", "gold_logprob_T", "tail_logprob_T", "entropy_T", "topk_ids_TK", "topk_logprobs_TK")
 Arrays = dict[str, np.ndarray]
@@ -169,18 +169,14 @@ def measure(make: Callable, arrays: Arrays) -> Measured:
     for _ in range(3):
         with tempfile.TemporaryDirectory() as folder:
             made = make(Path(folder))
-            started = time.perf_counter()
-            made.write(arrays)
-            write_seconds.append(time.perf_counter() - started)
-            started = time.perf_counter()
-            made.read()
-            read_seconds.append(time.perf_counter() - started)
+            write_seconds.append(timed(lambda made=made: made.write(arrays)).wall)
+            read_seconds.append(timed(made.read).wall)
             n_bytes = sum(path.stat().st_size for path in Path(folder).rglob("*") if path.is_file())
             for segment in random.Random(0).choices(range(len(offsets) - 1), k=200):
                 start, end = int(offsets[segment]), int(offsets[segment + 1])
-                started = time.perf_counter()
-                made.read_rows(start, end, segment)
-                row_seconds.append(time.perf_counter() - started)
+                with timer() as took:
+                    made.read_rows(start, end, segment)
+                row_seconds.append(took.wall)
     return Measured(
         bytes_per_token=n_bytes / n_tokens,
         write_rate=n_tokens / min(write_seconds),

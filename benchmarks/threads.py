@@ -11,9 +11,10 @@ import json
 import os
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
+
+from timer import timed
 
 SETTINGS = {"as it comes": {}, "passive": {"OMP_WAIT_POLICY": "PASSIVE"}, "active": {"OMP_WAIT_POLICY": "ACTIVE"}}
 TOKENS, ROUNDS = 512, 3
@@ -62,14 +63,13 @@ def measured(folder: Path) -> dict[str, tuple[float, float]]:
         model(token_ids_BL, labels=token_ids_BL).loss.backward()
         model.zero_grad()
 
-    return {work.__name__.replace("_", " "): min(timed(work) for _ in range(ROUNDS)) for work in (forward, training_step)}
+    return {work.__name__.replace("_", " "): min(both(work) for _ in range(ROUNDS)) for work in (forward, training_step)}
 
 
-def timed(work: Callable[[], None]) -> tuple[float, float]:
+def both(work: Callable[[], None]) -> tuple[float, float]:
     """Seconds and processor seconds that a function takes."""
-    wall, cpu = time.perf_counter(), time.process_time()
-    work()
-    return time.perf_counter() - wall, time.process_time() - cpu
+    took = timed(work)
+    return took.wall, took.processor
 
 
 if __name__ == "__main__":

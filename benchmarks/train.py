@@ -13,12 +13,9 @@ import argparse
 import json
 import os
 import platform
-import resource
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -33,6 +30,7 @@ from fuseline.train.cost import step_flops
 from fuseline.train.loss import fusion_loss
 from fuseline.train.runtime import open_runtime
 from fuseline.train.trainer import Trainer
+from timer import timed, timer
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 LLAMAS = {
@@ -126,7 +124,7 @@ def measured_steps(trainer: Trainer, *, rounds: int) -> dict:
     seconds: dict[str, list[float]] = {name: [] for name in batches}
     for i in range(rounds + 1):
         for name, micro_batches in batches.items():
-            taken = timed(lambda: trainer.train_step(0, micro_batches, data_wait_seconds=0))  # noqa: B023 (called at once)
+            taken = timed(lambda: trainer.train_step(0, micro_batches, data_wait_seconds=0)).computing  # noqa: B023 (called at once)
             if i:  # the first warms up
                 seconds[name].append(taken)
     lengths = [length for micro_batch in batch for length in micro_batch.lengths]
@@ -146,7 +144,7 @@ def loss_seconds(trainer: Trainer, *, rounds: int) -> float:
 
     def once() -> None:
         logits_NV = torch.randn(shape, dtype=trainer.runtime.dtype, device=trainer.runtime.device).requires_grad_() * 1
-        taken.append(timed(lambda: one_loss(logits_NV)))
+        taken.append(timed(lambda: one_loss(logits_NV)).computing)
 
     def one_loss(logits_NV: torch.Tensor) -> None:
         ce_N, soft_N = fusion_loss(
@@ -174,10 +172,12 @@ def transformers_steps(arguments: argparse.Namespace) -> list[float]:
 
     class Clock(TrainerCallback):
         def on_step_begin(self, *_, **__) -> None:
-            self.started = now()
+            self.running = timer()
+            self.took = self.running.__enter__()
 
         def on_step_end(self, *_, **__) -> None:
-            seconds.append(now() - self.started)
+            self.running.__exit__(None, None, None)
+            seconds.append(self.took.computing)
 
     model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=getattr(torch, arguments.dtype))
     if arguments.recompute:
@@ -199,21 +199,6 @@ def transformers_steps(arguments: argparse.Namespace) -> list[float]:
         data = [{"input_ids": row.tolist(), "labels": row.tolist()} for row in rows]
         Peer(model=model, args=settings, train_dataset=data, callbacks=[Clock()]).train()
     return seconds[1:]
-
-
-def now() -> float:
-    """Seconds: the wall's with a GPU, once it has done what it was given; else the processor's."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-        return time.perf_counter()
-    used = resource.getrusage(resource.RUSAGE_SELF)
-    return used.ru_utime + used.ru_stime
-
-
-def timed(work: Callable[[], object]) -> float:
-    started = now()
-    work()
-    return now() - started
 
 
 def make_job(arguments: argparse.Namespace, *, config: TrainingConfig, folder: Path) -> TrainJob:

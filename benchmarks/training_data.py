@@ -8,7 +8,6 @@ long as short texts are (log-normal, about 250 tokens); what the targets say mak
 
 import argparse
 import tempfile
-import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from fuseline.store.dataset import Dataset, PartContent
 from fuseline.train.config import TrainingConfig
 from fuseline.train.data import TargetsData
 from fuseline.train.order import PackOrder, SegmentIndex
+from timer import timer
 
 VOCABULARY = 49_152
 PART_TOKENS = 1_000_000
@@ -55,10 +55,9 @@ def main() -> None:
         print(f"opening a part and reading its offsets: {opened * 1e3:.1f} ms")
     offsets = {part: offsets_of(part) for part in range(arguments.index_parts)}
     before = psutil.Process().memory_info().rss
-    started = time.process_time()
-    index = SegmentIndex.of(offsets)
-    seconds = time.process_time() - started
-    print(f"index of {arguments.index_parts} parts, {len(index.length_S) / 1e6:.1f}M segments: {seconds:.2f} s more")
+    with timer() as took:
+        index = SegmentIndex.of(offsets)
+    print(f"index of {arguments.index_parts} parts, {len(index.length_S) / 1e6:.1f}M segments: {took.processor:.2f} s more")
     for packing in ("isolated", "concatenated"):
         order = PackOrder(index, packing=packing, sequence_length=arguments.sequence_length, seed=0)
         order.n_packs(1)  # compiles
@@ -98,10 +97,10 @@ def random_targets(folder: Path, *, parts: int, k: int) -> Dataset:
 
 def seconds_of(items: Iterable[int], *, work: Callable[[int], Any]) -> float:
     """Of the processor, for all items; what the work gives is not kept."""
-    started = time.process_time()
-    for item in items:
-        work(item)
-    return time.process_time() - started
+    with timer() as took:
+        for item in items:
+            work(item)
+    return took.processor
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ alignments of each model stay the same and are used again.
 
 import itertools
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +15,7 @@ from ..store.layout import Layout
 from .opened import Opened
 from .products.fused import Targets
 from .products.merged import Merged
+from .products.product import Product
 from .products.trained import Trained
 
 _LONG_DIGEST = re.compile(r'"([0-9a-f]{12})[0-9a-f]{52}"')
@@ -32,10 +33,10 @@ class Conflict:
     differences: Sequence[str]  # between the stored product and the one in the recipe
 
 
-def conflicts(site: Opened) -> list[Conflict]:
+def conflicts(site: Opened, *, among: Collection[Product] | None = None) -> list[Conflict]:
     """Stored targets, trainings and merged models whose identity differs from the recipe's. The corpus must be there."""
     found = []
-    for product in site.graph:
+    for product in site.graph if among is None else among:
         if isinstance(product, Targets):
             dataset = product.stored(site.layout)
             stored, asked, what = None if dataset is None else dataset.identity, site.identity(product), f"targets/{product.name}"

@@ -18,6 +18,7 @@ from .graph import products
 from .merging import merge
 from .opened import Opened
 from .products.corpus import Corpus
+from .products.forward import Distributions
 from .products.merged import Merged
 from .products.product import PartsProduct, Product
 from .products.trained import Trained
@@ -85,8 +86,7 @@ class Pipeline:
         """
         chosen = [product for product in self.graph if product.command == command and (names is None or product.name in names)]
         self._check_domains(command)
-        found = conflicts(self.site) if command in ("fuse", "train") else []
-        require_free([each for each in found if command == "train" or each.what.startswith("targets/")], layout=self.workspace)
+        self._require_names(chosen)
         for product in chosen:
             self.site.require_inputs(product, but=chosen)
         for product in chosen:
@@ -121,6 +121,13 @@ class Pipeline:
         for product in self.graph:
             if isinstance(product, PartsProduct) and not self.graph.needs_made_model(product):
                 self.site.dataset(product)
+
+    def _require_names(self, chosen: Collection[Product]) -> None:
+        """Raise FingerprintMismatch if the workspace has different data under the name of one of these, or of one of their inputs."""
+        if all(isinstance(product, Corpus | Distributions) for product in chosen):
+            return  # these need no targets yet
+        among = dict.fromkeys(each for product in chosen for each in (*product.inputs, product))
+        require_free(conflicts(self.site, among=among), layout=self.workspace)
 
     def _check_domains(self, command: str) -> None:
         sections = {"fuse": "fusion", "train": "training"}
@@ -214,17 +221,17 @@ class Pipeline:
     def prepare_training(self, *, names: Sequence[str] | None = None) -> None:
         """Write the job files, for ranks that the user starts."""
         self._check_domains("train")
-        require_free(conflicts(self.site), layout=self.workspace)
-        for product in self.graph.of_kind(Trained):
-            if names is None or product.name in names:
-                self.site.require_inputs(product)
-                self._make_inputs(product)
-                job = product.job(self.site)
-                job.save()
-                self.progress.say(
-                    f"{describe(job)}\n{product.title} is prepared. On one machine, start them with:\n"
-                    f"  torchrun --nproc-per-node {job.config.world_size} -m fuseline.train {shlex.quote(str(job.run_folder))}"
-                )
+        chosen = [product for product in self.graph.of_kind(Trained) if names is None or product.name in names]
+        self._require_names(chosen)
+        for product in chosen:
+            self.site.require_inputs(product)
+            self._make_inputs(product)
+            job = product.job(self.site)
+            job.save()
+            self.progress.say(
+                f"{describe(job)}\n{product.title} is prepared. On one machine, start them with:\n"
+                f"  torchrun --nproc-per-node {job.config.world_size} -m fuseline.train {shlex.quote(str(job.run_folder))}"
+            )
 
     def _train(self, product: Trained) -> None:
         job = product.job(self.site)

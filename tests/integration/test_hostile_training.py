@@ -51,7 +51,7 @@ def listeners(processes: list[psutil.Process]) -> list[tuple[str, int]]:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="ports by process are read from /proc")
-def test_ranks_on_one_machine_listen_on_loopback_alone_and_bear_whoever_knocks(inputs, tmp_path, monkeypatch):
+def test_ranks_on_one_machine_listen_on_loopback_alone_and_bear_whoever_knocks(inputs, tmp_path, monkeypatch, cold):
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "a-cluster's-profile-names-another")
     job = make_job(inputs, tmp_path / "run", steps=5000, checkpoint_every=5000, data_parallel=2)
     process = start_and_wait(job, until_step=1)

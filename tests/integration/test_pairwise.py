@@ -153,8 +153,8 @@ def test_a_source_that_is_added_makes_nothing_again_and_a_merged_model_beside_th
     recipe, runs = added
     assert runs == [
         {"distributions third", "vocabulary map third--target", "alignment third--target", "targets fused--third", "training fused--third"},
-        {"training fused--third", "evaluation third", "merge merged-3"},
-        {"merge merged-3", "evaluation fused--third", "evaluation merged-3"},
+        {"training fused--third", "merge merged-3"},
+        {"merge merged-3", "evaluation third", "evaluation fused--third", "evaluation merged-3"},
     ]
     assert recipe.read_text() == f'{fused.read_text()}\n\n[[sources]]\nname = "third"\nmodel = "tiny-third"\ndtype = "float32"\n'
     assert list(report_of(recipe, "merged-3")["lineage"]["models"]) == ["source", "other", "third"]
@@ -227,7 +227,7 @@ def test_the_baseline_on_text_is_the_same_training_whichever_sources_there_are_a
         code, output = fuseline("train", *options(project, models), "--only", "clm", "--prepare")
         assert code == 0, output
         jobs.append(TrainJob.load(project.parent / "workspace" / "runs" / "clm"))
-    assert [job.targets_folder.name for job in jobs] == ["fused--source", "fused--other", "fused--other"]
+    assert [job.targets_folder.name for job in jobs] == ["target"] * 3  # whose tokens it reads
     assert [job.identity for job in jobs] == [jobs[0].identity] * 3
     assert [job.lineage for job in jobs] == [jobs[0].lineage] * 3
     assert "sources" not in jobs[0].lineage
@@ -238,7 +238,7 @@ def test_the_baseline_on_text_is_the_same_training_whichever_sources_there_are_a
     [
         (("--name", "third", "--model", "tiny-nowhere"), 1, "tiny-nowhere"),
         (("--name", "source", "--model", "tiny-third"), 2, "--name (source) must be a new name"),
-        (("--name", "a b", "--model", "tiny-third"), 2, "--name (a b) is wrong"),
+        (("--name", "a b", "--model", "tiny-third"), 2, "--name: 'a b' is wrong"),
         (("--name", "third"), 2, "Missing option '--model'"),
     ],
 )

@@ -56,7 +56,8 @@ def workspace(project, models, tmp_path_factory) -> Path:
 def test_before_it_runs_it_says_what_is_shared(project, models, tmp_path):
     code, plan = run("run", project, "-w", tmp_path / "none", "--models", models, "--dry-run")
     assert code == 0
-    rows = {line.split("|")[0].strip(): line.split("|")[-1].strip() for line in plan.splitlines() if "|" in line}
+    cells = [[cell.strip() for cell in line.split("|")] for line in plan.splitlines() if line.startswith("|")]
+    rows = {row[1]: row[-2] for row in cells}
     assert rows["distributions source"] == "all"
     assert rows["distributions other"] == "base, mean, spans, mean-spans"
     assert rows["targets fused-one-mean"] == "one-mean"
@@ -124,7 +125,7 @@ def test_a_kind_of_product_is_one_entry_and_its_stage(project, models, workspace
     """`run`, `--dry-run`, `status`, `verify`, `repair` and SQL know it from there."""
     monkeypatch.setattr(graph_module, "KINDS", [*graph_module.KINDS, Lengths])
     options = (project, "-w", workspace, "--models", models)
-    assert any(line.startswith("lengths corpus") for line in run("run", *options, "--dry-run")[1].splitlines())
+    assert "| lengths corpus " in run("run", *options, "--dry-run")[1]
     states = {
         f"{item['kind']}/{item['name']}": item["state"]
         for item in json.loads(run("status", project, "-w", workspace, "--json")[1])["wanted"]

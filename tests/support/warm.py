@@ -158,18 +158,20 @@ def _connect(path: str) -> socket.socket:
 
 
 def _start(path: str) -> None:
-    log = open(f"{path}.log", "ab")  # noqa: SIM115  # the server's
-    _Usual(
-        [sys.executable, str(Path(__file__).with_name("warm_server.py")), path],
-        env=os.environ | {COLD: "1"},
-        stdin=subprocess.DEVNULL,
-        stdout=log,
-        stderr=log,
-        start_new_session=True,
-    ).returncode = 0  # nobody waits for it: it ends with its owner
+    with open(f"{path}.log", "ab") as log:
+        server = _Usual(
+            [sys.executable, str(Path(__file__).with_name("warm_server.py")), path],
+            env=os.environ | {COLD: "1"},
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+        )
+    server.returncode = 0  # nobody waits for it: it ends with its owner
 
 
 _Usual = subprocess.Popen
+Popen.__module__, Popen.__qualname__ = _Usual.__module__, _Usual.__qualname__  # for who looks it up by name
 
 
 def install() -> None:
