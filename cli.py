@@ -6,7 +6,7 @@ from pathlib import Path
 import click
 
 from . import __version__
-from .commands.console import show_document, show_estimate, show_plan, show_query_stats, show_report, show_status, show_wanted, watch_status
+from .commands.console import show_document, show_estimate, show_plan, show_query_stats, show_status, show_wanted, watch_status
 from .commands.merge import merge_command
 from .commands.opening import open_pipeline, open_workspace, workspace_of
 from .commands.options import (
@@ -20,6 +20,7 @@ from .commands.options import (
     recipe_options,
     workspace_option,
 )
+from .commands.report import show_report
 from .commands.store import store
 from .commands.terminal import say
 from .store.errors import UsageError
@@ -292,14 +293,31 @@ main.add_command(merge_command)
 
 @main.command()
 @workspace_option
-def report(workspace: Path | None) -> None:
+@click.option("--markdown", "style", flag_value="markdown", help="Print tables for papers.")
+@click.option("--json", "style", flag_value="json", help="Print rows with exact numbers, for scripts.")
+@click.option("--html", "html_file", type=click.Path(dir_okay=False, path_type=Path), help="Write a page for the browser.")
+def report(workspace: Path | None, style: str | None, html_file: Path | None) -> None:
     """Show the models' results side by side.
 
     Compare bits per byte across tokenizers. Do not compare perplexities: they are per token.
 
+    \b
     Example:  fuseline report -w workspaces/demo
+              fuseline report -w workspaces/demo --html report.html
     """
-    show_report(open_workspace(workspace))
+    from .commands.report import as_html, as_json, as_markdown, report_of
+    from .store.output_file import open_output
+
+    opened = open_workspace(workspace)
+    if html_file is not None:
+        page = as_html(report_of(opened))
+        with open_output(html_file, what="--html") as file:
+            file.write(page.encode())
+        say(f"Written to {html_file}: open it in a browser.")
+    elif style is None:
+        show_report(opened)
+    else:
+        say({"json": as_json, "markdown": as_markdown}[style](report_of(opened)))
 
 
 @main.command()

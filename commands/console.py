@@ -18,7 +18,6 @@ if TYPE_CHECKING:  # a command imports what it needs when it runs, so that --hel
     import rich.table
 
     from ..align.show import ShownDocument
-    from ..eval.comparison import Difference
     from ..pipeline.added_source import AddedSource
     from ..pipeline.recipe import Recipe
     from ..pipeline.repair import Repair
@@ -259,53 +258,6 @@ def show_estimate(options: "RecipeOptions") -> None:
         minutes, n = max(1, round(seconds / 60)), threads()
         text = f"This takes {minutes} to {2 * minutes} minutes here ({n} thread{'s' * (n != 1)})"
         say(f"{text}, without downloads, if nothing else runs on the machine.", err=True)
-
-
-def show_report(workspace: "Workspace") -> None:
-    """Show the models' results side by side."""
-    from ..eval.report import compared, evaluations
-    from ..store import catalog
-    from ..store.trainings import text_only
-
-    exports = sorted(path.parent for path in (workspace.root / "exports").glob("*/config.json"))
-    made = [folder.name for folder in exports]
-    with catalog.reading(workspace) as connection:
-        found = evaluations(connection)
-        pairs = [(item, baseline) for item in found for baseline in text_only(workspace)]
-        differences = [compared(connection, evaluation=item, baseline=baseline, models=made) for item, baseline in pairs]
-    if not found:
-        raise UsageError("No model has been evaluated yet. Run `fuseline eval RECIPE` first.")
-    for evaluation in found:
-        text = f"{evaluation.documents:,} document{'s' * (evaluation.documents != 1)} of split {evaluation.split}"
-        if evaluation.left_out:
-            text += f" ({evaluation.left_out} left out, which some model cannot read)"
-        for metric, what in (("bpb", "Bits per byte"), ("perplexity", "Perplexity per token")):
-            say(f"{what} on {text}, by domain (less is better):")
-            columns, rows = evaluation.table(metric)
-            show_table(["model", *columns], [[name, *(f"{value:.4f}" for value in values)] for name, values in rows])
-    for (evaluation, baseline), found_here in zip(pairs, differences, strict=True):
-        _show_differences(found_here, baseline=baseline, split=evaluation.split)
-    for folder in exports:
-        say(f"model {folder.name}: {folder}")
-
-
-def _show_differences(found: "list[Difference]", *, baseline: str, split: str) -> None:
-    """Show whether the models are significantly better than a baseline."""
-    if not found:
-        return
-    say(f"Difference from {baseline} in bits per byte (below 0 is better), over {found[0].documents:,} documents of split {split}:")
-    rows = [[item.model, f"{item.bpb:+.4f}", f"{item.low:+.4f} to {item.high:+.4f}", _says(item)] for item in found]
-    show_table(["model", "difference", "95 % interval", "result"], rows, right=[False, True, True, False])
-
-
-def _says(difference: "Difference") -> str:
-    from ..eval.comparison import LEAST_DOCUMENTS
-
-    if not difference.has_enough:
-        return f"too few documents: at least {LEAST_DOCUMENTS} are needed"
-    if not difference.is_clear:
-        return "not significant: the interval contains 0"
-    return "better" if difference.bpb < 0 else "worse"
 
 
 def show_findings(found: "Verification", *, as_json: bool) -> None:
