@@ -177,17 +177,26 @@ class TrainJob(BaseModel):
         return self
 
     @classmethod
-    def load(cls, run_folder: Path) -> Self:
-        """Read `<run_folder>/job.json`.
+    def read(cls, run_folder: Path) -> Self:
+        """Read `<run_folder>/job.json`, to compare it: a workspace may have been moved since it was written.
 
         Raises:
-            DataError: it is missing or not a job, or it would write outside the workspace of this run folder.
+            DataError: it is missing, or is not a job.
         """
         path = run_folder / "job.json"
         try:
-            job = cls.model_validate_json(path.read_bytes())
+            return cls.model_validate_json(path.read_bytes())
         except (OSError, ValidationError) as error:
             raise DataError(f"{path} cannot be read as a training job: {error}") from error
+
+    @classmethod
+    def load(cls, run_folder: Path) -> Self:
+        """Read `<run_folder>/job.json`, to run it.
+
+        Raises:
+            DataError: it is missing or is not a job, or it would write outside the workspace of this run folder.
+        """
+        path, job = run_folder / "job.json", cls.read(run_folder)
         place, exported = run_folder.resolve(), job.export_folder.resolve()
         if job.run_folder.resolve() != place or exported.parent not in (place, place.parent.parent / "exports"):
             raise DataError(

@@ -169,7 +169,7 @@ class Trained(ModelProduct):
         """Identity of a training of this name that is finished or has checkpoints; None if there is nothing to keep."""
         folder, finished = self.run_folder(layout), self.finished_identity(layout)
         if finished is None and (folder / "job.json").exists() and last_checkpoint(folder) is not None:
-            return TrainJob.load(folder).identity
+            return TrainJob.read(folder).identity
         return finished
 
     def require_done(self, site: OpenSite) -> None:
