@@ -336,3 +336,6 @@ def test_asked_to_stop_it_saves_the_step_that_it_is_at(project, models_dir, fini
     (checkpoint,) = (finished / "runs" / "fused" / "checkpoints").glob("step-*")
     assert int(checkpoint.name.removeprefix("step-")) == _n_done(finished, "runs", "fused")
     assert f"last checkpoint at step {_n_done(finished, 'runs', 'fused')}" in fuseline("status", "-w", finished).stdout
+    moved = finished.rename(tmp_path / "moved")  # its job.json names the folders of before
+    result = fuseline("train", recipe, "-w", moved, "--models", models_dir, "--only", "fused", "--prepare")
+    assert result.returncode == 0, result.stderr
