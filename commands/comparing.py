@@ -3,6 +3,7 @@
 import dataclasses
 import json
 
+from ..eval.comparison import LEAST_DOCUMENTS
 from ..eval.pairs import Pair, compare
 from ..eval.report import evaluations
 from ..store import catalog
@@ -10,6 +11,8 @@ from ..store.errors import UsageError
 from ..store.workspace import Workspace
 from .console import show_table
 from .terminal import say
+
+_NEARLY = 0.005  # share of the bytes: models differ by the length of each segment's first token
 
 
 def show_comparison(workspace: Workspace, *, model: str, other: str, split: str | None, as_json: bool) -> None:
@@ -38,6 +41,9 @@ def show_comparison(workspace: Workspace, *, model: str, other: str, split: str 
         say(f"Bits per byte of {model} and {other} on split {name} of {corpus} (less is better):")
         columns = ["domain", "documents", model, other, "difference", "95 % interval", "p", "result"]
         show_table(columns, [_row(pair, model=model) for pair in pairs], right=[False, *[True] * 6, False])
+        ours, others = pairs[0].scored_bytes
+        if abs(ours - others) > _NEARLY * max(ours, others):
+            say(f"{model} scores {ours:,} bytes of these documents and {other} {others:,}: a small difference may come from that.")
 
 
 def _row(pair: Pair, *, model: str) -> list[str]:
@@ -50,6 +56,10 @@ def _row(pair: Pair, *, model: str) -> list[str]:
 def _says(pair: Pair, *, model: str) -> str:
     if pair.is_significant:
         return f"{model} is {'better' if pair.difference < 0 else 'worse'}"
+    if pair.documents < LEAST_DOCUMENTS:
+        return f"not significant: at least {LEAST_DOCUMENTS} documents are needed"
+    if pair.difference == 0:
+        return "no difference"
     if pair.needed is None:
-        return "not significant: too few documents"
+        return "not significant, because several domains are compared"
     return f"not significant: about {pair.needed:,} documents are needed"

@@ -78,7 +78,7 @@ def report_of(workspace: "Workspace") -> Report:
                 )
         for evaluation in found:
             for baseline in text_only(workspace):
-                differences = compared(connection, evaluation=evaluation, baseline=baseline, models=[*exports, *evaluation.mixed])
+                differences = compared(connection, evaluation=evaluation, baseline=baseline, models=list(exports))
                 if differences:
                     tables.append(_difference_table(differences, baseline=baseline, split=evaluation.split))
     return Report(workspace=str(workspace.root), tables=tables, models=exports)

@@ -7,7 +7,7 @@ tokens. In one document, with M models and the chunks c_1, c_2, …, the ensembl
 
 so it knows nothing of what follows. η = 0 is `uniform`, the mean of the models; η = 1 is `bayes`, the Bayesian mixture, which costs at most
 log₂ M bits more per document than the best model. `oracle_document` and `oracle_token` are bounds of what choosing could reach: the model
-that says most of each document, or of each chunk, chosen by the text itself.
+with the highest probability of each document, or of each chunk.
 
 A chunk is scored where all of its tokens are, under every model: not the first of a segment, which models without bos say nothing of.
 
@@ -113,7 +113,7 @@ def read_tokens(dataset: Dataset, part: int, *, tokenizer: Tokenizer) -> Tokens:
     logprob_T = np.concatenate([[np.nan], gold_logprob_T[:-1]]).astype(np.float64)  # position j speaks of token j + 1
     first = offsets[:-1][np.diff(offsets) > 0]
     logprob_T[first] = np.nan
-    if tokenizer.prepends_bos:  # which is no text; the token after it is the text's first
+    if tokenizer.prepends_bos:  # the token after it is the first of the text
         logprob_T[first[np.diff(offsets)[np.diff(offsets) > 0] > 1] + 1] = np.nan
     return Tokens(doc_id_S=doc_id_S, segment_S=segment_S, n_bytes_S=n_bytes_S, offsets=offsets, ends_T=ends_T, logprob_T=logprob_T)
 
@@ -132,7 +132,7 @@ def shared_chunks(tokens: Sequence[Tokens]) -> Chunks:
     for position_T, _ in positions:
         shared_C = np.intersect1d(shared_C, position_T)
     segment_C = np.searchsorted(base_S, shared_C, side="right") - 1
-    keep_C = shared_C > base_S[segment_C]  # a bos ends at byte 0, where no chunk does
+    keep_C = shared_C > base_S[segment_C]  # no chunk ends at byte 0, where a bos does
     shared_C, segment_C = shared_C[keep_C], segment_C[keep_C]
     offsets = np.searchsorted(segment_C, np.arange(len(n_bytes_S) + 1))
     ends_C = shared_C - base_S[segment_C]

@@ -5,7 +5,7 @@ The interval is that of `comparison`. The p-value is that of the same paired boo
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import duckdb
 import numpy as np
@@ -22,13 +22,14 @@ _QUANTILES = 1.959964, 0.841621  # of the normal distribution: 5 % on both sides
 class Pair:
     """Bits per byte of two models on the documents of one domain; less is better."""
 
-    domain: str | None  # None of all documents
+    domain: str | None  # None: all documents
     documents: int
-    bpb: tuple[float, float]  # of the model, of the other
+    scored_bytes: tuple[int, int]  # the model's, the other's; an ensemble leaves out the first bytes of each segment
+    bpb: tuple[float, float]  # the model's, the other's
     difference: float  # below 0 the model is better
     low: float  # of the 95 % interval
     high: float
-    p: float  # for domains adjusted by Holm
+    p: float  # for domains adjusted by Holm's method
     needed: int | None  # documents with which such a difference would be significant 4 times in 5; None where it is significant already
 
     @property
@@ -52,6 +53,8 @@ def compare(connection: duckdb.DuckDBPyConnection, *, evaluation: Evaluation, mo
         raise UsageError(f"Choose two different models: both are {model!r}.")
     asked = {"corpus": evaluation.corpus, "split": evaluation.split, "models": names}
     rows = connection.execute(BY_DOCUMENT, asked).fetchall()
+    if not rows:
+        raise UsageError(f"{model!r} and {other!r} have no document of split {evaluation.split!r} in common. Evaluate both first.")
     nll_DM, bytes_DM = (np.array([row[column] for row in rows], np.float64).reshape(len(rows), 2) for column in (1, 2))
     if names[0] != model:
         nll_DM, bytes_DM = nll_DM[:, ::-1], bytes_DM[:, ::-1]
@@ -63,7 +66,7 @@ def pairs(*, nll_DM: NDArray[np.float64], bytes_DM: NDArray[np.float64], domains
 
     Args:
         nll_DM: negative log-likelihood of each document, in nats, under the model and the other.
-        bytes_DM: bytes of it that are scored.
+        bytes_DM: scored bytes of each document.
         domains: of the documents.
         seed: of the resamples.
     """
@@ -78,7 +81,7 @@ def pairs(*, nll_DM: NDArray[np.float64], bytes_DM: NDArray[np.float64], domains
 
 
 def holm(p_values: list[float]) -> list[float]:
-    """P-values of several questions, adjusted so that with 5 % at most one of all is called significant by chance (Holm 1979)."""
+    """Adjust the p-values of several questions, so that below 0.05 the chance that any of them is below by chance is 5 % (Holm 1979)."""
     order = np.argsort(p_values)
     adjusted, most = [0.0] * len(p_values), 0.0
     for place, index in enumerate(order):
@@ -101,6 +104,7 @@ def _pair(domain: str | None, nll_DM: NDArray[np.float64], bytes_DM: NDArray[np.
     return Pair(
         domain=domain,
         documents=n,
+        scored_bytes=(int(bytes_DM[:, 0].sum()), int(bytes_DM[:, 1].sum())),
         bpb=(float(bpb_M[0]), float(bpb_M[1])),
         difference=difference,
         low=float(low),
@@ -111,4 +115,4 @@ def _pair(domain: str | None, nll_DM: NDArray[np.float64], bytes_DM: NDArray[np.
 
 
 def _with_p(pair: Pair, p: float) -> Pair:
-    return Pair(**{name: getattr(pair, name) for name in Pair.__slots__ if name != "p"}, p=p)
+    return replace(pair, p=p)

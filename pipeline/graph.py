@@ -52,8 +52,9 @@ class Graph:
         return [product for product in self.products if isinstance(product, kind)]
 
     def users(self, product: Product) -> list[Recipe]:
-        """The recipes that need a product."""
-        return self._users[product]
+        """The recipes of this graph that need a product, at least one."""
+        users = [recipe for recipe in self._users[product] if any(recipe is each for each in self.recipes.values())]
+        return users or [product.recipe]
 
     def variants_of(self, product: Product) -> list[str]:
         """Names of the variants that need a product."""
@@ -67,7 +68,8 @@ class Graph:
         """
         if variant not in self.by_variant:
             raise UsageError(f"--variant ({variant}) must be one of: {', '.join(self.by_variant)}.")
-        return replace(self, products=self.by_variant[variant], recipes={variant: self.recipes[variant]})
+        found = self.by_variant[variant]
+        return replace(self, products=found, by_variant={variant: found}, recipes={variant: self.recipes[variant]})
 
     @property
     def made_models(self) -> list[ModelProduct]:
@@ -124,17 +126,22 @@ class _Drawing:
         found = self._known.get(product.key)
         if found is None:
             found = product
-            if (product.kind, product.name) in self._named:
+            if _place(product) in self._named:
                 found = replace(product, suffix=self.variant)
-            if (found.kind, found.name) in self._named:
+            if _place(found) in self._named:
                 raise UsageError(
                     f"Rename the variant {self.variant!r}, or set a name in it: the variants use {found.kind}/{found.name} for different "
                     "products."
                 )
-            self._known[found.key] = self._named[found.kind, found.name] = found
+            self._known[found.key] = self._named[_place(found)] = found
         self._roles[type(product), product.role] = found
         self.products.append(found)
         return found
+
+
+def _place(product: Product) -> tuple[str, str]:
+    """Where a product is: all models that are made share `exports/`, the other kinds have a folder each."""
+    return ("exports" if isinstance(product, ModelProduct) else product.kind, product.name)
 
 
 def _ordered(found: Iterable[Product]) -> tuple[Product, ...]:

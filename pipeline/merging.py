@@ -21,7 +21,7 @@ def merge(product: Merged, *, site: OpenSite, workspace: Workspace, progress: Pr
     ):
         report = merge_models(
             product.config,
-            base=site.models(product.recipe)[product.recipe.target.name].folder,
+            base=product.base(site).folder,
             models={name: model.folder for name, model in models.items()},
             output=product.export_folder(workspace),
             identity=dict(site.identity(product)),

@@ -54,6 +54,7 @@ class Opened:
         """
         self.graph, self.base, self.models_dir = graph, base, models_dir
         self.layout: Layout = workspace
+        self.is_open = True
         self._workspace, self._executor, self._say = workspace, executor, say
         self._models: dict[ModelConfig, ModelFolder] = {}
         self._of_recipe: dict[int, dict[str, ModelFolder]] = {}
@@ -116,7 +117,9 @@ class Opened:
         """The model with which a product reads the corpus. A model that the recipe makes must have the right identity."""
         assert isinstance(product, Forward)
         if product.config is not None:
-            return self.models(product.recipe)[product.config.name]
+            recipes = self.graph.users(product)
+            recipe = next((each for each in self.graph.recipes.values() if product.config in each.models), recipes[0])
+            return self.models(recipe)[product.config.name]
         assert isinstance(product, Evaluation)
         made = product.made
         assert isinstance(made, ModelProduct)
@@ -140,7 +143,7 @@ class Opened:
     def template(self, product: Product) -> CorpusTemplate | None:
         """The chat template of the conversations of a corpus; None for plain text."""
         if product not in self._templates:
-            recipe = product.recipe
+            recipe = self.graph.users(product)[0]
             chat, target = recipe.corpus.chat, recipe.target.name
             self._templates[product] = None if chat is None else CorpusTemplate.of(chat, target=self.models(recipe)[target], base=self.base)
         return self._templates[product]

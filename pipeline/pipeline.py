@@ -110,7 +110,8 @@ class Pipeline:
         from ..train.families import read_architecture  # loads transformers
 
         for training in trainings:
-            start = self.site.models(training.recipe)[training.recipe.target.name]
+            recipe = self.site.recipes(training)[0]
+            start = self.site.models(recipe)[recipe.target.name]
             read_architecture(start.folder, training=training.config)
 
     def _check_identities(self) -> None:
@@ -166,23 +167,25 @@ class Pipeline:
 
     def _make_corpus(self, product: Corpus) -> None:
         """Plan the corpus and make its parts."""
-        stage, config, evaluation = self.site.corpus_stage(product), product.recipe.corpus, product.recipe.evaluation
+        stage, config = self.site.corpus_stage(product), product.recipe.corpus
         splits = sorted({part["split"] for part in stage.plan.parts})
         if "train" not in splits:
             stage.finish()
             raise UsageError(
                 f"Rename one split of the corpus to 'train', from which the model learns. Its splits are: {', '.join(splits)}."
             )
-        if evaluation.split not in splits:
+        for split in (recipe.evaluation.split for recipe in self.site.recipes(product)):
+            if split in splits:
+                continue
             if not stage.dataset.parts():  # no part uses this plan: allow another one
                 durable.remove(stage.dataset.folder)
             fraction = config.held_out_fraction
-            if fraction and evaluation.split == "test":
+            if fraction and split == "test":
                 raise UsageError(
                     f"Increase corpus.held_out_fraction ({fraction}): it holds out none of {stage.plan.summary['documents']} documents."
                 )
             raise UsageError(
-                f"evaluation.split ({evaluation.split!r}) must be one of the corpus's splits ({', '.join(splits)}). "
+                f"evaluation.split ({split!r}) must be one of the corpus's splits ({', '.join(splits)}). "
                 "Hold out documents, for example with corpus.held_out_fraction = 0.05, or name the files of each split in "
                 "[corpus.splits], or set evaluation.split to a split other than train."
             )
@@ -207,7 +210,7 @@ class Pipeline:
             DamagedPart: the payload of a committed part is missing.
             FuselineError: parts failed; see `Executor.run`.
         """
-        stage, title = self.site.stage(product), f"{product.title}"
+        stage, title = self.site.stage(product), product.title
         if not isinstance(stage, CorpusStage):
             self._make_missing(title, stage, parts=parts)
             return

@@ -43,7 +43,9 @@ def plan(graph: Graph, *, base: Path, models_dir: Path, layout: Layout) -> list[
     Raises:
         UsageError: a model or the corpus is not available, and the recipe does not state its expected size.
     """
-    sizes = FoundSizes(list(graph.recipes.values()), base=base, models_dir=models_dir, layout=layout)
+    sizes = FoundSizes(
+        list({id(product.recipe): product.recipe for product in graph}.values()), base=base, models_dir=models_dir, layout=layout
+    )
     return [_planned(product, graph=graph, sizes=sizes) for product in graph]
 
 

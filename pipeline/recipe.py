@@ -8,6 +8,7 @@ from typing import Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, ModelWrapValidatorHandler, PrivateAttr, model_validator
 
 from ..align.config import AlignmentConfig, FusionConfig
+from ..eval.ensemble import Rule
 from ..ingest.corpus import CorpusConfig
 from ..ingest.distributions import DistributionsConfig
 from ..ingest.model_config import ModelConfig
@@ -33,7 +34,7 @@ class EvaluationConfig(BaseModel):
     all_at_once: bool = Field(
         False, description="with [merge]: also fuse all sources at once, train on the result, and compare with the merged model"
     )
-    ensembles: list[Literal["uniform", "bayes", "oracle_document", "oracle_token"]] = Field(
+    ensembles: list[Rule] = Field(
         [],
         description="baselines without training: the models' outputs on the held-out text, mixed with equal weights (`uniform`) or by how "
         "well each predicted the document so far (`bayes`); and the bounds for the best model per document or token, chosen by the text",
@@ -146,7 +147,7 @@ class Recipe(BaseModel):
         everything = tuple(self.sources)
         if self.merge is None:
             return [("", everything)]
-        at_once = [(f"-all-{len(everything)}", everything)] if self.evaluation.all_at_once else []
+        at_once = [(f"-all-{len(everything)}", everything)] if self.evaluation.all_at_once and len(everything) > 1 else []
         return [(f"--{source.name}", (source,)) for source in self.sources] + at_once
 
     @property

@@ -25,6 +25,10 @@ def impossible(recipe: Recipe) -> Iterator[Problem]:
         yield Problem(("evaluation", "all_at_once"), "needs [merge]; without it all sources are fused at once: remove it")
     if recipe.evaluation.ensembles and recipe.corpus.chat is not None:
         yield Problem(("evaluation", "ensembles"), "needs plain text, but the corpus has conversations: remove it")
+    for key in ("ensembles", "ensemble_members"):
+        values = getattr(recipe.evaluation, key)
+        if len(set(values)) < len(values):
+            yield Problem(("evaluation", key), "names something twice: remove one of them")
     for name in recipe.evaluation.ensemble_members:
         if name not in [model.name for model in recipe.models]:
             models = ", ".join(model.name for model in recipe.models)
@@ -49,6 +53,7 @@ def _taken_names(recipe: Recipe, taken: dict[str, str]) -> Iterator[Problem]:
     made = sorted(((each.name, each.key) for each in recipe.trainings), key=lambda item: item[1] != ("training", "name"))
     if recipe.merged_name is not None:
         made.append((recipe.merged_name, ("merge", "name")))
+    made += [(f"ensemble-{rule}", ("evaluation", "ensembles")) for rule in dict.fromkeys(recipe.evaluation.ensembles)]
     for name, key in made:
         if name in taken:
             yield Problem(key, f"{name!r} is also {taken[name]}: choose another")

@@ -7,7 +7,6 @@ one of these has changed.
 from dataclasses import dataclass
 from typing import Literal
 
-from ..ingest.models import ModelFolder
 from ..store.corpus_plan import read_plan
 from ..store.dataset import Dataset
 from ..store.fingerprint import Identity
@@ -16,7 +15,6 @@ from ..store.status import DatasetStatus, TrainingStatus, dataset_statuses, trai
 from .graph import Graph
 from .products.product import InputMissing, PartsProduct, Product
 from .products.trained import ModelProduct
-from .recipe import Recipe
 
 State = Literal["done", "incomplete", "missing", "different inputs"]
 
@@ -38,7 +36,7 @@ class Seen:
     """A workspace that is only read. Implements `Site`."""
 
     def __init__(self, layout: Layout) -> None:
-        self.layout = layout
+        self.layout, self.is_open = layout, False
         self._identities: dict[Product, Identity] = {}
 
     def dataset(self, product: PartsProduct) -> Dataset:
@@ -57,13 +55,6 @@ class Seen:
         if product not in self._identities:
             self._identities[product] = product.identity(self)
         return self._identities[product]
-
-    def models(self, recipe: Recipe) -> None:
-        """None: models are not opened."""
-
-    def model(self, product: Product) -> ModelFolder | None:
-        """None: models are not opened."""
-        return None
 
 
 def wanted(graph: Graph, *, layout: Layout) -> list[Wanted]:

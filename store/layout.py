@@ -3,7 +3,8 @@
 <workspace>/
   catalog.duckdb                                      index of everything; can be rebuilt
   tokenizers/<digest>/                                tokenizer.json, token_bytes.parquet
-  corpus/<name>/  distributions/<model>/  alignments/<source>--<target>/  targets/<name>/  evaluations/<model>/
+  corpus/<name>/  distributions/<model>/  alignments/<source>--<target>/  targets/<name>/
+  evaluations/<model>--<split>/  ensembles/<rule>--<split>/
   token_matches/<source>--<target>--<positions>/  vocab_maps/<source>--<target>--<rule>/     tables, in the same form
   runs/<run>/                                         one execution of a stage: run.json; of training also checkpoints, metrics, logs
   exports/<name>/                                     models in the Hugging Face format

@@ -10,7 +10,7 @@ from ...align.matches import TokenMatchesStage, matches_identity
 from ...store.fingerprint import Identity
 from .cost import Cost, Sizes
 from .forward import Distributions
-from .product import Drawing, OpenSite, PartsProduct, Product, Site
+from .product import Drawing, OpenSite, PartsProduct, Product, Site, opened
 
 _MATCHES_BYTES = 0.3  # per token: a part of 1M tokens has about 60,000 different pairs
 _MAP_BYTES, _ALIGNMENT_BYTES = 14, 1.5  # per source token, per token of the corpus
@@ -114,11 +114,7 @@ class VocabularyMap(PairProduct):
 
     @property
     def inputs(self) -> tuple[Product, ...]:
-        return (*super().inputs, *([] if self.matches is None else [self.matches]))
-
-    @property
-    def determining(self) -> tuple[Product, ...]:
-        return () if self.matches is None else (self.matches,)
+        return () if self.matches is None else (self.matches,)  # beside the models
 
     @property
     def choices(self) -> Mapping[str, Any]:
@@ -131,14 +127,29 @@ class VocabularyMap(PairProduct):
         return None
 
     def identity(self, site: Site) -> Identity:
-        source, target = site.dataset(self.source), site.dataset(self.target)
+        digests, ends = self._tokenizers(site)
         return vocabulary_map_identity(
-            source.identity["tokenizer"],
-            target=target.identity["tokenizer"],
+            digests[0],
+            target=digests[1],
             rule=self.recipe.alignment.vocabulary,
             matches=None if self.matches is None else site.dataset(self.matches),
-            end_of_turn=end_of_turn(source, target=target),
+            end_of_turn=ends,
         )
+
+    def _tokenizers(self, site: Site) -> tuple[list[str], tuple[int, int] | None]:
+        """Digests of both tokenizers, and the tokens that end a turn: from the models, or from what is stored of them."""
+        sides, place = (self.source, self.target), opened(site)
+        if place is None:
+            datasets = [site.dataset(side) for side in sides]
+            return [dataset.identity["tokenizer"] for dataset in datasets], end_of_turn(datasets[0], target=datasets[1])
+        tokenizers = [place.model(side).tokenizer for side in sides]
+        readings = [place.reading(side) for side in sides]
+        ends = [
+            None if reading is None else reading.reader(tokenizer).identity.get("end_of_turn")
+            for reading, tokenizer in zip(readings, tokenizers, strict=True)
+        ]
+        both = None if ends[0] is None or ends[1] is None else (ends[0], ends[1])
+        return [tokenizer.digest for tokenizer in tokenizers], both
 
     def stage(self, site: OpenSite) -> VocabularyMapStage:
         return VocabularyMapStage(
@@ -148,7 +159,7 @@ class VocabularyMap(PairProduct):
             rule=self.recipe.alignment.vocabulary,
             matches=None if self.matches is None else site.dataset(self.matches),
             parts=[] if self.matches is None else site.parts(self.matches),
-            end_of_turn=end_of_turn(site.dataset(self.source), target=site.dataset(self.target)),
+            end_of_turn=self._tokenizers(site)[1],
         )
 
     def cost(self, sizes: Sizes) -> Cost:

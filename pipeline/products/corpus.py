@@ -9,7 +9,7 @@ from ...ingest.corpus_config import corpus_choices
 from ...ingest.earlier_corpus import kept_identity, require_read_right
 from ...store.fingerprint import Identity
 from .cost import Cost, Sizes
-from .product import AtLeast, Drawing, OpenSite, PartsProduct, Product, Site
+from .product import AtLeast, Drawing, OpenSite, PartsProduct, Product, Site, opened
 
 # English text compresses to this share. Each document also has numbers, a digest and names.
 _COMPRESSED, _DOCUMENT_BYTES = 0.45, 60
@@ -58,9 +58,10 @@ class Corpus(PartsProduct):
         return None if plan is None else list(range(len(plan["parts"])))
 
     def identity(self, site: Site) -> Identity:
-        if site.models(self.recipe) is None:
+        place = opened(site)
+        if place is None:
             return AtLeast(corpus_choices(self.recipe.corpus))
-        stored, asked = self.stored(site.layout), self._asked(site)  # type: ignore[arg-type]  # a site with models is open
+        stored, asked = self.stored(site.layout), self._asked(place)
         return asked if stored is None else kept_identity(stored, asked=asked)
 
     def _asked(self, site: OpenSite) -> dict[str, Any]:

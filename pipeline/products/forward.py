@@ -12,7 +12,7 @@ from ...store.dataset import Dataset
 from ...store.fingerprint import Identity
 from .corpus import Corpus
 from .cost import Cost, Sizes, record_bytes
-from .product import AtLeast, Drawing, InputMissing, OpenSite, PartsProduct, Product, Site
+from .product import AtLeast, Drawing, InputMissing, OpenSite, PartsProduct, Product, Site, opened
 
 _EVALUATION_BYTES = 6  # per token
 
@@ -66,20 +66,20 @@ class Forward(PartsProduct):
         return said
 
     def identity(self, site: Site) -> Identity:
-        model = site.model(self)
-        if model is None:
+        place = opened(site)
+        if place is None:
             chosen = forward_choices(split=str(self.split), dtype=self.dtype, top_k=self.top_k, codec=self.codec)
             with contextlib.suppress(InputMissing):
                 chosen |= {"corpus": site.dataset(self.of_corpus).fingerprint}
             return AtLeast(chosen if self.rendering is None else chosen | {"chat": AtLeast(rendering=self.rendering)})
         return distributions_identity(
-            model,
+            place.model(self),
             corpus=site.dataset(self.of_corpus),
             split=str(self.split),
             dtype=self.dtype,
             top_k=self.top_k,
             codec=self.codec,
-            chat=site.reading(self),  # type: ignore[attr-defined]  # a site with models is open
+            chat=place.reading(self),
         )
 
     def description(self, site: OpenSite) -> dict[str, Any]:

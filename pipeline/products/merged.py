@@ -16,7 +16,7 @@ from ...train.merging.identity import REPORT, merge_identity
 from ..origin import merged_lineage
 from .cost import Cost, Sizes
 from .forward import Distributions
-from .product import AtLeast, Drawing, InputMissing, OpenSite, Product, Site
+from .product import AtLeast, Drawing, InputMissing, OpenSite, Product, Site, opened
 from .trained import ITEM_BYTES, ModelProduct, Trained
 
 
@@ -65,8 +65,12 @@ class Merged(ModelProduct):
         return tuple(training for _, training in self.trainings)
 
     @property
+    def determining(self) -> tuple[Product, ...]:
+        return tuple(training for _, training in sorted(self.trainings, key=lambda item: item[0]))  # their order makes no difference
+
+    @property
     def choices(self) -> Mapping[str, Any]:
-        return {"settings": self.config.determines([source for source, _ in self.trainings])}
+        return {"settings": self.config.determines(sorted(source for source, _ in self.trainings))}
 
     def _planned(self, *, base: str, trainings: Mapping[str, str]) -> dict[str, Any]:
         """The part of the identity that is known before training: `base` is the start's digest, `trainings` are fingerprints."""
@@ -79,10 +83,10 @@ class Merged(ModelProduct):
         Raises:
             InputMissing: the models are not opened, and a training is not done.
         """
-        models = site.models(self.recipe)
-        if models is not None:
+        place = opened(site)
+        if place is not None:
             trainings = {source: fingerprint(site.identity(training)) for source, training in self.trainings}
-            return AtLeast(self._planned(base=models[self.recipe.target.name].weights_digest, trainings=trainings))
+            return AtLeast(self._planned(base=self.base(place).weights_digest, trainings=trainings))
         found, bases = {}, set()
         for source, training in self.trainings:
             done = training.finished_identity(site.layout)
@@ -93,11 +97,16 @@ class Merged(ModelProduct):
         return AtLeast(self._planned(base=min(bases), trainings=found))
 
     def identity(self, site: Site) -> Identity:
-        models = site.models(self.recipe)
-        if models is None:
+        place = opened(site)
+        if place is None:
             return self.planned(site)
         digests = {name: model.weights_digest for name, model in self.models(site.layout).items()}
-        return dict(self.planned(site)) | merge_identity(self.config, base=models[self.recipe.target.name].weights_digest, models=digests)
+        return dict(self.planned(site)) | merge_identity(self.config, base=self.base(place).weights_digest, models=digests)
+
+    def base(self, site: OpenSite) -> ModelFolder:
+        """The target's start."""
+        recipe = site.recipes(self)[0]
+        return site.models(recipe)[recipe.target.name]
 
     def models(self, layout: Layout) -> dict[str, ModelFolder]:
         """The models to merge, by the name of the source of each."""
@@ -105,11 +114,10 @@ class Merged(ModelProduct):
 
     def lineage(self, site: OpenSite) -> dict[str, Any]:
         """The origin of the model, for its card."""
+        recipe = site.recipes(self)[0]
         trainings = {source: training.job(site).lineage for source, training in self.trainings}
         corpus = site.corpus_stage(self.start).dataset
-        return merged_lineage(
-            trainings, recipe=self.recipe, models=site.models(self.recipe), corpus=corpus, merged=self.models(site.layout)
-        )
+        return merged_lineage(trainings, recipe=recipe, models=site.models(recipe), corpus=corpus, merged=self.models(site.layout))
 
     def folders(self, layout: Layout) -> list[Path]:
         return [self.export_folder(layout)]

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar, cast
 
 from ...ingest.corpus import CorpusStage
 from ...ingest.models import ModelFolder
@@ -42,6 +42,7 @@ class Site(Protocol):
     """A workspace as products see it: open for a run, or only read."""
 
     layout: Layout
+    is_open: bool  # an `OpenSite`
 
     def dataset(self, product: "PartsProduct") -> Dataset:
         """The dataset of a product.
@@ -52,12 +53,6 @@ class Site(Protocol):
 
     def identity(self, product: "Product") -> Identity:
         """`product.identity`, computed once."""
-
-    def models(self, recipe: Recipe) -> Mapping[str, ModelFolder] | None:
-        """The target's start and the sources of a recipe, by name; None if models are not opened."""
-
-    def model(self, product: "Product") -> ModelFolder | None:
-        """The model with which a product reads the corpus; None if models are not opened."""
 
 
 class OpenSite(Site, Protocol):
@@ -114,7 +109,7 @@ class Product(ABC):
 
     @classmethod
     @abstractmethod
-    def of(cls, draft: "Drawing") -> Iterator["Product"]:
+    def of(cls, drawing: "Drawing") -> Iterator["Product"]:
         """The products of this kind that a recipe needs."""
 
     @property
@@ -252,6 +247,11 @@ class PartsProduct(Product):
         corpus = self.corpus or self
         parts = self.planned_parts(read_plan(layout.folder("corpus", corpus.name)))
         return stored is not None and parts is not None and not stored.missing(parts)
+
+
+def opened(site: Site) -> OpenSite | None:
+    """The site, if models can be opened in it."""
+    return cast(OpenSite, site) if site.is_open else None
 
 
 Made = TypeVar("Made", bound=Product)

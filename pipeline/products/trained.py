@@ -19,7 +19,7 @@ from .corpus import Corpus
 from .cost import Cost, Sizes
 from .forward import Distributions, Evaluation
 from .fused import Targets
-from .product import AtLeast, Drawing, InputMissing, OpenSite, PartsProduct, Product, Site
+from .product import AtLeast, Drawing, InputMissing, OpenSite, PartsProduct, Product, Site, opened
 
 ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}  # per weight
 _STATE_BYTES = 12  # per parameter of a checkpoint, in addition to the weight: a float32 master and two moments
@@ -110,22 +110,24 @@ class Trained(ModelProduct):
         return {"config": self.config.determines, "start": self.start.choices["of"]}
 
     def identity(self, site: Site) -> Identity:
-        if site.models(self.recipe) is None:
+        place = opened(site)
+        if place is None:
             known = {"config": json.loads(json.dumps(self.config.determines)), "targets": site.dataset(self.learned_from).fingerprint}
             return AtLeast(known)
-        return self.job(site).identity  # type: ignore[arg-type]  # a site with models is open
+        return self.job(place).identity
 
     def job(self, site: OpenSite) -> TrainJob:
         """All data that the ranks need; the corpus must be there."""
-        models, layout = site.models(self.recipe), site.layout
-        model, distributions = models[self.recipe.target.name], site.dataset(self.start)
+        recipe, layout = site.recipes(self)[0], site.layout
+        models, distributions = site.models(recipe), site.dataset(self.start)
+        model = models[recipe.target.name]
         learned = fingerprint(site.identity(self.learned_from))
         corpus = site.dataset(self.of_corpus)
         held_out = None
         if self.held_out is not None:
             held_out = HeldOut(folder=self.held_out.folder(layout).absolute(), parts=site.parts(self.held_out))
         template = site.template(self.of_corpus)
-        chat = self.recipe.corpus.chat
+        chat = recipe.corpus.chat
         return TrainJob(
             run_folder=self.run_folder(layout).absolute(),
             model_folder=model.folder.absolute(),
@@ -143,7 +145,7 @@ class Trained(ModelProduct):
             lineage=lineage(
                 None if self.targets is None else self.targets.name,
                 sources=self.training.fusion.sources,
-                recipe=self.recipe,
+                recipe=recipe,
                 models=models,
                 corpus=corpus,
                 targets=learned,

@@ -4,9 +4,12 @@ import json
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pytest
+from fuseline.eval.ensemble import mixed, read_tokens, shared_chunks
 from fuseline.pipeline import graph as graph_module
 from fuseline.store.dataset import Dataset
+from fuseline.store.tokenizer import Tokenizer
 from fuseline.store.workspace import Workspace
 from support.lengths import Lengths
 from support.tiny import save_model
@@ -25,7 +28,7 @@ VARIANTS = "".join(
         "mean-spans": 'fusion.method = "avgce"\nalignment.positions = "span"',
     }.items()
 )
-SHORT = RECIPE.replace("steps = 24", "steps = 4").replace("evaluate_every = 24\n", "")
+SHORT = RECIPE.replace("steps = 24", "steps = 4").replace("evaluate_every = 24\n", "") + '[evaluation]\nensembles = ["uniform", "bayes"]\n'
 
 
 @pytest.fixture(scope="module")
@@ -119,6 +122,33 @@ def test_a_variant_has_the_bits_of_a_recipe_that_says_the_same(models, workspace
         assert left.manifest(part).files == right.manifest(part).files  # sizes and checksums
     weights = [workspace / "exports/fused-one-mean/model.safetensors", tmp_path / "alone/exports/fused/model.safetensors"]
     assert weights[0].read_bytes() == weights[1].read_bytes()
+
+
+def test_ensembles_are_mixed_from_the_stored_likelihoods(models, workspace):
+    """All members read every token as `evaluations` counts it, and the stored ensemble is what their tokens give."""
+    opened = Workspace.open(workspace)
+    members = [Dataset.open(workspace / "evaluations" / f"{name}--test") for name in ("target", "source", "other")]
+    tokenizers = [Tokenizer.load(workspace / "tokenizers" / member.identity["tokenizer"]) for member in members]
+    for rule in ("uniform", "bayes"):
+        ensemble = Dataset.open(workspace / "ensembles" / f"{rule}--test")
+        for part in ensemble.parts():
+            tokens = [read_tokens(member, part, tokenizer=tokenizer) for member, tokenizer in zip(members, tokenizers, strict=True)]
+            for member, read in zip(members, tokens, strict=True):
+                nll_S, n_scored_S = member.read(part, "nll_S", "n_scored_S")
+                assert -np.nansum(read.logprob_T) == pytest.approx(nll_S.sum(), rel=1e-3)  # as stored, in half precision
+                assert np.isfinite(read.logprob_T).sum() == n_scored_S.sum()
+            logprob_C, scored_bytes_S, n_bytes_S = ensemble.read(part, "logprob_C", "scored_bytes_S", "n_bytes_S")
+            np.testing.assert_array_equal(logprob_C, mixed(shared_chunks(tokens), rule=rule))
+            assert (scored_bytes_S < n_bytes_S).all()
+    found = opened.sql("SELECT model, sum(bpb) FROM evaluations GROUP BY model").rows_by_key("model")
+    assert {"ensemble-uniform", "ensemble-bayes"} <= found.keys()
+    assert "ensemble-uniform" in run("report", "-w", workspace)[1]
+    code, output = run("eval", "compare", "fused", "ensemble-bayes", "-w", workspace)
+    assert code == 0
+    assert "a small difference may come from that" in output
+    for names, said in ((("fused", "nothing"), "'nothing' was not evaluated"), (("fused", "fused"), "Choose two different models")):
+        code, output = run("eval", "compare", *names, "-w", workspace)
+        assert (code, said in output) == (2, True), output
 
 
 def test_a_kind_of_product_is_one_entry_and_its_stage(project, models, workspace, monkeypatch):

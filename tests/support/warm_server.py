@@ -34,11 +34,16 @@ def serve(path: str, *, owner: int) -> None:
                 return
             if key.fileobj is listener:
                 connection, _ = listener.accept()
-                pid = _forked(connection, close=[listener.fileno(), *children])
+                try:
+                    pid = _forked(connection, close=[listener.fileno(), *children])
+                except (OSError, ValueError):  # its launcher was killed in the middle of its request
+                    connection.close()
+                    continue
                 descriptor = os.pidfd_open(pid)
                 children[descriptor] = (pid, connection)
                 selector.register(descriptor, selectors.EVENT_READ)
-                connection.sendall(pid.to_bytes(8, "big"))
+                with contextlib.suppress(OSError):
+                    connection.sendall(pid.to_bytes(8, "big"))
                 continue
             pid, connection = children.pop(key.fd)
             selector.unregister(key.fd)
@@ -64,18 +69,24 @@ def _import_everything() -> None:
 
 def _forked(connection: socket.socket, *, close: list[int]) -> int:
     header, descriptors, _, _ = socket.recv_fds(connection, 8, 16)
-    while len(header) < 8:
-        header += connection.recv(8 - len(header))
-    body, length = b"", int.from_bytes(header, "big")
-    while len(body) < length:
-        body += connection.recv(length - len(body))
-    request = json.loads(body.decode(errors="surrogateescape"))
+    header += _received(connection, 8 - len(header))
+    request = json.loads(_received(connection, int.from_bytes(header, "big")))
     pid = os.fork()
     if not pid:
         _become(request, descriptors, close=[*close, connection.fileno()])
     for descriptor in descriptors:
         os.close(descriptor)
     return pid
+
+
+def _received(connection: socket.socket, n: int) -> bytes:
+    data = b""
+    while len(data) < n:
+        more = connection.recv(n - len(data))
+        if not more:
+            raise ValueError("the request ends too soon")
+        data += more
+    return data
 
 
 def _become(request: dict, descriptors: list[int], *, close: list[int]) -> NoReturn:

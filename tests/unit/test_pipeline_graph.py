@@ -146,22 +146,55 @@ def test_one_variant_alone():
         graph(ABLATIONS).only("two")
 
 
+EVERYTHING_BEFORE_EVALUATION = (
+    *(f"distributions/{name}-v" for name in "tab"),
+    *(f"alignments/{name}--t-v" for name in "ab"),
+    "targets/fused-v",
+    *(f"{kind}{name}-v{ending}" for name in ("clm", "fused") for kind, ending in (("training/", ""), ("evaluations/", "--test"))),
+)
+MERGED = 'sources = ["b"]'
+
+
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
-        ("distributions.top_k = 32", ["distributions/a-v", "distributions/b-v", "distributions/t-v", "alignments/a-v--t-v"]),
-        ("corpus.max_train_bytes = 1000", ["corpus/corpus-v", "distributions/t-v", "evaluations/t-v--test"]),
-        ('evaluation.split = "validation"', ["evaluations/t--validation"]),
+        ("distributions.top_k = 32", [*EVERYTHING_BEFORE_EVALUATION]),
+        (
+            "corpus.max_train_bytes = 1000",
+            ["corpus/corpus-v", *EVERYTHING_BEFORE_EVALUATION, *(f"evaluations/{name}-v--test" for name in "tab")],
+        ),
+        ('evaluation.split = "validation"', [f"evaluations/{name}--validation" for name in ("t", "a", "b", "clm", "fused")]),
         ("training.evaluate_every = 2", []),  # changes nothing of what is computed
         ('fusion.name = "other"', []),  # a name is no difference
-        ("target.dtype = 'float32'", ["distributions/t-v", "alignments/a--t-v", "targets/fused-v", "training/clm-v"]),
+        ("target.dtype = 'float32'", sorted({*EVERYTHING_BEFORE_EVALUATION} - {f"distributions/{name}-v" for name in "ab"})),
     ],
 )
 def test_what_a_change_makes_new(changes, expected):
     found = set(names(graph(f'[[variants]]\nname = "v"\n{changes}\n'))) - set(names(graph()))
-    assert set(expected) <= found
-    assert bool(expected) == bool(found)
-    assert not any(name.startswith("vocab_maps/") for name in found)  # which depend on the tokenizers alone
+    assert {name.replace("a-v--t-v", "a--t-v").replace("b-v--t-v", "b--t-v") for name in found} == set(expected)
+
+
+@pytest.mark.parametrize("changes", ["distributions.top_k = 32", "corpus.max_train_bytes = 1000", "target.dtype = 'float32'", MERGED])
+def test_one_variant_alone_needs_nothing_of_the_others(changes):
+    """It has as many products as a recipe that says the same; of the others only what is the same."""
+    variants = f'[[variants]]\nname = "v"\n{changes}\n'
+    found, own = graph(variants).only("v"), graph(variants).recipes["v"]
+    assert [product.kind for product in found] == [product.kind for product in products(own)]
+    assert {id(recipe) for product in found for recipe in found.users(product)} <= {
+        id(found.recipes["v"]),
+        id(graph(variants).recipes["base"]),
+    }
+
+
+def test_models_of_all_kinds_share_one_folder():
+    found = graph(MERGE + '[[variants]]\nname = "v"\nmerge.name = "fused"\n[[variants]]\nname = "2"\ntraining.seed = 1\n')
+    exports = [product.name for product in found.made_models]
+    assert len(set(exports)) == len(exports)
+
+
+def test_the_order_of_sources_makes_no_other_merge():
+    found = graph(MERGE.replace("all_at_once = true", "all_at_once = false") + '[[variants]]\nname = "v"\nsources = ["b", "a"]\n')
+    assert len([product for product in found if product.kind == "merge"]) == 1
 
 
 def test_a_section_is_changed_key_by_key_and_a_table_of_weights_is_replaced():
