@@ -12,7 +12,7 @@ from ..store.workspace import Workspace
 from .console import show_table
 from .terminal import say
 
-_NEARLY = 0.005  # share of the bytes: models differ by the length of each segment's first token
+_NEARLY = 0.002  # share of the bytes: models differ by the length of each segment's first token
 
 
 def show_comparison(workspace: Workspace, *, model: str, other: str, split: str | None, as_json: bool) -> None:

@@ -95,7 +95,7 @@ class EnsembleStage:
             "n_scored_S": _sums(is_scored_C, chunks.offsets).astype(np.uint32),
             "scored_bytes_S": _sums(np.where(is_scored_C, chunks.bytes_C, 0), chunks.offsets).astype(np.uint32),
         }
-        counts = {"segments": len(chunks.doc_id_S), "documents": len(np.unique(chunks.doc_id_S)), "chunks": len(logprob_C)}
+        counts = {"segments": len(chunks.doc_id_S), "documents": len(np.unique(chunks.doc_id_S)), "tokens": len(logprob_C)}
         return PartContent(data=arrays, counts=counts, attributes={"quarantined": []})
 
 
