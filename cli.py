@@ -8,13 +8,14 @@ import click
 from . import __version__
 from .commands.console import show_document, show_estimate, show_plan, show_query_stats, show_status, show_wanted, watch_status
 from .commands.merge import merge_command
-from .commands.opening import open_pipeline, open_workspace, workspace_of
+from .commands.opening import open_pipeline, open_workspace
 from .commands.options import (
     SIZE,
     WORKSPACES,
     Group,
     RecipeOptions,
     StageGroup,
+    default_workspace,
     models_default,
     parts_options,
     recipe_options,
@@ -42,9 +43,8 @@ def main() -> None:
 
 @main.command()
 @parts_options
-@click.option("--variant", metavar="NAME", help="Make only what this variant needs; the recipe itself is `base`.")
 @click.option("--dry-run", is_flag=True, help="Only show what would be done, and what it would take.")
-def run(options: RecipeOptions, variant: str | None, dry_run: bool) -> None:
+def run(options: RecipeOptions, dry_run: bool) -> None:
     """Make everything in RECIPE that is missing, in order.
 
     With [[variants]] in the recipe, shared results are made once. Run it again to resume.
@@ -56,9 +56,9 @@ def run(options: RecipeOptions, variant: str | None, dry_run: bool) -> None:
     if dry_run:
         from .pipeline.recipe_file import load_recipe
 
-        show_plan(load_recipe(options.recipe), options=options, variant=variant)
+        show_plan(load_recipe(options.recipe), options=options)
         return
-    with open_pipeline(options, variant=variant) as pipeline:
+    with open_pipeline(options) as pipeline:
         pipeline.run()
         show_report(pipeline.workspace)
 
@@ -392,7 +392,7 @@ def status(recipe: Path | None, workspace: Path | None, as_json: bool, watch: bo
 
     from .store.status import dataset_statuses, training_statuses
 
-    opened = open_workspace(workspace or workspace_of(recipe))
+    opened = open_workspace(workspace or (default_workspace(recipe) if recipe else None))
     if recipe is not None:
         if watch:
             raise UsageError("Remove RECIPE: --watch shows the whole workspace.")

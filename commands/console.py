@@ -206,7 +206,7 @@ def show_query_stats(stats: "QueryStats") -> None:
         )
 
 
-def show_plan(recipe: "Recipe", *, options: "RecipeOptions", variant: str | None = None) -> None:
+def show_plan(recipe: "Recipe", *, options: "RecipeOptions") -> None:
     """Show what a recipe would cost; `options` are the command's."""
     from ..pipeline.graph import products
     from ..pipeline.plan import GPU_FLOPS, UTILISATION, plan
@@ -215,8 +215,8 @@ def show_plan(recipe: "Recipe", *, options: "RecipeOptions", variant: str | None
     from ..store.layout import Layout
 
     folder, graph = Layout(options.workspace_folder), products(recipe)
-    if variant is not None:
-        graph = graph.only(variant)
+    if options.variant is not None:
+        graph = graph.only(options.variant)
     stages = plan(graph, base=options.recipe.parent, models_dir=options.models_dir, layout=folder)
     has_variants = len(graph.recipes) > 1
     rows = [

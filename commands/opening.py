@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from ..store.errors import UsageError
 from .console import show_addition
-from .options import WORKSPACES, RecipeOptions, default_workspace
+from .options import WORKSPACES, RecipeOptions
 
 if TYPE_CHECKING:  # a command imports what it needs when it runs, so that --help is fast
     from collections.abc import Iterator
@@ -24,7 +24,6 @@ def open_pipeline(
     fold: bool = True,
     makes_parts: bool = True,
     added: "AddedSource | None" = None,
-    variant: str | None = None,
 ) -> "Iterator[Pipeline]":
     """Check the recipe, become the workspace's coordinator, update its catalog, and yield the pipeline.
 
@@ -33,7 +32,6 @@ def open_pipeline(
         fold: whether to update the catalog.
         makes_parts: if true, an executor that is not available is reported at once, before hours of other work.
         added: a source; it is written into the recipe after checks that all models exist and can read the corpus, and the target can train.
-        variant: if given, only what this variant of the recipe needs is made.
     """
     from ..pipeline.recipe_file import load_recipe
 
@@ -60,7 +58,7 @@ def open_pipeline(
             models_dir=options.models_dir,
             progress=progress,
             executor=engine,
-            variant=variant,
+            variant=options.variant,
         )
         if added:
             pipeline.check_models()
@@ -89,9 +87,3 @@ def open_workspace(workspace: Path | None) -> "Workspace":
             raise UsageError(f"Choose a workspace with --workspace (or FUSELINE_WORKSPACE). workspaces/ has: {names}.")
         (workspace,) = found
     return Workspace.open(workspace)
-
-
-def workspace_of(recipe: Path | None) -> Path | None:
-    """The default workspace of a recipe, if it exists."""
-    folder = default_workspace(recipe) if recipe else None
-    return folder if folder and (folder / "workspace.json").exists() else None

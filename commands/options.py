@@ -145,6 +145,7 @@ class RecipeOptions:
     recipe: Path
     workspace: Path | None
     models_dir: Path
+    variant: str | None = None
     executor: str | None = None
     workers: int | None = None
 
@@ -193,6 +194,7 @@ _RECIPE_OPTIONS: tuple[Callable[[Any], Any], ...] = (
         help="Folder that holds everything of the project.",
     ),
     models_option,
+    click.option("--variant", metavar="NAME", help="Work only on what this variant of the recipe needs; the recipe itself is `base`."),
 )
 _EXECUTOR_OPTIONS: tuple[Callable[[Any], Any], ...] = (
     click.option(

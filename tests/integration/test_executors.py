@@ -177,7 +177,7 @@ def test_status_shows_from_the_files_what_runs_and_ctrl_c_ends_all_quietly(proje
         process.send_signal(signal.SIGINT)
         assert process.wait() == 130
         assert "Traceback" not in log.read_text()
-        assert "run the same command again" in log.read_text()
+        assert "Run the same command again" in log.read_text()
         assert not any(_is_running(pid) for pid in pids)
         wait_for(lambda: "parts" in watched.read_text(), process=watch)
         watch.send_signal(signal.SIGINT)
