@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 import pytest
-from fuseline.commands.console import _says
+from fuseline.commands.report import _result
 from fuseline.eval import comparison
 from fuseline.eval.comparison import Difference, differences
 
@@ -55,8 +55,8 @@ def test_what_makes_a_document_hard_for_both_models_cancels():
 def test_a_few_documents_are_no_proof():
     facts = documents(10, gain=1.0)
     assert [_compared(facts, n=n).is_clear for n in (1, 9, 10)] == [False, False, True]
-    assert "too few documents" in _says(_compared(facts, n=1))
-    assert _says(_compared(facts, n=10)) == "better"
+    assert "too few documents" in _result(_compared(facts, n=1))
+    assert _result(_compared(facts, n=10)) == "better"
 
 
 def _compared(facts: dict[str, np.ndarray], *, n: int) -> Difference:
