@@ -370,6 +370,7 @@ def status(recipe: Path | None, workspace: Path | None, as_json: bool, watch: bo
     """Show what exists, what is missing, what is running or failed, sizes, rates and the time left.
 
     With RECIPE, show for each product of that recipe and its variants whether it is done, missing, or made from different inputs.
+    The default workspace is then workspaces/<name of the recipe>.
 
     Reads only the workspace's files. It works during a run, on any machine that can read these files.
 

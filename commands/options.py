@@ -183,16 +183,20 @@ def _with_options(command: Command, options: Sequence[Callable[[Command], Comman
     return found
 
 
-_RECIPE_OPTIONS: tuple[Callable[[Any], Any], ...] = (
-    click.argument("recipe", type=click.Path(dir_okay=False, path_type=Path)),
-    click.option(
+def _workspace_option(*, show_default: str) -> Callable[[Any], Any]:
+    return click.option(
         "--workspace",
         "-w",
         type=click.Path(file_okay=False, path_type=Path),
         envvar="FUSELINE_WORKSPACE",
-        show_default="workspaces/<name of the recipe>",
+        show_default=show_default,
         help="Folder that holds everything of the project.",
-    ),
+    )
+
+
+_RECIPE_OPTIONS: tuple[Callable[[Any], Any], ...] = (
+    click.argument("recipe", type=click.Path(dir_okay=False, path_type=Path)),
+    _workspace_option(show_default="workspaces/<name of the recipe>"),
     models_option,
     click.option("--variant", metavar="NAME", help="Work only on what this variant of the recipe needs; the recipe itself is `base`."),
 )
@@ -206,11 +210,4 @@ _EXECUTOR_OPTIONS: tuple[Callable[[Any], Any], ...] = (
 )
 
 
-workspace_option = click.option(
-    "--workspace",
-    "-w",
-    type=click.Path(file_okay=False, path_type=Path),
-    envvar="FUSELINE_WORKSPACE",
-    show_default="the only one in workspaces/",
-    help="Folder that holds everything of the project.",
-)
+workspace_option = _workspace_option(show_default="the only one in workspaces/")

@@ -14,7 +14,7 @@ def merge(product: Merged, *, site: OpenSite, workspace: Workspace, progress: Pr
     """
     from ..train.merging.merge import merge as merge_models  # loads torch
 
-    models = product.models(workspace)
+    models = product.models(site)
     with (
         workspace.run("merge", name=product.name, parameters=product.config.model_dump()) as run,
         progress.writing(product.title) as follow,

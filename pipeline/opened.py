@@ -57,6 +57,7 @@ class Opened:
         self.is_open = True
         self._workspace, self._executor, self._say = workspace, executor, say
         self._models: dict[ModelConfig, ModelFolder] = {}
+        self._exported: dict[Product, ModelFolder] = {}
         self._of_recipe: dict[int, dict[str, ModelFolder]] = {}
         self._identities: dict[Product, Identity] = {}
         self._datasets: dict[Product, Dataset] = {}
@@ -124,7 +125,14 @@ class Opened:
         made = product.made
         assert isinstance(made, ModelProduct)
         made.require_same(self)
-        return made.exported(self.layout)
+        return self.exported(made)
+
+    def exported(self, product: Product) -> ModelFolder:
+        """The stored model of a product that makes one, checked once: its digest is a hash of all its weights."""
+        assert isinstance(product, ModelProduct)
+        if product not in self._exported:
+            self._exported[product] = product.exported(self.layout)
+        return self._exported[product]
 
     def tokenizer_folder(self, model: ModelFolder) -> Path:
         """The folder of a model's stored tokenizer; it is written if it is missing."""

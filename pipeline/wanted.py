@@ -7,7 +7,6 @@ one of these has changed.
 from dataclasses import dataclass
 from typing import Literal
 
-from ..store.corpus_plan import read_plan
 from ..store.dataset import Dataset
 from ..store.fingerprint import Identity
 from ..store.layout import Layout
@@ -95,8 +94,7 @@ def _expected_parts(product: Product, *, layout: Layout, status: DatasetStatus |
         return None
     if isinstance(status, DatasetStatus):
         return status.expected_parts
-    corpus = product.corpus or product
-    parts = product.planned_parts(read_plan(layout.folder("corpus", corpus.name)))
+    parts = product.expected_parts(layout)
     return None if parts is None else len(parts)
 
 

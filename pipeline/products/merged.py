@@ -100,7 +100,7 @@ class Merged(ModelProduct):
         place = opened(site)
         if place is None:
             return self.planned(site)
-        digests = {name: model.weights_digest for name, model in self.models(site.layout).items()}
+        digests = {name: model.weights_digest for name, model in self.models(place).items()}
         return dict(self.planned(site)) | merge_identity(self.config, base=self.base(place).weights_digest, models=digests)
 
     def base(self, site: OpenSite) -> ModelFolder:
@@ -108,16 +108,16 @@ class Merged(ModelProduct):
         recipe = site.recipes(self)[0]
         return site.models(recipe)[recipe.target.name]
 
-    def models(self, layout: Layout) -> dict[str, ModelFolder]:
+    def models(self, site: OpenSite) -> dict[str, ModelFolder]:
         """The models to merge, by the name of the source of each."""
-        return {source: training.exported(layout) for source, training in self.trainings}
+        return {source: site.exported(training) for source, training in self.trainings}
 
     def lineage(self, site: OpenSite) -> dict[str, Any]:
         """The origin of the model, for its card."""
         recipe = site.recipes(self)[0]
         trainings = {source: training.job(site).lineage for source, training in self.trainings}
         corpus = site.corpus_stage(self.start).dataset
-        return merged_lineage(trainings, recipe=recipe, models=site.models(recipe), corpus=corpus, merged=self.models(site.layout))
+        return merged_lineage(trainings, recipe=recipe, models=site.models(recipe), corpus=corpus, merged=self.models(site))
 
     def folders(self, layout: Layout) -> list[Path]:
         return [self.export_folder(layout)]

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar, cast
 
 from ...ingest.corpus import CorpusStage
 from ...ingest.models import ModelFolder
+from ...store.corpus_plan import read_plan
 from ...store.dataset import Dataset
 from ...store.errors import FuselineError, UsageError
 from ...store.fingerprint import Identity, differences
@@ -58,13 +59,14 @@ class Site(Protocol):
 class OpenSite(Site, Protocol):
     """A workspace that is open for a run: models are available, and missing products can be made."""
 
-    base: Path  # folder of the recipe, to which its paths are relative
-
     def models(self, recipe: Recipe) -> Mapping[str, ModelFolder]:
         """The target's start and the sources of a recipe, by name."""
 
     def model(self, product: "Product") -> ModelFolder:
         """The model with which a product reads the corpus."""
+
+    def exported(self, product: "Product") -> ModelFolder:
+        """The stored model of a product that makes one, checked once."""
 
     def recipes(self, product: "Product") -> list[Recipe]:
         """The recipes, including variants, that need a product."""
@@ -240,12 +242,12 @@ class PartsProduct(Product):
             return [0]
         return None if plan is None else [index for index, part in enumerate(plan["parts"]) if part["split"] == self.split]
 
-    def is_done(self, layout: Layout) -> bool:
-        from ...store.corpus_plan import read_plan
+    def expected_parts(self, layout: Layout) -> list[int] | None:
+        """Its parts, by the stored plan of its corpus; None if there is none yet."""
+        return self.planned_parts(read_plan((self.corpus or self).folder(layout)))
 
-        stored = self.stored(layout)
-        corpus = self.corpus or self
-        parts = self.planned_parts(read_plan(layout.folder("corpus", corpus.name)))
+    def is_done(self, layout: Layout) -> bool:
+        stored, parts = self.stored(layout), self.expected_parts(layout)
         return stored is not None and parts is not None and not stored.missing(parts)
 
 
